@@ -1,0 +1,1 @@
+"""Rows to batches: text, then token pairs, then a plan, then tensors."""

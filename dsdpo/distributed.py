@@ -1,0 +1,88 @@
+"""The few things ranks tell each other outside an engine. Every function that says "Collective." needs all ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dsdpo.errors import DsdpoError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process among all, 0 when there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when there is no process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def barrier() -> None:
+    """Collective."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank. Collective; for small objects."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value. Collective; for small objects."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values. Collective; waits for the device once."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block that may fail on some ranks only: afterwards it has failed on all or on none. Collective at its end.
+
+    Ranks whose own block went well raise the first failing rank's error, with that rank named if it is not rank 0.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failures = gather_objects(None if error is None else (type(error), str(error)))
+    if error is not None:
+        raise error
+    for failed_rank, failure in enumerate(failures):
+        if failure is not None:
+            kind, message = failure
+            note = f" (rank {failed_rank})" if failed_rank else ""
+            raise (
+                kind(message + note)
+                if issubclass(kind, DsdpoError)
+                else DsdpoError(f"{kind.__name__}: {message}{note}")
+            )

@@ -1,0 +1,21 @@
+"""The errors a user can cause, one class per thing to look at. `assert` elsewhere means a bug of ours."""
+
+
+class DsdpoError(Exception):
+    """Something a user can put right. The message says what was given, what is allowed and what to do."""
+
+
+class ConfigError(DsdpoError):
+    """A run setting or DeepSpeed JSON is wrong; the message names the file and the dotted key."""
+
+
+class DataError(DsdpoError):
+    """Preference data cannot be used; the message names the source and the rows."""
+
+
+class CacheError(DsdpoError):
+    """Something stored by an earlier run does not belong to this one, or is damaged."""
+
+
+class CheckpointError(DsdpoError):
+    """A checkpoint cannot be written, or is not what the run asks for."""

@@ -1,0 +1,1 @@
+"""The reference model: whose weights, and when they are asked."""

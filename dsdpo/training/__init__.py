@@ -1,0 +1,1 @@
+"""The run: loop, evaluation, metrics, tracking, checkpoints, export."""
