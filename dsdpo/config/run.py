@@ -1,0 +1,324 @@
+"""What a run is: every setting with its type, default, unit and limits, checked without importing torch.
+
+The names are a contract. Fields with a counterpart in TRL or transformers carry its name and meaning.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
+
+Column = Literal["prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs"]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+# transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
+POLYNOMIAL_END = 1e-7
+
+
+def _beside_run_file(path: str, info: ValidationInfo) -> str:
+    """The path as given if it exists from here, else the same path beside the run file, else as given."""
+    folder = (info.context or {}).get("folder")
+    if folder is None or os.path.exists(path):
+        return path
+    beside = os.path.join(folder, path)
+    return beside if os.path.exists(beside) else path
+
+
+# A file or folder, or for models and data also a Hub id: so a path that is nowhere stays as it is.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_beside_run_file)]
+
+
+class Section(BaseModel):
+    """Settings that belong together; unknown keys are refused and values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class ModelConfig(Section):
+    """The policy: which weights training starts from and how they are held."""
+
+    path: PathText
+    """Folder or Hub id of the model to train."""
+    revision: str | None = None
+    """Hub branch, tag or commit of the model; null: the default branch."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of forward and backward; must agree with the bf16 and fp16 blocks of the DeepSpeed JSONs."""
+    attn_implementation: str = "auto"
+    """transformers' name of the attention (sdpa, eager, flash_attention_2, ...); auto lets transformers choose."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: about a third more compute for far less memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    tokenizer: PathText | None = None
+    """Folder or Hub id of another tokenizer; null: the model's own."""
+    chat_template: PathText | None = None
+    """Jinja file used as chat template; null: the tokenizer's own."""
+    pad_token: str | None = None
+    """Token to pad with, for a tokenizer without one; null: the tokenizer's own."""
+
+
+class SourceConfig(Section):
+    """One place that preference pairs come from."""
+
+    path: PathText
+    """Local file or folder (JSONL, JSON, Parquet, Arrow) or Hub id."""
+    name: str | None = None
+    """Hub configuration (subset) of the data set."""
+    split: str | None = None
+    """Split to read, slices such as train[:1000] included; null: train, and test for data.eval."""
+    revision: str | None = None
+    """Hub branch, tag or commit of the data set."""
+    weight: PositiveFloat = 1.0
+    """Times each row is used per epoch; the fractional part is a sample drawn with train.seed."""
+    columns: dict[Column, str] | None = None
+    """Our column name to the file's, where they differ, e.g. {chosen: preferred, rejected: other}."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, one source or a list of either, as a list of sources."""
+    entries = value if isinstance(value, list) else [value]
+    return value if value is None else [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+Sources = Annotated[list[SourceConfig], Field(min_length=1), BeforeValidator(_as_sources)]
+
+
+class DataConfig(Section):
+    """Preference pairs and how they become tokens."""
+
+    train: Sources
+    """Path or Hub id to train on, or a list of {path, name, split, revision, weight, columns}."""
+    eval: Annotated[list[SourceConfig] | None, BeforeValidator(_as_sources)] = None
+    """Held-out pairs, given like train; null: no evaluation."""
+    max_length: PositiveInt = 2048
+    """Longest prompt plus one response, in tokens; longer ones are truncated."""
+    shuffle: bool = True
+    """Draw a new order from train.seed each epoch; false keeps the order of the rows."""
+    layout: Literal["auto", "padded"] = "auto"
+    """How pairs stand in a batch; auto takes the cheapest one that is exact for the model."""
+    strict: bool = False
+    """Stop at the first bad row instead of dropping bad rows with a warning."""
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest share of rows (0 to 1) that may be dropped as bad before it is an error."""
+    dataset_num_proc: PositiveInt | None = None
+    """Processes that tokenize; null: one."""
+    cache_dir: str | None = None
+    """Folder for prepared data; null: the cache of Hugging Face datasets."""
+
+
+class LossConfig(Section):
+    """The preference loss."""
+
+    type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid (DPO), hinge (SLiC) or ipo."""
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference, per nat of log-ratio (tau for ipo)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share (0 to 0.5) of pairs whose label is flipped; sigmoid only."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> LossConfig:
+        if self.label_smoothing and self.type != "sigmoid":
+            raise ValueError(
+                f"loss.label_smoothing {self.label_smoothing} has no effect with loss.type {self.type}: "
+                "set loss.label_smoothing to 0 or loss.type to sigmoid"
+            )
+        return self
+
+
+class ReferenceConfig(Section):
+    """The reference model: whose weights, where they live and when they are asked."""
+
+    strategy: Literal["auto", "separate"] = "auto"
+    """separate: its own inference-only engine; auto takes the cheapest strategy that fits the run."""
+    path: PathText | None = None
+    """Folder or Hub id of the reference; null: the model that the policy starts from."""
+    revision: str | None = None
+    """Hub branch, tag or commit of the reference; null: model.revision if the path is the policy's."""
+    deepspeed: PathText | None = None
+    """DeepSpeed JSON of the reference engine (stage 0 or 3); null: derived from the policy's."""
+    score_tokens: PositiveInt = 32768
+    """Tokens in one scoring forward pass on one rank; a longer pair goes alone."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: NonNegativeFloat = 1e-6
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay per unit of learning rate."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the gradient's running mean, per step."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the squared gradient's running mean, per step."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the update's denominator."""
+    lr_scheduler_type: Scheduler = "linear"
+    """transformers' name of the schedule."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises from 0."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same as a share of all steps; set only one of the two."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: no clipping."""
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> OptimizerConfig:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.warmup_steps} and optimizer.warmup_ratio {self.warmup_ratio} "
+                "both set the warm-up: keep one"
+            )
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError(
+                "optimizer.warmup_steps and optimizer.warmup_ratio have no effect with optimizer.lr_scheduler_type "
+                "constant: use constant_with_warmup"
+            )
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"optimizer.learning_rate {self.learning_rate} must be above {POLYNOMIAL_END}, where "
+                "optimizer.lr_scheduler_type polynomial ends"
+            )
+        return self
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Warm-up length in steps, out of `total_steps`."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+
+
+class BatchConfig(Section):
+    """How many pairs make a step, and how they are cut into micro-batches."""
+
+    pairs_per_step: PositiveInt = 64
+    """Pairs per optimizer step over all ranks together, whatever their number."""
+    tokens_per_micro_batch: PositiveInt = 16384
+    """Token budget, padding included, of one forward/backward on one rank; a longer pair goes alone."""
+    pairs_per_micro_batch: PositiveInt | None = None
+    """Fixed number of pairs of one forward/backward on one rank, in place of the token budget."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> BatchConfig:
+        if self.pairs_per_micro_batch and self.pairs_per_micro_batch > self.pairs_per_step:
+            raise ValueError(
+                f"batch.pairs_per_micro_batch {self.pairs_per_micro_batch} is more than "
+                f"batch.pairs_per_step {self.pairs_per_step}: a micro-batch is a part of a step"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """How long to train, and the seed."""
+
+    num_train_epochs: PositiveFloat = 1.0
+    """Passes over the training pairs; fractions are allowed."""
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    """Optimizer steps, in place of num_train_epochs; -1: as many as the epochs take."""
+    seed: NonNegativeInt = 42
+    """Decides data order, weighted samples and every other random choice."""
+
+    @model_validator(mode="after")
+    def _trains(self) -> TrainConfig:
+        if self.max_steps == 0:
+            raise ValueError("train.max_steps 0 would train nothing: give the number of steps, or -1 for all epochs")
+        return self
+
+
+class EvaluationConfig(Section):
+    """When the held-out pairs of data.eval are scored."""
+
+    every_steps: NonNegativeInt = 100
+    """Optimizer steps between evaluations; 0: only at the start and the end."""
+    at_start: bool = True
+    """Evaluate once before the first step."""
+
+
+class CheckpointConfig(Section):
+    """What is kept so that a run can go on."""
+
+    every_steps: NonNegativeInt = 100
+    """Optimizer steps between checkpoints; 0: none."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep; older ones are deleted."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases, beside metrics.jsonl."""
+
+    project: str = "dsdpo"
+    """Project name."""
+    entity: str | None = None
+    """User or team; null: the account's default."""
+    name: str | None = None
+    """Run name; null: the name of output_dir."""
+    group: str | None = None
+    """Group of runs shown together."""
+    tags: list[str] = []
+    """Labels of the run."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """online sends as the run goes, offline writes files to send later, disabled does neither."""
+
+
+class TrackingConfig(Section):
+    """What is recorded while training."""
+
+    every_steps: PositiveInt = 1
+    """Optimizer steps between rows of metrics.jsonl, each averaged over those steps."""
+    wandb: WandbConfig | None = None
+    """Also log to Weights & Biases; null: no."""
+
+
+class DistributedConfig(Section):
+    """How ranks work together."""
+
+    timeout_minutes: PositiveFloat = 30
+    """Minutes a collective may wait for the other ranks before the run fails."""
+
+
+class RunConfig(Section):
+    """One run of dsdpo, whole."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    deepspeed: PathText
+    """DeepSpeed JSON of the policy engine."""
+    output_dir: Annotated[str, Field(min_length=1)]
+    """Folder for everything the run writes."""
+    overwrite_output_dir: bool = False
+    """Write into output_dir even if it is not empty."""
+
+    def total_steps(self, num_pairs: int) -> int:
+        """Optimizer steps of the whole run over `num_pairs` training pairs; an epoch's last step may be smaller."""
+        if self.train.max_steps > 0:
+            return self.train.max_steps
+        size = self.batch.pairs_per_step
+        epochs, rest = divmod(round(self.train.num_train_epochs * num_pairs), num_pairs)
+        return max(1, epochs * math.ceil(num_pairs / size) + math.ceil(rest / size))
