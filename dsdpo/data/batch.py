@@ -1,0 +1,126 @@
+"""What one forward pass gets: B preference pairs laid out as tensors, in either layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsdpo.data.pairs import Pair
+
+FILLER_ID = -1
+
+
+@dataclass(frozen=True)
+class Padded:
+    """2B rows, chosen then rejected, right-padded: works for any causal language model."""
+
+    attention_mask: Tensor  # (2B, T) int64, 1 where a token stands
+
+    def to(self, device: torch.device | str) -> Padded:
+        """The same on `device`, copied without waiting where memory is pinned."""
+        return Padded(attention_mask=self.attention_mask.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """B pairs laid out for ONE forward pass.
+
+    `score_at / targets / response` list the response tokens of all 2B responses, so that the same scoring code
+    serves every layout. A pair id of -1 marks a filler pair: it keeps ranks in step and weighs nothing.
+    """
+
+    input_ids: Tensor  # (R, T) int64
+    position_ids: Tensor  # (R, T) int64
+    layout: Padded  # what attention needs
+    score_at: Tensor  # (N,) int64, flat position (row * T + column) whose hidden state predicts a response token
+    targets: Tensor  # (N,) int64, those response tokens
+    response: Tensor  # (N,) int64 in [0, 2B): chosen i -> i, rejected i -> B + i
+    pair_ids: Tensor  # (B,) int64, row in the data set; -1 for a filler pair
+
+    @property
+    def num_pairs(self) -> int:
+        """B, filler pairs included."""
+        return self.pair_ids.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """R * T: positions that the model computes, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> PreferenceBatch:
+        """The same on `device`, copied without waiting where memory is pinned."""
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "layout"}
+        return PreferenceBatch(layout=self.layout.to(device), **tensors)
+
+
+def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int) -> PreferenceBatch:
+    """The pairs in the padded layout, on the CPU; T is the longest prompt + response."""
+    prompts = [pair.prompt for pair in pairs] * 2
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    rows, width = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    input_ids = np.full((rows, width), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros((rows, width), dtype=np.int64)
+    score_at = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        input_ids[row, : len(prompt)] = prompt
+        input_ids[row, len(prompt) : end] = response
+        attention_mask[row, :end] = 1
+        score_at.append(row * width + np.arange(len(prompt) - 1, end - 1))
+    return PreferenceBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.arange(width).repeat(rows, 1),
+        layout=Padded(attention_mask=torch.from_numpy(attention_mask)),
+        score_at=torch.from_numpy(np.concatenate(score_at)),
+        targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)),
+        response=torch.from_numpy(np.repeat(np.arange(rows), [len(response) for response in responses])),
+        pair_ids=torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64),
+    )
+
+
+def filler(pairs: Sequence[Pair], *, pad_token_id: int) -> PreferenceBatch:
+    """The pairs as a batch that weighs nothing: their pair ids are -1."""
+    return collate_padded([replace(pair, pair_id=FILLER_ID) for pair in pairs], pad_token_id=pad_token_id)
+
+
+def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
+    """All pairs of several padded batches as one batch, in order: chosen rows of all, then rejected rows of all."""
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    total = sum(batch.num_pairs for batch in batches)
+    score_at, response = [], []
+    before = 0
+    for batch in batches:
+        size, old_width = batch.num_pairs, batch.input_ids.shape[1]
+        # In this layout row and response have the same number, and both move alike.
+        score_at.append(_moved(batch.score_at // old_width, size, before, total) * width + batch.score_at % old_width)
+        response.append(_moved(batch.response, size, before, total))
+        before += size
+    input_ids = _stacked([batch.input_ids for batch in batches], width)
+    return replace(
+        batches[0],
+        input_ids=input_ids,
+        position_ids=torch.arange(width, device=input_ids.device).repeat(2 * total, 1),
+        layout=Padded(attention_mask=_stacked([batch.layout.attention_mask for batch in batches], width)),
+        score_at=torch.cat(score_at),
+        targets=torch.cat([batch.targets for batch in batches]),
+        response=torch.cat(response),
+        pair_ids=torch.cat([batch.pair_ids for batch in batches]),
+    )
+
+
+def _moved(rows: Tensor, size: int, before: int, total: int) -> Tensor:
+    """Row numbers of a batch of `size` pairs, in a batch of `total` pairs where `before` come first."""
+    return rows + before + (rows >= size) * (total - size)
+
+
+def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:
+    """First halves of all parts, then second halves, each (rows, T) widened with zeros (masked, so any id serves)."""
+    wide = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+    halves = [part.chunk(2) for part in wide]
+    return torch.cat([half[0] for half in halves] + [half[1] for half in halves])

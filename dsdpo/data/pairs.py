@@ -1,0 +1,98 @@
+"""Token pairs on disk: written once per node, then opened memory-mapped by every rank.
+
+A folder holds `tokens.bin` (int32, little-endian: prompt, chosen, rejected of each distinct row), `starts.npy` (where
+each pair's tokens begin; a row used more than once is stored once), `lengths.npy`, `origins.npy` and `pairs.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdpo.data.report import DropReport
+from dsdpo.errors import CacheError
+
+TOKEN = np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair as token ids; prompt + chosen and prompt + rejected are what the model reads."""
+
+    pair_id: int
+    prompt: np.ndarray  # (P,) int32, at least one token
+    chosen: np.ndarray  # (C,) int32, at least one token
+    rejected: np.ndarray  # (R,) int32, at least one token
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A whole data set of pairs, read from disk as they are asked for."""
+
+    lengths: np.ndarray  # (N, 3) int32, tokens of prompt, chosen, rejected
+    origins: np.ndarray  # (N, 2) int64, index into the section's sources and row in that source, counted from 0
+    report: DropReport
+    digest: str  # of token ids and order alone: the same on every machine and in every cache
+    starts: np.ndarray  # (N,) int64, first token of each pair in `tokens`
+    tokens: np.ndarray  # (M,) int32, memory-mapped
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, ids: Sequence[int]) -> list[Pair]:
+        return [self._pair(int(pair_id)) for pair_id in ids]
+
+    def _pair(self, pair_id: int) -> Pair:
+        prompt, chosen, rejected = self.lengths[pair_id].tolist()
+        start = int(self.starts[pair_id])
+        tokens = self.tokens[start : start + prompt + chosen + rejected]
+        return Pair(pair_id, tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :])
+
+
+def write_tokens(folder: Path, chunks: Iterable[np.ndarray]) -> None:
+    """Writes `tokens.bin` from token ids that come in chunks."""
+    with (folder / "tokens.bin").open("wb") as file:
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk, dtype=TOKEN).data)
+
+
+def write_index(
+    folder: Path, *, starts: np.ndarray, lengths: np.ndarray, origins: np.ndarray, report: DropReport
+) -> None:
+    """Writes everything beside `tokens.bin`, in the shapes of `Pairs`."""
+    digest = hashlib.sha256()
+    with (folder / "tokens.bin").open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+        num_tokens = file.tell() // TOKEN.itemsize
+    for name, values in (("starts", starts), ("lengths", lengths)):
+        digest.update(f"{name}{values.shape}".encode())
+        digest.update(np.ascontiguousarray(values, dtype="<i8").data)
+    np.save(folder / "starts.npy", starts.astype(np.int64))
+    np.save(folder / "lengths.npy", lengths.astype(np.int32))
+    np.save(folder / "origins.npy", origins.astype(np.int64))
+    facts = {"digest": digest.hexdigest(), "pairs": len(lengths), "tokens": num_tokens, "report": report.to_json()}
+    (folder / "pairs.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def open_pairs(folder: Path) -> Pairs:
+    """The pairs that `prepare_pairs` left in `folder`. Raises CacheError where the folder is damaged."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
+        tokens = np.memmap(folder / "tokens.bin", dtype=TOKEN, mode="r")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "lengths", "origins")}
+        report = DropReport.from_json(facts["report"])
+        whole = len(tokens) == facts["tokens"] and all(len(array) == facts["pairs"] for array in arrays.values())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(
+            f"{folder}: prepared pairs cannot be read ({error}). Delete the folder and start again."
+        ) from (error)
+    if not whole:
+        raise CacheError(f"{folder}: prepared pairs are not whole. Delete the folder and start again.")
+    return Pairs(report=report, digest=facts["digest"], tokens=tokens, **arrays)

@@ -1,0 +1,283 @@
+"""Rows to stored token pairs: borders, EOS and BOS, truncation, bad rows, the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from dsdpo.config.run import DataConfig
+from dsdpo.data.encode import BadRow, Encoded, encode_examples, make_encoder
+from dsdpo.data.pairs import Pairs
+from dsdpo.data.tokenize import open_pairs, prepare_pairs, template_digest, tokenizer_digest
+from dsdpo.errors import CacheError, DataError
+from tests.data.helpers import TEMPLATE, assistant, letter_tokenizer, text_rows, user, words, write_jsonl
+
+
+def encoded(example: dict[str, Any], tokenizer: Any, max_length: int = 100) -> Encoded:
+    (result,) = encode_examples([example], make_encoder(tokenizer, max_length=max_length))
+    assert isinstance(result, Encoded), result
+    return result
+
+
+def read(result: Encoded, tokenizer: Any) -> tuple[str, str, str]:
+    return words(tokenizer, result.prompt), words(tokenizer, result.chosen), words(tokenizer, result.rejected)
+
+
+def prepared(cache: Path, path: Path | list[Any], tokenizer: Any = None, **settings: Any) -> Pairs:
+    sources = [
+        str(entry) if isinstance(entry, Path) else entry for entry in (path if isinstance(path, list) else [path])
+    ]
+    data = DataConfig.model_validate({"train": sources, "cache_dir": str(cache), "max_length": 50, **settings})
+    folder = prepare_pairs(data.train, tokenizer or letter_tokenizer(), data=data, seed=3, default_split="train")
+    return open_pairs(folder)
+
+
+MESSAGES = {"prompt": [user("q")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+TEXT = {"prompt": "q:", "chosen": " yes", "rejected": " no"}
+
+
+def test_messages_begin_the_response_after_the_generation_prompt() -> None:
+    tokenizer = letter_tokenizer(bos=True)  # the template's ids stand as they are: no <s>, no </s>
+    assert read(encoded(MESSAGES, tokenizer), tokenizer) == ("uq;a", "yes;", "no;")
+
+
+def test_tools_and_template_options_reach_the_template() -> None:
+    tokenizer = letter_tokenizer(template="{% if loud %}!{% endif %}" + TEMPLATE)
+    example = {**MESSAGES, "tools": [{"name": "f"}, {"name": "g"}], "chat_template_kwargs": {"loud": True}}
+    assert read(encoded(example, tokenizer), tokenizer) == ("!T2uq;a", "yes;", "no;")
+
+
+def test_border_inside_a_token_starts_the_response_where_generation_would() -> None:
+    tokenizer = letter_tokenizer(merges=[("a", "y")])  # "uq;ayes;" is u q ; ay e s ;
+    result = encoded(MESSAGES, tokenizer)
+    assert read(result, tokenizer) == ("uq;a", "yes;", "no;")
+    assert len(result.prompt) == 4
+    assert not result.rewritten
+
+
+def test_template_that_rewrites_the_history_leaves_the_shared_beginning() -> None:
+    # As templates of reasoning models do: the generation prompt opens a thought that no answer has.
+    tokenizer = letter_tokenizer(template=TEMPLATE.replace("%}a{%", "%}a<t>{%"))
+    result = encoded(MESSAGES, tokenizer)
+    assert read(result, tokenizer) == ("uq;a", "yes;", "no;")
+    assert result.rewritten
+
+
+def test_text_gets_bos_once_and_eos_once() -> None:
+    tokenizer = letter_tokenizer(bos=True)
+    assert read(encoded(TEXT, tokenizer), tokenizer) == ("<s>q:", " yes</s>", " no</s>")
+    marked = {"prompt": "<s>q:", "chosen": " yes</s>", "rejected": " no"}
+    assert read(encoded(marked, tokenizer), tokenizer) == ("<s>q:", " yes</s>", " no</s>")
+    plain = letter_tokenizer(bos=False)
+    assert read(encoded(TEXT, plain), plain) == ("q:", " yes</s>", " no</s>")
+
+
+def test_truncation_cuts_the_end_of_each_response() -> None:
+    tokenizer = letter_tokenizer()
+    result = encoded(TEXT, tokenizer, max_length=6)  # 2 of the prompt, 4 left: " yes" fits without its end
+    assert read(result, tokenizer) == ("q:", " yes", " no</s>")
+    assert result.truncated
+    assert not encoded(TEXT, tokenizer, max_length=7).truncated
+
+
+@pytest.mark.parametrize(
+    ("example", "max_length", "kind"),
+    [
+        (TEXT, 2, "prompt_too_long"),
+        ({"prompt": "q", "chosen": "same then a", "rejected": "same then b"}, 6, "equal_after_truncation"),
+        ({**MESSAGES, "chosen": [assistant("x"), assistant("no")]}, 50, "template_refused"),
+    ],
+)
+def test_bad_rows_found_by_tokenizing(example: dict[str, Any], max_length: int, kind: str) -> None:
+    strict = "{% if messages[-1].role == messages[-2].role %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    tokenizer = letter_tokenizer(template="{% if messages | length > 1 %}" + strict + "{% endif %}" + TEMPLATE)
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    first, bad, last = encode_examples([good, example, good], make_encoder(tokenizer, max_length=max_length))
+    assert isinstance(bad, BadRow)
+    assert bad.kind == kind
+    assert first == last
+    assert isinstance(first, Encoded)
+
+
+def test_pair_is_the_row_of_the_file(tmp_path: Path) -> None:
+    tokenizer = letter_tokenizer()
+    pairs = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", text_rows(2500)), tokenizer)
+    assert len(pairs) == 2500
+    assert pairs.report.text == ""
+    for pair in pairs[[0, 999, 1000, 2499]]:
+        read_back = [words(tokenizer, ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
+        assert read_back == [f"p{pair.pair_id}", f" good{pair.pair_id}</s>", f" bad{pair.pair_id}</s>"]
+        assert pairs.lengths[pair.pair_id].tolist() == [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+        assert pairs.origins[pair.pair_id].tolist() == [0, pair.pair_id]
+
+
+def test_number_of_processes_changes_nothing(tmp_path: Path) -> None:
+    rows = text_rows(40)
+    rows[7]["chosen"] = ""
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    one, two = prepared(tmp_path / "one", path), prepared(tmp_path / "two", path, dataset_num_proc=2)
+    assert one.digest == two.digest
+    assert one.report == two.report
+    assert np.array_equal(one.origins, two.origins)
+
+
+def test_bad_rows_are_dropped_and_reported_also_from_the_cache(tmp_path: Path) -> None:
+    rows: list[Any] = [*text_rows(12), "{broken", {"prompt": "x" * 60, "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "q", "chosen": 1, "rejected": "b"}] * 7
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for _ in range(2):
+        pairs = prepared(tmp_path, path, max_dropped_share=0.5)
+        assert pairs.origins[:, 1].tolist() == list(range(12))
+        assert (pairs.report.rows, pairs.report.kept, pairs.report.dropped) == (21, 12, 9)
+        found = {problem.kind: (problem.count, problem.places) for problem in pairs.report.problems}
+        assert found == {
+            "invalid_json": (1, ("a.jsonl:13",)),
+            "prompt_too_long": (1, ("a.jsonl:14",)),
+            "wrong_type": (7, tuple(f"a.jsonl:{line}" for line in range(15, 20))),
+        }
+        assert "7 wrong_type" in pairs.report.text
+        assert "chosen is text or a list of {role, content}, not int 1" in pairs.report.text
+
+
+def test_limits_on_bad_rows_hold_with_and_without_cache(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*text_rows(9), {"prompt": "p", "chosen": "a", "rejected": "a"}])
+    for _ in range(2):
+        assert len(prepared(tmp_path, path)) == 9
+        with pytest.raises(DataError, match=r"data\.train: bad rows, and data\.strict is true"):
+            prepared(tmp_path, path, strict=True)
+        with pytest.raises(DataError, match=r"10\.0% of the rows are bad, data\.max_dropped_share allows 5\.0%"):
+            prepared(tmp_path, path, max_dropped_share=0.05)
+
+
+def test_no_row_left_is_an_error_that_says_why(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(3))
+    with pytest.raises(DataError, match="no usable row is left") as caught:
+        prepared(tmp_path, path, max_length=2, max_dropped_share=1.0)
+    assert "3 prompt_too_long (the prompt alone fills data.max_length)" in str(caught.value)
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [MESSAGES])
+    with pytest.raises(DataError, match=r"a\.jsonl:1 holds messages, but the tokenizer has no chat template"):
+        prepared(tmp_path, path, letter_tokenizer(template=None))
+
+
+def test_half_a_surrogate_pair_costs_one_row(tmp_path: Path) -> None:
+    odd = '{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}'
+    pairs = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", [*text_rows(9), odd]))
+    assert [problem.kind for problem in pairs.report.problems] == ["wrong_type"]
+
+
+def test_sources_of_different_forms_and_weights_follow_one_another(tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", text_rows(4))
+    tools = {"prompt": [user("q")], "chosen": [assistant("yes")], "rejected": [assistant("no")], "tools": [{"x": 1}]}
+    chat = write_jsonl(tmp_path / "chat.jsonl", [MESSAGES, tools])
+    tokenizer = letter_tokenizer()
+    sources = [{"path": str(text), "weight": 1.5}, {"path": str(chat), "weight": 2.0}]
+    pairs = prepared(tmp_path, sources, tokenizer)
+    assert pairs.report.rows == pairs.report.kept == 6
+    rows = pairs.origins.tolist()
+    assert rows[:4] == [[0, 0], [0, 1], [0, 2], [0, 3]]
+    assert len({row for source, row in rows[4:6]}) == 2
+    assert rows[6:] == [[1, 0], [1, 1], [1, 0], [1, 1]]
+    assert [words(tokenizer, pair.prompt) for pair in pairs[[6, 7, 8, 9]]] == ["uq;a", "T1uq;a"] * 2
+    again, third = pairs[[4]][0], pairs[[rows[4][1]]][0]
+    assert again.pair_id == 4
+    assert np.array_equal(again.chosen, third.chosen)
+
+
+def test_weight_below_one_takes_a_sample(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(40))
+    pairs = prepared(tmp_path, [{"path": str(path), "weight": 0.25}])
+    assert len(pairs) == pairs.report.rows == 10
+    assert sorted(set(pairs.origins[:, 1].tolist())) == pairs.origins[:, 1].tolist() != list(range(10))
+
+
+def test_second_run_opens_what_the_first_made(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
+    tokenizer = letter_tokenizer()
+    prepared(tmp_path, path, tokenizer)
+    (folder,) = (tmp_path / "dsdpo").iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)  # leaves settings in a fast tokenizer
+    prepared(tmp_path, path, tokenizer)
+    assert list((tmp_path / "dsdpo").iterdir()) == [folder]
+    assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_whatever_decides_the_ids_makes_new_pairs(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
+    made = {prepared(tmp_path, path).digest}
+    prepared(tmp_path, path, max_length=49)
+    prepared(tmp_path, path, letter_tokenizer(template="{{ 1 }}"))
+    prepared(tmp_path, path, letter_tokenizer(merges=[("g", "o")]))
+    prepared(tmp_path, [{"path": str(path), "weight": 2.0}])
+    prepared(tmp_path, [{"path": str(path), "columns": {"chosen": "rejected", "rejected": "chosen"}}])
+    os.utime(path, ns=(1, 1))
+    prepared(tmp_path, path)
+    assert len(list((tmp_path / "dsdpo").iterdir())) == 7
+    assert len(made) == 1
+
+
+def test_digest_is_of_tokens_and_order_alone(tmp_path: Path) -> None:
+    rows = text_rows(6)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    moved = write_jsonl(tmp_path / "moved.jsonl", [{**row, "id": 1} for row in rows])
+    turned = write_jsonl(tmp_path / "turned.jsonl", rows[::-1])
+    digest = prepared(tmp_path, path).digest
+    assert prepared(tmp_path / "elsewhere", moved).digest == digest
+    assert prepared(tmp_path, turned).digest != digest
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "pairs.json"])
+def test_damaged_cache_is_named(tmp_path: Path, name: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
+    prepared(tmp_path, path)
+    (folder,) = (tmp_path / "dsdpo").iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2 // 4 * 4])
+    with pytest.raises(CacheError, match="Delete the folder"):
+        prepared(tmp_path, path)
+    shutil.rmtree(folder)
+    assert len(prepared(tmp_path, path)) == 5
+
+
+def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", text_rows(3)), max_length=1)
+    assert list((tmp_path / "dsdpo").iterdir()) == []
+
+
+def test_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(3))
+    with pytest.raises(DataError, match=r"data\.cache_dir: .* cannot be written"):
+        prepared(path, path)  # a file where the folder should be
+
+
+def test_weight_that_leaves_no_row(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
+    with pytest.raises(DataError, match="the weights leave none of 5 rows"):
+        prepared(tmp_path, [{"path": str(path), "weight": 0.01}])
+
+
+def test_digests_of_tokenizer_and_template() -> None:
+    one, other = letter_tokenizer(), letter_tokenizer(merges=[("a", "b")], template="x")
+    assert tokenizer_digest(one) == tokenizer_digest(letter_tokenizer()) != tokenizer_digest(other)
+    assert template_digest(one) == template_digest(letter_tokenizer()) != template_digest(other)
+
+
+def test_first_real_pair_has_the_ids_that_trl_gives_it(shared: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "tiny-sft")
+    pairs = prepared(tmp_path, shared / "data" / "train.jsonl", tokenizer, max_length=512)
+    expected = json.loads((shared / "parity" / "sigmoid.json").read_text())["first_pair_ids"]
+    pair = pairs[[0]][0]
+    assert {f"{name}_ids": getattr(pair, name).tolist() for name in ("prompt", "chosen", "rejected")} == expected
+    assert len(pairs) == 4745
+    assert pairs.report.text == ""
