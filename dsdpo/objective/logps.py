@@ -1,0 +1,180 @@
+"""Log-probabilities of responses, without ever holding a (tokens, vocabulary) matrix.
+
+Shapes: B pairs, R rows of T tokens, N response tokens in all, H hidden size, V vocabulary.
+
+Only the hidden states that predict a response token reach the output head, and the head works through them in
+chunks: logits of one chunk live at a time, in the forward pass and, recomputed, in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.errors import ConfigError
+
+CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """log p(response | prompt) of B pairs, summed over response tokens, in nats."""
+
+    chosen: Tensor  # (B,) float32
+    rejected: Tensor  # (B,) float32
+    chosen_tokens: Tensor  # (B,) int64: length normalisation is the loss's decision
+    rejected_tokens: Tensor  # (B,) int64
+
+
+def pair_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogps:
+    """One forward pass of `model`: a `ResponseScorer`, or the engine around one (then collective under ZeRO-3)."""
+    summed = model(batch=batch)
+    tokens = torch.zeros(len(summed), dtype=torch.int64, device=summed.device)
+    tokens.index_add_(0, batch.response, torch.ones_like(batch.response))
+    pairs = len(batch.pair_ids)
+    return PairLogps(summed[:pairs], summed[pairs:], tokens[:pairs], tokens[pairs:])
+
+
+class ResponseScorer(nn.Module):
+    """A causal language model that answers a `PreferenceBatch` with log-probs (2B,) instead of logits."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+        head = lm.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ConfigError(
+                f"model: the output head of {type(lm).__name__} is a {type(head).__name__}; dsdpo scores models whose "
+                "head is a plain torch.nn.Linear"
+            )
+        # Same parameters, names and hooks, another forward: ZeRO-3 gathers the weight once per pass, as for any module.
+        head.__class__ = ChunkedHead
+        vars(head)["transform"] = LogitTransform.of(lm.config)
+
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """Summed log-prob of each response, (2B,) float32: chosen i at i, rejected i at B + i."""
+        hidden = (
+            self.lm.get_decoder()(
+                input_ids=batch.input_ids,
+                attention_mask=batch.layout.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
+            .last_hidden_state.flatten(0, 1)
+            .index_select(0, batch.score_at)
+        )
+        logps = self.lm.get_output_embeddings()(hidden, batch.targets)
+        summed = torch.zeros(2 * len(batch.pair_ids), dtype=torch.float32, device=logps.device)
+        return summed.index_add(0, batch.response, logps)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What some models do to their logits after the head: scale, then soft-cap (Gemma 2, arXiv 2408.00118)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        """The transform of a Hugging Face model configuration."""
+        text = config.get_text_config()
+        scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies
+        if divisor := getattr(text, "logits_scaling", None):  # Granite divides
+            scale /= float(divisor)
+        softcap = getattr(text, "final_logit_softcapping", None)
+        return cls(scale, float(softcap) if softcap else None)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def backward(self, grad: Tensor, transformed: Tensor) -> Tensor:
+        """Gradient before the transform, given the gradient after it and its output."""
+        if self.softcap is not None:
+            grad = grad * (1.0 - (transformed / self.softcap) ** 2)
+        return grad * self.scale if self.scale != 1.0 else grad
+
+
+class ChunkedHead(nn.Linear):
+    """An output head that can return log-probs of given targets; without targets it is the `nn.Linear` it was."""
+
+    transform: LogitTransform
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, chunk: int | None = None) -> Tensor:
+        """Log-prob (N,) float32 of `targets` (N,) after `hidden` (N, H), in chunks of `chunk` tokens."""
+        if targets is None:
+            return super().forward(hidden)
+        chunk = chunk or max(1, CHUNK_BYTES // (4 * self.out_features))
+        return _ChunkedLogp.apply(hidden, self.weight, self.bias, targets, self.transform, chunk)
+
+
+class _ChunkedLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+    ) -> Tensor:
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        normalizer = torch.empty_like(logps)
+        for at in _slices(len(hidden), chunk):
+            logits = _logits(hidden[at], weight, bias, transform)
+            normalizer[at] = logits.logsumexp(-1)
+            logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - normalizer[at]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.transform, ctx.chunk = transform, chunk
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        # Sums over chunks stay in float32: adding chunk products in bfloat16 drifts with their number.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for at in _slices(len(hidden), ctx.chunk):
+            logits = _logits(hidden[at], weight, bias, ctx.transform)
+            delta = torch.exp(logits - normalizer[at, None]).mul_(-grad[at, None])
+            delta.scatter_add_(-1, targets[at, None], grad[at, None])
+            delta = ctx.transform.backward(delta, logits)
+            del logits
+            if grad_bias is not None:
+                grad_bias += delta.sum(0)
+            delta = delta.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[at] = delta @ weight
+            if grad_weight is not None:
+                grad_weight += delta.t() @ hidden[at]
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    logits = hidden @ weight.t()
+    if bias is not None:
+        logits = logits + bias
+    return transform(logits.float())
+
+
+def _slices(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]

@@ -1,0 +1,107 @@
+"""The chunked, response-only log-probs against whole logits, one sequence at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsdpo.data.batch import collate_padded
+from dsdpo.errors import ConfigError
+from dsdpo.objective import logps as module
+from dsdpo.objective.logps import ChunkedHead, LogitTransform, ResponseScorer, pair_logps
+from tests.tiny import plain_logps, random_batch, random_pairs, tiny_lm
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "cohere", "granite", "mixtral"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_whole_logits(family: str) -> None:
+    pairs = random_pairs(4, seed=1)
+    chosen, rejected = plain_logps(tiny_lm(family), pairs)
+    scored = pair_logps(ResponseScorer(tiny_lm(family)), collate_padded(pairs, pad_token_id=0))
+    torch.testing.assert_close(scored.chosen, chosen, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scored.rejected, rejected, rtol=1e-5, atol=1e-4)
+    assert scored.chosen_tokens.tolist() == [len(pair.chosen) for pair in pairs]
+    assert scored.rejected_tokens.tolist() == [len(pair.rejected) for pair in pairs]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_gradients_equal_whole_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 97 * 5)  # chunks of 5 tokens
+    pairs = random_pairs(3, seed=2)
+    weights = torch.tensor([0.5, -2.0, 1.0])
+    plain, ours = tiny_lm(family), tiny_lm(family)
+    chosen, rejected = plain_logps(plain, pairs)
+    ((chosen - 0.5 * rejected) * weights).sum().backward()
+    scored = pair_logps(ResponseScorer(ours), collate_padded(pairs, pad_token_id=0))
+    ((scored.chosen - 0.5 * scored.rejected) * weights).sum().backward()
+    for (name, expected), (_, parameter) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
+        error = (parameter.grad - expected.grad).norm() / expected.grad.norm().clamp(min=1e-6)
+        assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_any_chunk_size_gives_the_same(chunk: int) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11)
+    hidden, targets = torch.randn(7, 6, requires_grad=True), torch.randint(0, 11, (7,))
+    expected = head(hidden).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    expected_grads = torch.autograd.grad((expected * torch.arange(7)).sum(), [hidden, head.weight, head.bias])
+    head.__class__, head.transform = ChunkedHead, LogitTransform()
+    ours = head(hidden, targets, chunk)
+    grads = torch.autograd.grad((ours * torch.arange(7)).sum(), [hidden, head.weight, head.bias])
+    torch.testing.assert_close(ours, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_frozen_head_gets_no_weight_gradient() -> None:
+    scorer = ResponseScorer(tiny_lm())
+    scorer.lm.get_output_embeddings().requires_grad_(False)
+    pair_logps(scorer, random_batch()).chosen.sum().backward()
+    assert scorer.lm.get_output_embeddings().weight.grad is None
+    assert scorer.lm.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements with the vocabulary as a dimension that any operation returns."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.elements = vocab, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and self.vocab in tensor.shape:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_never_a_whole_matrix_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab, hidden = 1009, 8
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * vocab * 10)  # chunks of 10 tokens
+    scorer = ResponseScorer(tiny_lm(vocab_size=vocab, hidden_size=hidden, head_dim=2))
+    batch = random_batch(8, longest=40)
+    assert len(batch.targets) > 150
+    with LargestTensor(vocab) as seen:
+        pair_logps(scorer, batch).chosen.sum().backward()
+    assert vocab * 8 <= seen.elements <= vocab * 10
+
+
+def test_generation_still_works_through_the_swapped_head() -> None:
+    lm = tiny_lm()
+    ids = torch.tensor([[1, 5, 9]])
+    expected = lm(input_ids=ids).logits
+    ResponseScorer(lm)
+    torch.testing.assert_close(lm(input_ids=ids).logits, expected)
+
+
+def test_an_unknown_head_is_refused() -> None:
+    lm = tiny_lm()
+    lm.lm_head = torch.nn.Sequential(lm.lm_head)
+    with pytest.raises(ConfigError, match="output head of LlamaForCausalLM is a Sequential"):
+        ResponseScorer(lm)
