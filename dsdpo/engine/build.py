@@ -1,0 +1,191 @@
+"""The two engines: a policy that trains and a reference that only answers, each under its own DeepSpeed config."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from transformers import AutoModelForCausalLM, get_scheduler
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from dsdpo.config.run import ModelConfig, OptimizerConfig, RunConfig
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.engine.ops import skip_shared_memory_op
+from dsdpo.engine.zero_config import offload_device, stage
+from dsdpo.objective.logps import ResponseScorer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def start_distributed(*, timeout_minutes: float) -> None:
+    """Join the process group of whatever started this process: deepspeed, torchrun, srun, or nobody (one process).
+
+    Collectives that take longer than `timeout_minutes` end the run instead of hanging it.
+    """
+    if torch.distributed.is_initialized():
+        return
+    _adopt_environment()
+    skip_shared_memory_op()
+    local = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local)
+    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one node would otherwise each take every core and fight over them.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes))
+
+
+def _adopt_environment() -> None:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from Slurm's variables, or for a single process."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("LOCAL_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
+    elif "RANK" not in env:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env.setdefault("MASTER_PORT", str(free.getsockname()[1]))
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))  # torchrun's name, then deepspeed's
+
+
+def device() -> torch.device:
+    """The device this rank computes on (ZeRO-3 shards may lie elsewhere)."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) -> deepspeed.DeepSpeedEngine:
+    """The training engine around a `ResponseScorer`. Collective.
+
+    The optimizer is the JSON's own if it has one; else DeepSpeed's CPU Adam when optimizer states are offloaded, and
+    torch's AdamW (fused where the device has it) when they are not.
+    """
+    lm = load_lm(run.model, config)
+    if run.model.gradient_checkpointing:
+        # Reentrant checkpointing fails under ZeRO-2/3 when one backward covers two forwards.
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    model = ResponseScorer(lm)
+    groups = parameter_groups(model, run.optimizer.weight_decay)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        warmup = run.optimizer.num_warmup_steps(total_steps)
+        return get_scheduler(run.optimizer.lr_scheduler_type, optimizer, warmup, total_steps)
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=config,
+        model_parameters=groups,
+        optimizer=None if "optimizer" in config else make_optimizer(groups, run.optimizer, config),
+        lr_scheduler=None if "scheduler" in config else schedule,
+    )
+    engine.train()
+    return engine
+
+
+def build_reference(model: ModelConfig, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """An inference-only engine (no optimizer, no gradients) around a frozen `ResponseScorer`. Collective.
+
+    Never call `backward`, `step` or `save_checkpoint` on the result: without an optimizer they fail or hang
+    (DeepSpeed 0.19).
+    """
+    scorer = ResponseScorer(load_lm(model, config)).requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=scorer, config=config)
+    engine.eval()
+    return engine
+
+
+def warm_up(policy: deepspeed.DeepSpeedEngine, batch: PreferenceBatch) -> None:
+    """One forward and backward of zero loss, before anything else runs on the policy. Collective.
+
+    What does not fit in memory fails now. And ZeRO-3 records the order of its gathers, for prefetching, in the first
+    pass: were that one without gradient, training passes would break the record for ever (DeepSpeed 0.19).
+    """
+    policy.backward(policy(batch=batch).sum() * 0.0, scale_wrt_gas=False)
+
+
+def load_lm(model: ModelConfig, config: dict[str, Any]) -> Any:
+    """The causal language model, under stage 3 straight into shards, with every dropout off. Collective."""
+    with partitioned_loading(config):
+        lm = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            revision=model.revision,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=None if model.attn_implementation == "auto" else model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )
+    disable_dropout(lm)
+    mark_moe_leaves(lm)
+    return lm
+
+
+@contextmanager
+def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Make Hugging Face load for exactly this DeepSpeed config.
+
+    Its switch is a process-wide weak reference of which the last object alive wins, so each load brings its own and
+    takes it away again: a stage-2 policy beside a stage-3 reference would otherwise be loaded partitioned.
+    """
+    live = HfDeepSpeedConfig(config) if stage(config) == 3 else unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del live
+
+
+def disable_dropout(lm: nn.Module) -> None:
+    """Set every dropout probability to zero: policy and reference must be the same function at step 0."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def mark_moe_leaves(lm: nn.Module) -> None:
+    """Have ZeRO-3 gather each mixture-of-experts block whole.
+
+    Ranks route tokens to different experts; gathering expert by expert would leave them in different collectives.
+    """
+    blocks = {type(module) for module in lm.modules() if "experts" in dict(module.named_children())}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(lm, list(blocks))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters for an optimizer; biases and norms are not decayed, as in Hugging Face's Trainer."""
+    no_decay = re.compile(r"(^|\.)bias$|norm", re.IGNORECASE)
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not weight_decay:
+        return [{"params": [parameter for _, parameter in trainable], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for name, p in trainable if not no_decay.search(name)], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if no_decay.search(name)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW for where the DeepSpeed config keeps optimizer states."""
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
+    if offload_device(config, "optimizer") != "none":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda" or None, **options)

@@ -1,0 +1,122 @@
+"""DeepSpeed's compiled operators: built once per node, announced, and never waited for in vain.
+
+DeepSpeed compiles an operator at first use, behind a lock file that a killed build leaves behind; every later start
+then waits for ever without a word. Here one process of a node builds, says so, and knows a dead lock from a live one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import get_default_build_root
+
+from dsdpo.distributed import all_or_none, barrier, local_rank
+from dsdpo.engine.zero_config import needed_ops
+from dsdpo.errors import ConfigError
+
+BUILDERS = {
+    "cpu_adam": "CPUAdamBuilder",
+    "cpu_lion": "CPULionBuilder",
+    "cpu_adagrad": "CPUAdagradBuilder",
+    "fused_adam": "FusedAdamBuilder",
+    "fused_lion": "FusedLionBuilder",
+    "fused_lamb": "FusedLambBuilder",
+    "async_io": "AsyncIOBuilder",
+}
+REMEDY = {"async_io": "install libaio's headers (Debian, Ubuntu: apt-get install libaio-dev)"}
+
+
+def prepare_ops(*configs: dict[str, Any]) -> None:
+    """Compile, once per node, the operators that these DeepSpeed configs need. Collective."""
+    for name in sorted(set().union(*map(needed_ops, configs))):
+        with all_or_none():
+            if local_rank() == 0:
+                _build(name)
+        barrier()
+        if local_rank() != 0:
+            _load(name)
+
+
+def skip_shared_memory_op() -> None:
+    """Keep `init_distributed` from compiling the CPU shared-memory collectives, 30 to 50 s at the first start.
+
+    DeepSpeed 0.19 uses them in `inference_all_reduce` only, which training never calls.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _build(name: str) -> None:
+    folder = build_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The kernel releases a flock when its holder dies, so among our own processes nobody waits for the dead.
+    with (folder.parent / f"{name}.dsdpo-lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        remove_stale_lock(folder)
+        started = time.monotonic()
+        fresh = not any(folder.glob("*.so"))
+        if fresh:
+            print(f"compiling DeepSpeed's {name} into {folder} (once, about a minute) ...", flush=True)
+        _load(name)
+        if fresh:
+            print(f"compiled {name} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _load(name: str) -> None:
+    # torch looks for ninja on PATH, where a virtual environment that was not activated is missing.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + os.environ["PATH"]
+    builder = get_accelerator().create_op_builder(BUILDERS[name])
+    if builder is None or not builder.is_compatible(verbose=False):
+        raise ConfigError(
+            f"DeepSpeed's {name} operator cannot be built on this machine: "
+            f"{REMEDY.get(name, 'install a C++ compiler (g++)')}, or choose a DeepSpeed JSON without what needs it"
+        )
+    builder.load(verbose=False)
+
+
+def build_folder(name: str) -> Path:
+    """Where torch builds the operator: below TORCH_EXTENSIONS_DIR when that is set."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / name
+
+
+def remove_stale_lock(folder: Path, *, patience_s: float = 3.0) -> bool:
+    """True if a lock that a killed build left in `folder` was found, named on the screen and removed.
+
+    A build in progress runs its compilers with `folder` as their working directory; a lock that stands for
+    `patience_s` without any such process has no owner.
+    """
+    lock = folder / "lock"
+    announced = False
+    idle_since = time.monotonic()
+    while lock.exists():
+        if builders := _processes_in(folder):
+            idle_since = time.monotonic()
+            if not announced:
+                print(f"waiting for another process that is compiling in {folder} (pid {builders[0]})", flush=True)
+                announced = True
+        elif time.monotonic() - idle_since > patience_s:
+            print(f"removing the lock of a build that was killed: {lock}", flush=True)
+            lock.unlink(missing_ok=True)
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _processes_in(folder: Path) -> list[int]:
+    here = folder.resolve()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve(strict=True) == here:
+                found.append(int(process.name))
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    return found

@@ -1,0 +1,283 @@
+"""From a DeepSpeed JSON and the run to the exact config an engine gets: nothing left on "auto", nothing guessed.
+
+A DeepSpeed JSON stays one: what it states is kept, "auto" and what it leaves open is filled from the run, and where
+both state a value and they differ, the run is refused. DeepSpeed itself drops "auto" in silence (`stage: "auto"` is
+stage 0). Nothing here imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsdpo.config.run import RunConfig
+from dsdpo.engine.deepspeed_keys import Config, find_mistakes, lookup
+from dsdpo.engine.zero_limits import (
+    batch_problems,
+    inference_problems,
+    left_auto,
+    sharing_problems,
+    stage_problems,
+    training_problems,
+    type_problems,
+)
+from dsdpo.errors import ConfigError
+
+# DeepSpeed's schedule -> transformers' names of that shape, and the parameters that the run decides.
+SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "WarmupLR": (("constant_with_warmup", "constant"), ("warmup_min_lr", "warmup_max_lr")),
+    "WarmupDecayLR": (("linear",), ("warmup_min_lr", "warmup_max_lr", "total_num_steps")),
+    "WarmupCosineLR": (("cosine",), ("total_num_steps",)),
+}
+
+# What a reference needs of a stage-3 policy's block; the rest is about gradients, optimizer states or hpZ groups.
+REFERENCE_KEYS = (
+    "offload_param", "leaf_module", "overlap_comm", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential", "zero_quantized_weights", "memory_efficient_linear", "override_module_apply",
+    "log_trace_cache_warnings", "enable_sanity_checks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """What the run says about one key of the JSON."""
+
+    key: str  # dotted, in the JSON
+    value: Any  # filled in for "auto"
+    run_key: str | None = None  # the setting it comes from: a different value in the JSON is then a contradiction
+    if_absent: bool = True  # filled in also where the JSON leaves the key out
+
+
+def read_deepspeed_json(path: str | Path) -> Config:
+    """The content of a DeepSpeed JSON, null keys left out. Raises `ConfigError` naming the file, and line if known."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a DeepSpeed JSON: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file with JSON in it") from error
+    except KeyError as error:
+        raise ConfigError(f"{path}: the key {error.args[0]} stands twice in one block") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {json.dumps(content)[:40]}, but a DeepSpeed JSON is a block in {{ }}")
+    return content
+
+
+def resolve_policy_config(
+    raw: Config,
+    *,
+    source: str | Path,
+    run: RunConfig,
+    world_size: int,
+    hidden_size: int,
+    total_steps: int | None,
+    run_source: str | Path = "the run",
+) -> Config:
+    """The policy engine's config, whole: `raw` with everything open filled from the run.
+
+    The batch triple becomes bookkeeping (1 per rank, 1 accumulation step): dsdpo cuts micro-batches and scales
+    gradients itself. `total_steps` is None while the data is unread; what depends on it is then a placeholder.
+    Raises `ConfigError` listing every unknown key, misfit and contradiction, one per line.
+    """
+    _refuse(source, find_mistakes(raw))
+    config = copy.deepcopy(raw)
+    statements = [*_precision(run), *_optimizer(config, run), *_schedule(config, run, total_steps)]
+    problems = [*_settle(config, [*statements, *_sizes(hidden_size)], run_source)]
+    problems += _schedule_problems(config, run, run_source)
+    problems += batch_problems(config, run, run_source)
+    _keep_books(config, world_size)
+    config["managed_gradient_accumulation"] = False
+    if "optimizer" not in config:
+        config.setdefault("zero_allow_untested_optimizer", True)
+    problems += type_problems(config)
+    problems += [*left_auto(config)] or [*training_problems(config), *stage_problems(config, world_size)]
+    _refuse(source, problems)
+    return config
+
+
+def resolve_reference_config(
+    raw: Config | None,
+    *,
+    source: str | Path | None,
+    run: RunConfig,
+    policy_config: Config,
+    world_size: int,
+    hidden_size: int,
+    run_source: str | Path = "the run",
+) -> Config:
+    """The reference engine's config: `raw` filled from the run, or where it is None, derived from the policy's.
+
+    Derived: no optimizer, no schedule, the policy's precision, stage 3 from 3 with the policy's parameter offload,
+    else stage 0. Raises `ConfigError` as `resolve_policy_config` does, also for what two engines cannot share.
+    """
+    if raw is None:
+        return _derive_reference(policy_config, world_size)
+    _refuse(source, find_mistakes(raw))
+    config = copy.deepcopy(raw)
+    problems = [*_settle(config, [*_precision(run), *_sizes(hidden_size)], run_source)]
+    problems += inference_problems(config)
+    _keep_books(config, world_size)
+    problems += [*left_auto(config)] or stage_problems(config, world_size)
+    problems += sharing_problems(config, policy_config)
+    _refuse(source, problems)
+    return config
+
+
+def stage(config: Config) -> int:
+    """The ZeRO stage of a resolved config."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offload_device(config: Config, what: Literal["param", "optimizer"]) -> Literal["none", "cpu", "nvme"]:
+    """Where a resolved config keeps the parameters or the optimizer states."""
+    return config.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device", "none")
+
+
+def needed_ops(config: Config) -> set[str]:
+    """DeepSpeed's names of the C++ operators that an engine with this resolved config loads.
+
+    Without an optimizer block dsdpo makes AdamW itself: DeepSpeedCPUAdam if its states are offloaded.
+    """
+    on_cpu = offload_device(config, "optimizer") != "none"
+    ops = {"async_io"} if "nvme" in (offload_device(config, "param"), offload_device(config, "optimizer")) else set()
+    if "optimizer" not in config:
+        return ops | ({"cpu_adam"} if on_cpu else set())
+    kind = config["optimizer"]["type"].lower()
+    if kind in ("adam", "adamw", "muon") and not config["optimizer"]["params"].get("torch_adam"):
+        ops.add("cpu_adam" if on_cpu else "fused_adam")
+    elif kind == "lion":
+        ops.add("cpu_lion" if on_cpu else "fused_lion")
+    elif kind == "adagrad" and on_cpu:
+        ops.add("cpu_adagrad")
+    elif kind == "lamb":
+        ops.add("fused_lamb")
+    return ops
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Config:
+    """A JSON object; a null stands for DeepSpeed's default and is left out."""
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise KeyError(key)
+        seen.add(key)
+    return {key: value for key, value in pairs if value is not None}
+
+
+def _refuse(source: str | Path | None, problems: Iterable[str]) -> None:
+    lines = [f"{source}: {problem}" for problem in problems]
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _settle(config: Config, statements: list[_Statement], run_source: str | Path) -> Iterator[str]:
+    """Fill in place what the JSON leaves open; one message for each value that it states differently."""
+    for said in statements:
+        given = lookup(config, said.key)
+        if given == "auto" or (given is None and said.if_absent):
+            *blocks, last = said.key.split(".")
+            inner = config
+            for name in blocks:
+                inner = inner.setdefault(name, {})
+            inner[last] = said.value
+        elif given is not None and said.run_key is not None and given != said.value:
+            yield (
+                f"{said.key} is {json.dumps(given)}, but {run_source} has {said.run_key} "
+                f'{json.dumps(said.value)}: make them agree, or write "auto" in the JSON'
+            )
+
+
+def _precision(run: RunConfig) -> list[_Statement]:
+    dtype = run.model.dtype
+    says = f"model.dtype {dtype}, which needs"
+    return [
+        _Statement("bf16.enabled", dtype == "bfloat16", says),
+        _Statement("fp16.enabled", dtype == "float16", says),
+    ]
+
+
+def _optimizer(config: Config, run: RunConfig) -> Iterator[_Statement]:
+    """Clipping, and the parameters of the optimizer block if there is one."""
+    ours = run.optimizer
+    yield _Statement("gradient_clipping", ours.max_grad_norm, "optimizer.max_grad_norm")
+    if "optimizer" not in config:
+        return
+    yield _Statement("optimizer.params.lr", ours.learning_rate, "optimizer.learning_rate")
+    yield _Statement("optimizer.params.weight_decay", ours.weight_decay, "optimizer.weight_decay")
+    if str(config["optimizer"].get("type")).lower() in ("adam", "adamw"):
+        betas = [ours.adam_beta1, ours.adam_beta2]
+        yield _Statement("optimizer.params.betas", betas, "optimizer.adam_beta1 and adam_beta2")
+        yield _Statement("optimizer.params.eps", ours.adam_epsilon, "optimizer.adam_epsilon")
+
+
+def _schedule(config: Config, run: RunConfig, total_steps: int | None) -> Iterator[_Statement]:
+    """The parameters of the scheduler block if there is one, warm-up linear as in transformers."""
+    names = SCHEDULES.get(lookup(config, "scheduler.type"), ((), ()))[1]
+    known = total_steps is not None
+    # DeepSpeed refuses a warm-up of 0 steps.
+    warmup = max(1, run.optimizer.num_warmup_steps(total_steps or 1))
+    statements = {
+        "warmup_min_lr": _Statement("scheduler.params.warmup_min_lr", 0),
+        "warmup_max_lr": _Statement(
+            "scheduler.params.warmup_max_lr", run.optimizer.learning_rate, "optimizer.learning_rate"
+        ),
+        "total_num_steps": _Statement(
+            "scheduler.params.total_num_steps", total_steps or 1, "a number of steps of" if known else None
+        ),
+    }
+    if names:
+        yield _Statement("scheduler.params.warmup_type", "linear")
+        yield _Statement("scheduler.params.warmup_num_steps", warmup, "optimizer.warmup_steps" if known else None)
+    yield from (statements[name] for name in names)
+
+
+def _schedule_problems(config: Config, run: RunConfig, run_source: str | Path) -> Iterator[str]:
+    kind, ours = lookup(config, "scheduler.type"), run.optimizer.lr_scheduler_type
+    names = SCHEDULES.get(kind, ((), ()))[0]
+    if names and ours not in names:
+        yield (
+            f"scheduler.type is {kind}, but {run_source} has optimizer.lr_scheduler_type {ours}: "
+            f"set that to {names[0]}, or delete the scheduler block"
+        )
+
+
+def _sizes(hidden_size: int) -> list[_Statement]:
+    """Bucket sizes in elements, by the formulas of transformers' Trainer."""
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    return [_Statement(f"zero_optimization.{name}", size, if_absent=False) for name, size in sizes.items()]
+
+
+def _keep_books(config: Config, world_size: int) -> None:
+    """DeepSpeed wants a batch triple; where dsdpo owns gradient accumulation it only counts samples with it."""
+    config |= {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+
+
+def _derive_reference(policy: Config, world_size: int) -> Config:
+    config: Config = {key: {"enabled": policy[key]["enabled"]} for key in ("bf16", "fp16")}
+    config |= {key: copy.deepcopy(policy[key]) for key in ("torch_autocast", "aio") if key in policy}
+    kept = {key: value for key, value in policy.get("data_types", {}).items() if key != "grad_accum_dtype"}
+    if kept:
+        config["data_types"] = kept
+    _keep_books(config, world_size)
+    zero: Config = {"stage": 3 if stage(policy) == 3 else 0}
+    if stage(policy) == 3:
+        theirs = policy["zero_optimization"]
+        zero |= {key: copy.deepcopy(theirs[key]) for key in REFERENCE_KEYS if key in theirs}
+    config["zero_optimization"] = zero
+    if offload_device(config, "param") == "nvme":
+        # A second engine on the same folder deletes the first one's swap files (DeepSpeed 0.19.8).
+        zero["offload_param"]["nvme_path"] = os.path.join(zero["offload_param"]["nvme_path"], "reference")
+    return config

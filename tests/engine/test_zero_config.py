@@ -1,0 +1,352 @@
+"""DeepSpeed JSONs: what is filled in, what is refused, and that DeepSpeed itself agrees."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsdpo.config.run import RunConfig
+from dsdpo.engine.zero_config import (
+    needed_ops,
+    offload_device,
+    read_deepspeed_json,
+    resolve_policy_config,
+    resolve_reference_config,
+    stage,
+)
+from dsdpo.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+POLICIES = sorted(CONFIGS.glob("*.json"))
+REFERENCES = sorted(CONFIGS.glob("reference/*.json"))
+NVME = {"device": "nvme", "nvme_path": "/nvme"}
+
+
+def make_run(**sections):
+    needed = {"model": {"path": "m"}, "data": {"train": "d"}, "deepspeed": "ds.json", "output_dir": "out"}
+    return RunConfig.model_validate(needed | sections)
+
+
+def policy(raw, run=None, *, world_size=2, total_steps=100):
+    raw = {"zero_optimization": {"stage": 3}} | raw
+    return resolve_policy_config(
+        raw,
+        source="ds.json",
+        run=run or make_run(),
+        world_size=world_size,
+        hidden_size=64,
+        total_steps=total_steps,
+        run_source="run.yaml",
+    )
+
+
+def reference(raw, policy_config=None, run=None, *, world_size=2):
+    return resolve_reference_config(
+        raw,
+        source="ref.json",
+        run=run or make_run(),
+        policy_config=policy_config or policy({}, run),
+        world_size=world_size,
+        hidden_size=64,
+    )
+
+
+def refusal(resolve, *args, **kwargs):
+    with pytest.raises(ConfigError) as refused:
+        resolve(*args, **kwargs)
+    return str(refused.value)
+
+
+def autos(block):
+    if isinstance(block, dict):
+        return [found for value in block.values() for found in autos(value)]
+    return [block] if block == "auto" else []
+
+
+class TestShippedConfigs:
+    """Every file in ds_configs, for a bf16 and an fp32 run."""
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+    def test_policy_is_accepted_by_deepspeed(self, path, dtype):
+        run = make_run(model={"path": "m", "dtype": dtype})
+        config = policy(read_deepspeed_json(path), run, world_size=1)
+        assert autos(config) == []
+        accepted = deepspeed_config(config)
+        assert accepted.bfloat16_config.enabled == (dtype == "bfloat16")
+        assert accepted.zero_optimization_stage == stage(config) == int(path.stem[4])
+        assert accepted.gradient_clipping == run.optimizer.max_grad_norm
+        assert not accepted.managed_gradient_accumulation
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+    def test_reference_is_accepted_by_deepspeed(self, path, dtype):
+        run = make_run(model={"path": "m", "dtype": dtype})
+        config = reference(read_deepspeed_json(path), policy({}, run), run, world_size=1)
+        assert autos(config) == []
+        accepted = deepspeed_config(config)
+        assert accepted.bfloat16_config.enabled == (dtype == "bfloat16")
+        assert accepted.zero_optimization_stage == stage(config) == int(path.stem[4])
+
+    @pytest.mark.parametrize("own", REFERENCES, ids=lambda path: path.stem)
+    @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+    def test_every_policy_goes_with_every_reference(self, path, own):
+        config = policy(read_deepspeed_json(path))
+        deepspeed_config(reference(None, config, world_size=1))
+        assert stage(reference(read_deepspeed_json(own), config)) == int(own.stem[4])
+
+
+class TestFilling:
+    def test_sizes_follow_transformers_trainer(self):
+        keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+        zero = policy({"zero_optimization": {"stage": 3} | dict.fromkeys(keys, "auto")})["zero_optimization"]
+        assert [zero[key] for key in keys] == [64 * 64, 3686, 640]  # h^2, int(0.9 h^2), 10 h
+        assert set(policy({})["zero_optimization"]) == {"stage"}  # not filled where absent
+
+    def test_batch_triple_is_bookkeeping_and_dsdpo_owns_the_boundary(self):
+        config = policy({"train_batch_size": 64, "train_micro_batch_size_per_gpu": "auto"}, world_size=8)
+        triple = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        assert [config[key] for key in triple] == [8, 1, 1]
+        assert config["managed_gradient_accumulation"] is False
+
+    def test_clipping_is_always_written_because_deepspeed_clips_by_default(self):
+        assert policy({}, make_run(optimizer={"max_grad_norm": 0}))["gradient_clipping"] == 0
+
+    @pytest.mark.parametrize(
+        ("dtype", "enabled"),
+        [("bfloat16", (True, False)), ("float16", (False, True)), ("float32", (False, False))],
+    )
+    @pytest.mark.parametrize("raw", [{}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}])
+    def test_precision_is_the_models(self, raw, dtype, enabled):
+        config = policy(raw, make_run(model={"path": "m", "dtype": dtype}))
+        assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == enabled
+
+    @pytest.mark.parametrize("params", [None, {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}])
+    def test_optimizer_block(self, params):
+        run = make_run(optimizer={"learning_rate": 3e-6, "weight_decay": 0.1, "adam_beta2": 0.95})
+        block = {"type": "AdamW"} | ({"params": params} if params else {})
+        config = policy({"optimizer": block}, run)
+        assert config["optimizer"]["params"] == {"lr": 3e-6, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+        assert "zero_allow_untested_optimizer" not in config
+        assert policy({})["zero_allow_untested_optimizer"] is True
+
+    def test_scheduler_block(self):
+        run = make_run(optimizer={"learning_rate": 3e-6, "warmup_ratio": 0.1})
+        config = policy({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}, run)
+        assert config["scheduler"]["params"] == {
+            "warmup_min_lr": 0,
+            "warmup_max_lr": 3e-6,
+            "warmup_num_steps": 10,
+            "total_num_steps": 100,
+            "warmup_type": "linear",
+        }
+
+    def test_before_the_data_is_read_steps_are_not_compared(self):
+        raw = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 70}}}
+        assert policy(raw, total_steps=None)["scheduler"]["params"]["total_num_steps"] == 70
+        assert "total_num_steps is 70" in refusal(policy, raw, total_steps=100)
+
+    def test_the_json_itself_is_not_changed_and_a_resolved_one_resolves_to_itself(self):
+        raw = read_deepspeed_json(CONFIGS / "zero3_offload.json")
+        before = json.dumps(raw)
+        config = policy(raw)
+        assert json.dumps(raw) == before
+        assert policy(config) == config
+        own = reference(read_deepspeed_json(CONFIGS / "reference/zero3.json"))
+        assert reference(own) == own
+
+    def test_stated_values_are_kept(self):
+        raw = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}, "steps_per_print": 10}
+        config = policy(raw)
+        assert config["zero_optimization"] == raw["zero_optimization"]
+        assert config["steps_per_print"] == 10
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("raw", "message"),
+        [
+            (
+                {"zero_optimization": {"stage": 3, "stage3_param_persistance_threshold": 0}},
+                "ds.json: zero_optimization.stage3_param_persistance_threshold is not a DeepSpeed key; "
+                "did you mean stage3_param_persistence_threshold?",
+            ),
+            ({"zero_optimisation": {"stage": 3}}, "did you mean zero_optimization?"),
+            ({"gradient_cliping": 1.0}, "did you mean gradient_clipping?"),
+            ({"zero_optimization.stage3_max_live_parameters": 0}, "is a dotted key, which DeepSpeed ignores"),
+            ({"bf16": {"enable": True}}, "bf16.enable is not a DeepSpeed key; did you mean enabled?"),
+            ({"amp": {"enabled": True}}, "amp was removed from DeepSpeed"),
+            ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size was removed"),
+            ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'write offload_optimizer: {"device": "cpu"}'),
+            ({"zero_optimization": True}, "zero_optimization is true, but it takes a block"),
+            ({"zero_optimization": "auto"}, 'zero_optimization is "auto", but it takes a block'),
+            ({"zero_optimization": {"stage": "3"}}, 'stage is "3", but it takes a whole number without quotes'),
+            ({"zero_optimization": {"stage": 4}}, "stage is 4; allowed: 0, 1, 2, 3"),
+            ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto", but nothing in the run'),
+            ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
+            ({"zero_optimization": {}}, "zero_optimization.stage is 0"),
+            ({"zero_optimization": {"stage": 3, "sub_group_size": 1.5}}, "takes a whole number"),
+            ({"zero_optimization": {"stage": 3, "overlap_comm": "no"}}, "takes true or false"),
+            ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "at stages 2 and 3 only"),
+            ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, '"none", "cpu", "nvme"'),
+            ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
+            ({"zero_optimization": {"stage": 2, "offload_optimizer": NVME}}, "nvme needs stage 3"),
+            ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme_path is missing"),
+            ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "divide the 2 ranks"),
+            ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "zero_optimization.zenflow is not supported"),
+            ({"managed_gradient_accumulation": True}, "must be false"),
+            ({"compile": {"deepcompile": True}}, "compile.deepcompile is true, but must be false"),
+            ({"sequence_parallel_size": 2}, "must be 1"),
+            ({"optimizer": {"type": "AdmW"}}, "optimizer.type AdmW is neither DeepSpeed's nor torch's"),
+            ({"optimizer": {"params": {}}}, "optimizer.type is missing"),
+            ({"scheduler": {"type": "WarmupLr"}}, "did you mean WarmupLR?"),
+            ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, "use gradient_clipping"),
+        ],
+    )
+    def test_what_deepspeed_would_ignore_or_refuse_late(self, raw, message):
+        assert message in refusal(policy, raw)
+
+    @pytest.mark.parametrize(
+        ("raw", "keys"),
+        [
+            ({"fp16": {"enabled": True}}, ["fp16.enabled is true", "model.dtype bfloat16"]),
+            ({"bf16": {"enabled": False}}, ["bf16.enabled is false", "model.dtype bfloat16"]),
+            ({"gradient_clipping": 0.5}, ["gradient_clipping is 0.5", "optimizer.max_grad_norm 1.0"]),
+            (
+                {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}},
+                ["optimizer.params.lr is 1e-05", "optimizer.learning_rate 1e-06"],
+            ),
+            (
+                {"scheduler": {"type": "WarmupLR"}},
+                ["scheduler.type is WarmupLR", "optimizer.lr_scheduler_type linear", "constant_with_warmup"],
+            ),
+            ({"train_batch_size": 32}, ["train_batch_size is 32", "batch.pairs_per_step 64"]),
+            (
+                {"train_micro_batch_size_per_gpu": 4},
+                ["train_micro_batch_size_per_gpu is 4", "batch.tokens_per_micro_batch"],
+            ),
+            ({"gradient_accumulation_steps": 8}, ["gradient_accumulation_steps is 8", "batch.pairs_per_step"]),
+        ],
+    )
+    def test_contradictions_name_both_files_and_keys(self, raw, keys):
+        message = refusal(policy, raw)
+        for text in ["ds.json: ", "run.yaml", *keys]:
+            assert text in message
+
+    def test_agreeing_values_are_no_contradiction(self):
+        run = make_run(batch={"pairs_per_micro_batch": 4}, optimizer={"learning_rate": 1e-5})
+        raw = {
+            "train_batch_size": 64,
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 1,
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        }
+        policy(raw, run)
+
+    def test_everything_wrong_is_said_at_once(self):
+        assert len(refusal(policy, {"gradient_cliping": 1, "zero_optimization": {"stage": "3"}}).splitlines()) == 2
+        assert len(refusal(policy, {"gradient_clipping": 0.5, "train_batch_size": 3}).splitlines()) == 2
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (b'{\n"bf16": {},\n}', "ds.json:3: not valid JSON"),
+            (b'{"bf16": {"enabled": true, "enabled": false}}', "ds.json: the key enabled stands twice"),
+            (b"[1]", "ds.json: holds [1]"),
+            (bytes(range(128, 256)), "ds.json: not a text file"),
+        ],
+    )
+    def test_a_file_that_is_no_deepspeed_json(self, tmp_path, text, message):
+        path = tmp_path / "ds.json"
+        path.write_bytes(text)
+        assert message in refusal(read_deepspeed_json, path)
+
+    def test_a_missing_file(self, tmp_path):
+        assert "none.json: cannot be read" in refusal(read_deepspeed_json, tmp_path / "none.json")
+
+
+class TestReference:
+    @pytest.mark.parametrize(("theirs", "ours"), [(1, 0), (2, 0), (3, 3)])
+    def test_derived_stage(self, theirs, ours):
+        assert stage(reference(None, policy({"zero_optimization": {"stage": theirs}}))) == ours
+
+    def test_derived_config_holds_nothing_of_training(self):
+        raw = {
+            "optimizer": {"type": "AdamW"},
+            "scheduler": {"type": "WarmupDecayLR"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "tensorboard": {"enabled": True},
+            "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_max_live_parameters": 7,
+                "zero_hpz_partition_size": 2,
+                "offload_optimizer": {"device": "cpu"},
+                "offload_param": {"device": "cpu", "pin_memory": False},
+            },
+        }
+        assert reference(None, policy(raw)) == {
+            "bf16": {"enabled": True},
+            "fp16": {"enabled": False},
+            "train_batch_size": 2,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_max_live_parameters": 7,
+                "offload_param": {"device": "cpu", "pin_memory": False},
+            },
+        }
+
+    def test_derived_swap_files_have_a_folder_of_their_own(self):
+        theirs = policy({"zero_optimization": {"stage": 3, "offload_param": NVME}})
+        assert reference(None, theirs)["zero_optimization"]["offload_param"]["nvme_path"] == "/nvme/reference"
+        assert theirs["zero_optimization"]["offload_param"]["nvme_path"] == "/nvme"
+
+    @pytest.mark.parametrize(
+        ("raw", "message"),
+        [
+            ({"zero_optimization": {"stage": 1}}, "ref.json: zero_optimization.stage 1 needs an optimizer"),
+            ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage 2 needs an optimizer"),
+            ({"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
+            ({"optimizer": {"type": "AdamW"}}, "optimizer has no place in a reference"),
+            ({"scheduler": {"type": "WarmupLR"}}, "scheduler has no place in a reference"),
+            ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "has no place"),
+            ({"fp16": {"enabled": True}}, "model.dtype bfloat16"),
+            ({"train_micro_batch_size_per_gpu": 8}, "reference.score_tokens"),
+            ({"zero_optimization": {"stage": 3, "offload_param": NVME | {"nvme_path": "/nvme/"}}}, "the policy's too"),
+            ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "that group only once"),
+        ],
+    )
+    def test_refusals(self, raw, message):
+        theirs = policy({"zero_optimization": {"stage": 3, "offload_param": NVME, "zero_hpz_partition_size": 2}})
+        assert message in refusal(reference, raw, theirs)
+
+
+@pytest.mark.parametrize(
+    ("raw", "ops", "devices"),
+    [
+        ({}, set(), ("none", "none")),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {"cpu_adam"}, ("none", "cpu")),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": NVME, "offload_optimizer": NVME}},
+            {"cpu_adam", "async_io"},
+            ("nvme", "nvme"),
+        ),
+        ({"optimizer": {"type": "AdamW"}}, {"fused_adam"}, ("none", "none")),
+        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, set(), ("none", "none")),
+        ({"optimizer": {"type": "SGD"}}, set(), ("none", "none")),
+    ],
+)
+def test_needed_ops_and_devices(raw, ops, devices):
+    config = policy(raw)
+    assert needed_ops(config) == ops
+    assert (offload_device(config, "param"), offload_device(config, "optimizer")) == devices
+
+
+def deepspeed_config(config):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    return DeepSpeedConfig(config)
