@@ -1,0 +1,71 @@
+"""The one operation every reference strategy offers, and the one function that performs it on an engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsdpo.data.batch import PreferenceBatch, merge_padded
+from dsdpo.distributed import max_over_ranks
+from dsdpo.objective.logps import PairLogps, pair_logps
+
+
+class Reference(ABC):
+    """The anchor π_ref: log-probs of a window's pairs under it, whoever holds its weights."""
+
+    @abstractmethod
+    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        """One `PairLogps` per batch, without gradient. Collective, as often on every rank."""
+
+    def after_step(self, step: int) -> None:  # noqa: B027 (a frozen reference has nothing to do)
+        """Called after optimizer step number `step`, counted from 1; where a moving reference moves. Collective."""
+
+    def save(self, folder: Path) -> None:  # noqa: B027 (a frozen reference has no state)
+        """Write into `folder` whatever cannot be rebuilt from the run's config. Collective."""
+
+    def load(self, folder: Path) -> None:  # noqa: B027
+        """Take up the state that `save` wrote. Collective."""
+
+
+@torch.no_grad()
+def score_window(
+    model: Callable[..., Tensor], window: Sequence[PreferenceBatch], *, score_tokens: int
+) -> list[PairLogps]:
+    """Log-probs of a window in as few forward passes of at most `score_tokens` padded tokens as it takes. Collective.
+
+    Under ZeRO-3 each pass gathers all weights, so a window that fits one pass costs one gather per layer however many
+    micro-batches it holds. A rank with less to score repeats its last group, or ranks would hang in a gather.
+    """
+    groups = group_by_tokens(window, score_tokens)
+    passes = max_over_ranks(len(groups), window[0].input_ids.device)
+    scored: list[PairLogps] = []
+    for index in range(passes):
+        group = groups[min(index, len(groups) - 1)]
+        logps = pair_logps(model, merge_padded(group))
+        if index < len(groups):
+            scored += split_logps(logps, [len(batch.pair_ids) for batch in group])
+    return scored
+
+
+def group_by_tokens(window: Sequence[PreferenceBatch], budget: int) -> list[list[PreferenceBatch]]:
+    """Consecutive batches in groups that hold at most `budget` tokens once padded to a common length."""
+    groups: list[list[PreferenceBatch]] = []
+    rows = longest = 0
+    for batch in window:
+        batch_rows, batch_length = batch.input_ids.shape
+        rows, longest = rows + batch_rows, max(longest, batch_length)
+        if not groups or rows * longest > budget:
+            groups.append([])
+            rows, longest = batch_rows, batch_length
+        groups[-1].append(batch)
+    return groups
+
+
+def split_logps(logps: PairLogps, sizes: list[int]) -> list[PairLogps]:
+    """The log-probs of a merged batch, handed back to batches of `sizes` pairs."""
+    fields = (logps.chosen, logps.rejected, logps.chosen_tokens, logps.rejected_tokens)
+    return [PairLogps(*parts) for parts in zip(*(field.split(sizes) for field in fields), strict=True)]
