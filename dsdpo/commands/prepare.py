@@ -1,0 +1,205 @@
+"""Everything that can go wrong before a model loads, cheapest first: files, DeepSpeed configs, tokenizer, data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsdpo.commands.console import say
+from dsdpo.config.run import ModelConfig, RunConfig, SourceConfig
+from dsdpo.data.pairs import Pairs, open_pairs
+from dsdpo.data.plan import MicroBatchBudget
+from dsdpo.data.sources import DefaultSplit
+from dsdpo.data.tokenize import prepare_pairs
+from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.data.window import Windows
+from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, world_size
+from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config
+from dsdpo.errors import ConfigError, DataError
+
+# What a run writes into its output folder.
+RUN_FILES = (
+    "config.yaml",
+    "deepspeed.json",
+    "deepspeed_reference.json",
+    "environment.json",
+    "metrics.jsonl",
+    "metrics.png",
+    "wandb_run_id",
+    "wandb",
+    "checkpoints",
+    "model",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check and whose data is ready."""
+
+    run: RunConfig
+    policy_config: dict[str, Any]  # DeepSpeed's, with nothing "auto" left
+    reference_config: dict[str, Any]
+    tokenizer: Any
+    train: Windows
+    evaluation: Windows | None
+    total_steps: int
+
+
+def prepare(run: RunConfig, *, run_file: str | Path = "the run") -> Plan:
+    """Check the whole run and tokenize its data, once per node. Collective; no model is loaded.
+
+    `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
+    on all ranks alike.
+    """
+    model = check_model(run.model, key="model.path")
+    if run.reference.path or run.reference.revision:
+        check_model(reference_model(run), key="reference.path")
+    check_output_folder(run)
+    hidden_size = int(model.hidden_size)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=launched)
+    tokenizer = load_tokenizer(run.model)
+    if len(tokenizer) > model.vocab_size:
+        raise ConfigError(
+            f"model.tokenizer: {len(tokenizer)} tokens, but the embedding of {run.model.path} has {model.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+    from dsdpo.engine.build import start_distributed  # imports DeepSpeed: seconds that a wrong setting need not wait
+
+    start_distributed(timeout_minutes=run.distributed.timeout_minutes)
+    train = prepare_windows(run, run.data.train, "train", tokenizer, model)
+    evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model) if run.data.eval else None
+    total_steps = run.total_steps(len(train.pairs))
+    policy_config, reference_config = resolve_configs(
+        run, run_file, hidden_size=hidden_size, total_steps=total_steps, ranks=world_size()
+    )
+    return Plan(run, policy_config, reference_config, tokenizer, train, evaluation, total_steps)
+
+
+def reference_model(run: RunConfig) -> ModelConfig:
+    """The model whose weights the reference starts from."""
+    if run.reference.path is None:
+        return run.model.model_copy(update={"revision": run.reference.revision or run.model.revision})
+    return run.model.model_copy(update={"path": run.reference.path, "revision": run.reference.revision})
+
+
+def resolve_configs(
+    run: RunConfig, run_file: str | Path, *, hidden_size: int, total_steps: int | None, ranks: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The DeepSpeed configs of policy and reference, complete."""
+    policy = resolve_policy_config(
+        read_deepspeed_json(run.deepspeed),
+        source=run.deepspeed,
+        run=run,
+        world_size=ranks,
+        hidden_size=hidden_size,
+        total_steps=total_steps,
+        run_source=run_file,
+    )
+    own = run.reference.deepspeed
+    reference = resolve_reference_config(
+        read_deepspeed_json(own) if own else None,
+        policy_config=policy,
+        source=own,
+        run=run,
+        world_size=ranks,
+        hidden_size=hidden_size,
+        run_source=run_file,
+    )
+    return policy, reference
+
+
+def check_model(model: ModelConfig, *, key: str) -> Any:
+    """The model's (text) configuration. Raises `ConfigError` if there is no such model, or no weights beside it."""
+    from transformers import AutoConfig
+
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{key}: {folder} has no config.json; give a Hugging Face model folder or Hub id")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            raise ConfigError(f"{key}: {folder} has no weights (*.safetensors)")
+    elif folder.is_file() or model.path.startswith((".", "/", "~")):
+        raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
+    try:
+        config = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # whatever the Hub client or a parser raises
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}: {model.path!r} is no folder here and cannot be loaded: {first_line}") from error
+    return config.get_text_config()
+
+
+def check_output_folder(run: RunConfig) -> None:
+    """Raise `ConfigError` unless the run may write into its output folder."""
+    folder = Path(run.output_dir)
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output_dir: {folder} cannot be written ({existing} is not a writable folder)")
+    if folder.exists() and any(folder.iterdir()) and not run.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir: {folder} is not empty; choose another folder, or add --overwrite_output_dir true to replace "
+            "the run in it"
+        )
+
+
+def make_output_folder(run: RunConfig) -> Path:
+    """The run's folder, emptied of an earlier run's files if that was asked for. Collective."""
+    folder = Path(run.output_dir)
+    with all_or_none():
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in RUN_FILES:
+                path = folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+    return folder
+
+
+def prepare_windows(
+    run: RunConfig, sources: list[SourceConfig], split: DefaultSplit, tokenizer: Any, model: Any
+) -> Windows:
+    """The token pairs of some sources, prepared by one rank of each node and opened by all. Collective."""
+    folder = None
+    with all_or_none():
+        if local_rank() == 0:
+            folder = prepare_pairs(sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
+    folders = gather_objects((local_node(), folder))
+    pairs = open_pairs(next(path for node, path in folders if path is not None and node == local_node()))
+    check_pairs(pairs, split, run, model)
+    return Windows(
+        pairs=pairs,
+        budget=MicroBatchBudget(tokens=run.batch.tokens_per_micro_batch, pairs=run.batch.pairs_per_micro_batch),
+        pad_token_id=tokenizer.pad_token_id,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def local_node() -> int:
+    """The index of this node, the same for all its ranks."""
+    return (rank() - local_rank()) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_pairs(pairs: Pairs, split: str, run: RunConfig, model: Any) -> None:
+    """Raise unless every node holds the same pairs and the model can take the longest. Collective."""
+    if pairs.report.text:
+        say(f"{split} data: {pairs.report.text}")
+    digests = gather_objects(pairs.digest)
+    if len(set(digests)) > 1:
+        odd = next(index for index, digest in enumerate(digests) if digest != digests[0])
+        raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
+    longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise ConfigError(
+            f"data.max_length: {run.data.max_length}, but {run.model.path} takes {limit} tokens and the longest pair "
+            f"of the {split} data has {longest}; set data.max_length to {limit} or less"
+        )

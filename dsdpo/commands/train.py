@@ -1,0 +1,113 @@
+"""`dsdpo train RUN.yaml`: a run from its settings to an exported model, told top to bottom."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsdpo.commands.console import quiet_libraries, say
+from dsdpo.config.load import dump_yaml, load_run, run_parser
+
+if TYPE_CHECKING:
+    from dsdpo.commands.prepare import Plan
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
+    parser = run_parser("dsdpo train", "Train a policy on preference pairs, anchored to a reference model.")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
+    run, flags = load_run(argv, parser)
+
+    # torch, transformers and DeepSpeed take seconds to import, which a wrong setting need not wait for.
+    from dsdpo.commands.prepare import prepare
+    from dsdpo.commands.report import describe_plan
+
+    quiet_libraries(verbose=flags.verbose)
+    plan = prepare(run, run_file=flags.run)
+    say(describe_plan(plan))
+    if not flags.dry_run:
+        train(plan)
+    return 0
+
+
+def train(plan: Plan) -> None:
+    """Build both engines, train, evaluate, save and export. Collective."""
+    from dsdpo.commands.engines import build_engines
+    from dsdpo.commands.prepare import make_output_folder
+    from dsdpo.commands.report import describe_results, step_settings
+    from dsdpo.engine import build
+    from dsdpo.objective.losses import make_loss
+    from dsdpo.training import trainer
+    from dsdpo.training.checkpoint import TrainState, save_checkpoint
+    from dsdpo.training.evaluate import evaluate
+    from dsdpo.training.export import export_model
+    from dsdpo.training.tracking import Tracker
+
+    run, device = plan.run, build.device()
+    folder = make_output_folder(run)
+    record_settings(plan, folder)
+    policy, reference = build_engines(plan)
+    loss_fn = make_loss(run.loss.type, beta=run.loss.beta, label_smoothing=run.loss.label_smoothing)
+    tracker = Tracker(run, folder)
+    state = TrainState()
+
+    def evaluate_now() -> None:
+        if plan.evaluation is not None:
+            tracker.log(state.step, evaluate(policy, reference, loss_fn, plan.evaluation.whole_pass(device)))
+
+    def save_now() -> None:
+        keep_last = run.checkpoint.keep_last
+        save_checkpoint(folder / "checkpoints", state, policy=policy, reference=reference, keep_last=keep_last)
+
+    build.warm_up(policy, plan.train.largest_batch(device))
+    if run.evaluation.at_start:
+        evaluate_now()
+    trainer.train(
+        policy,
+        reference,
+        loss_fn,
+        plan.train.steps(
+            device, consumed_pairs=state.consumed_pairs, steps=plan.total_steps - state.step, **step_settings(run)
+        ),
+        state=state,
+        due=trainer.Due(
+            total_steps=plan.total_steps,
+            log_every=run.tracking.every_steps,
+            evaluate_every=run.evaluation.every_steps,
+            checkpoint_every=run.checkpoint.every_steps,
+        ),
+        tracker=tracker,
+        evaluate=evaluate_now,
+        save=save_now,
+    )
+    export_model(policy, plan.tokenizer, run, folder / "model", metrics=tracker.last_evaluation)
+    tracker.close()
+    say(describe_results(folder))
+
+
+def record_settings(plan: Plan, folder: Path) -> None:
+    """Write the resolved settings, both DeepSpeed configs and the environment into the run folder. Collective."""
+    from dsdpo.distributed import all_or_none, rank, world_size
+
+    packages = ("torch", "deepspeed", "transformers", "datasets", "dsdpo")
+    environment: dict[str, Any] = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "world_size": world_size(),
+        "versions": {name: version(name) for name in packages},
+    }
+    with all_or_none():
+        if rank() == 0:
+            (folder / "config.yaml").write_text(dump_yaml(plan.run), encoding="utf-8")
+            for name, content in (
+                ("deepspeed.json", plan.policy_config),
+                ("deepspeed_reference.json", plan.reference_config),
+                ("environment.json", environment),
+            ):
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,49 @@
+"""Metrics as sums and counts that stay on the device until they are read, with one all-reduce."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsdpo.distributed import world_size
+from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.losses import LossOutput
+
+
+class Meter:
+    """Means over pairs of all ranks and micro-batches since the last reading."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # name -> (2,) float64: sum, count
+
+    def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
+        """Take one value per pair, (B,) each, counted with `weight` (B,): 0 for filler pairs."""
+        count = weight.sum(dtype=torch.float64)
+        for name, value in values.items():
+            total = torch.where(weight > 0, value.detach() * weight, 0.0).sum(dtype=torch.float64)
+            pair = torch.stack([total, count])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def read(self) -> dict[str, float]:
+        """The means, and start again from nothing. Collective; the only wait for the device."""
+        if not self._sums:
+            return {}
+        table = torch.stack(list(self._sums.values()))
+        if world_size() > 1:
+            dist.all_reduce(table)
+        names, self._sums = list(self._sums), {}
+        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True)}
+
+
+def pair_metrics(output: LossOutput, policy: PairLogps) -> dict[str, Tensor]:
+    """The metrics of B pairs under TRL's names, (B,) each; rewards are beta · logratio."""
+    return {
+        "loss": output.losses,
+        "rewards/chosen": output.chosen_rewards,
+        "rewards/rejected": output.rejected_rewards,
+        "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).float(),
+        "rewards/margins": output.chosen_rewards - output.rejected_rewards,
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }

@@ -1,0 +1,77 @@
+"""Where metrics go: `metrics.jsonl` in the run folder is the record, W&B a mirror that may fail."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dsdpo.config.run import RunConfig
+from dsdpo.distributed import rank
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Writes metrics on rank 0 and does nothing on other ranks."""
+
+    def __init__(self, run: RunConfig, folder: Path) -> None:
+        self.last_evaluation: dict[str, float] = {}
+        self._active = rank() == 0
+        self._wandb: Any = None
+        if self._active:
+            self._record = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            if run.tracking.wandb is not None:
+                self._wandb = _start_wandb(run, folder)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One row: `step` first, then the metrics as they are named."""
+        if "eval/loss" in metrics:
+            self.last_evaluation = metrics
+        if not self._active:
+            return
+        self._record.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._record.flush()
+        if self._wandb is not None:
+            try:
+                self._wandb.log(metrics, step=step)
+            except Exception as error:
+                self._give_up_on_wandb(error)
+
+    def close(self) -> None:
+        """Finish the record and the mirror."""
+        if not self._active:
+            return
+        self._record.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                self._give_up_on_wandb(error)
+
+    def _give_up_on_wandb(self, error: Exception) -> None:
+        log.warning("W&B failed (%s); training goes on and metrics.jsonl has every row", error)
+        self._wandb = None
+
+
+def _start_wandb(run: RunConfig, folder: Path) -> Any:
+    """A W&B run under the id kept in the run folder, or None with a warning: tracking never stops training."""
+    settings = run.tracking.wandb
+    assert settings is not None
+    id_file = folder / "wandb_run_id"
+    try:
+        import wandb
+
+        session = wandb.init(
+            dir=str(folder),
+            id=id_file.read_text().strip() if id_file.exists() else None,
+            resume="allow",
+            config=run.model_dump(mode="json"),
+            **settings.model_dump(exclude_none=True),
+        )
+        id_file.write_text(session.id + "\n")
+        return session
+    except Exception as error:
+        log.warning("W&B could not start (%s); metrics go to metrics.jsonl only", error)
+        return None

@@ -1,0 +1,58 @@
+"""One truth under every DeepSpeed config: the same losses, from ln 2 on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.runs import POLICIES, REFERENCES, demo_inputs, losses, settings, train_on
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def truth(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """One process, so nothing is partitioned, and all pairs of a step in one micro-batch."""
+    folder = tmp_path_factory.mktemp("truth")
+    run = settings(folder, inputs, policy_zero="zero1", reference_zero="zero0", batch={"pairs_per_micro_batch": 8})
+    return losses(train_on(1, run))
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_losses(policy: str, reference: str, inputs: Path, truth: list[float], tmp_path: Path) -> None:
+    found = losses(train_on(2, settings(tmp_path, inputs, policy_zero=policy, reference_zero=reference)))
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found == pytest.approx(truth, abs=1e-5)
+    assert truth[-1] < math.log(2) - 1e-3, "nothing was learned, so nothing was compared"
+
+
+def test_derived_reference_and_checkpointing(inputs: Path, truth: list[float], tmp_path: Path) -> None:
+    """No reference JSON: derived from the policy's. Activation checkpointing changes nothing."""
+    run = settings(tmp_path, inputs, reference_zero=None, model={"gradient_checkpointing": True})
+    assert losses(train_on(2, run)) == pytest.approx(truth, abs=1e-5)
+
+
+BY_TOKENS = {"pairs_per_micro_batch": None, "tokens_per_micro_batch": 100}
+
+
+@pytest.mark.parametrize("batch", [{"pairs_per_micro_batch": 1}, BY_TOKENS])
+def test_micro_batches_do_not_matter(batch: dict, inputs: Path, truth: list[float], tmp_path: Path) -> None:
+    assert losses(train_on(2, settings(tmp_path, inputs, batch=batch))) == pytest.approx(truth, abs=1e-5)
+
+
+def test_more_ranks_than_pairs_in_a_step(inputs: Path, tmp_path: Path) -> None:
+    """One pair a step on two ranks: the other rank is kept busy and counts for nothing."""
+    one_pair = {"pairs_per_step": 1, "pairs_per_micro_batch": 1}
+    alone = losses(train_on(1, settings(tmp_path / "one", inputs, batch=one_pair)))
+    assert losses(train_on(2, settings(tmp_path / "two", inputs, batch=one_pair))) == pytest.approx(alone, abs=1e-5)
+
+
+def test_score_budget_does_not_matter(inputs: Path, truth: list[float], tmp_path: Path) -> None:
+    run = settings(tmp_path, inputs, reference={"score_tokens": 1})
+    assert losses(train_on(2, run)) == pytest.approx(truth, abs=1e-5)
