@@ -165,7 +165,8 @@ def _unknown_options(unknown: list[str]) -> Iterator[str]:
 
 def _nearest(key: str, option: str = "") -> str:
     """A suggestion for a mistyped dotted key: the same name in another section, else the nearest of all."""
-    valid = dotted_keys()
+    # The section that it stands in is no advice.
+    valid = [name for name in dotted_keys() if not key.startswith(f"{name}.")]
     leaf = key.split(".")[-1]
     elsewhere = [name for name in valid if name.split(".")[-1] == leaf]
     return did_you_mean(option + (elsewhere[0] if elsewhere else key), [option + name for name in valid])

@@ -6,22 +6,20 @@ The names are a contract. Fields with a counterpart in TRL or transformers carry
 from __future__ import annotations
 
 import math
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
     model_validator,
 )
+
+from dsdpo.config.lora import LoraConfig
+from dsdpo.config.section import PathText, Section
 
 Column = Literal["prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs"]
 Scheduler = Literal[
@@ -30,27 +28,6 @@ Scheduler = Literal[
 
 # transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
 POLYNOMIAL_END = 1e-7
-
-
-def _beside_run_file(path: str, info: ValidationInfo) -> str:
-    """The path as given if it exists from here, else the same path beside the run file, else as given."""
-    folder = (info.context or {}).get("folder")
-    if folder is None or os.path.exists(path):
-        return path
-    beside = os.path.join(folder, path)
-    return beside if os.path.exists(beside) else path
-
-
-# A file or folder, or for models and data also a Hub id: so a path that is nowhere stays as it is.
-PathText = Annotated[str, Field(min_length=1), AfterValidator(_beside_run_file)]
-
-
-class Section(BaseModel):
-    """Settings that belong together; unknown keys are refused and values never change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
-    )
 
 
 class ModelConfig(Section):
@@ -66,6 +43,8 @@ class ModelConfig(Section):
     """transformers' name of the attention (sdpa, eager, flash_attention_2, ...); auto lets transformers choose."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third more compute for far less memory."""
+    lora: LoraConfig | None = None
+    """Train an adapter in place of all weights: peft.LoraConfig's fields, or {path: adapter folder}."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     tokenizer: PathText | None = None
@@ -148,8 +127,12 @@ class LossConfig(Section):
 class ReferenceConfig(Section):
     """The reference model: whose weights, where they live and when they are asked."""
 
-    strategy: Literal["auto", "separate"] = "auto"
-    """separate: its own inference-only engine; auto takes the cheapest strategy that fits the run."""
+    strategy: Literal["auto", "adapter", "precomputed", "separate", "policy_snapshot"] = "auto"
+    """separate: its own inference-only engine; adapter: the policy's base weights, for model.lora; precomputed: an
+    engine that scores all pairs before training and goes; policy_snapshot: TR-DPO with alpha 1 and no weights, where
+    the policy scores for the next steps at each sync; auto: adapter if that fits the run, else separate."""
+    adapter: Literal["initial", "base"] = "initial"
+    """For a policy that goes on with an adapter. initial: the reference has that adapter, frozen; base: none."""
     path: PathText | None = None
     """Folder or Hub id of the reference; null: the model that the policy starts from."""
     revision: str | None = None
@@ -158,6 +141,47 @@ class ReferenceConfig(Section):
     """DeepSpeed JSON of the reference engine (stage 0 or 3); null: derived from the policy's."""
     score_tokens: PositiveInt = 32768
     """Tokens in one scoring forward pass on one rank; a longer pair goes alone."""
+    sync_ref_model: bool = False
+    """TR-DPO: move the reference towards the policy as training goes (arXiv 2404.09656)."""
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the policy in the moved reference; 1 copies it."""
+    ref_model_sync_steps: PositiveInt = 512
+    """Optimizer steps between two moves."""
+    store: Annotated[str | None, Field(min_length=1)] = None
+    """Folder that precomputed log-probs are kept in and taken from; null: beside the prepared data (data.cache_dir)."""
+    audit_rows: NonNegativeInt = 16
+    """Pairs per data set that are scored again to check those found in the store; 0: none."""
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> ReferenceConfig:
+        if self.strategy == "precomputed" and self.sync_ref_model:
+            raise ValueError(
+                "reference.sync_ref_model moves the reference while it trains, but reference.strategy precomputed asks "
+                "it only once, before training: set reference.strategy to separate, or leave sync_ref_model out"
+            )
+        if self.strategy == "policy_snapshot" and not (self.sync_ref_model and self.ref_model_mixup_alpha == 1.0):
+            raise ValueError(
+                "reference.strategy policy_snapshot is TR-DPO with a whole copy at each sync: set "
+                f"reference.sync_ref_model to true (now {str(self.sync_ref_model).lower()}) and "
+                f"reference.ref_model_mixup_alpha to 1 (now {self.ref_model_mixup_alpha}), or choose another strategy"
+            )
+        if self.strategy == "policy_snapshot" and (self.path or self.revision or self.deepspeed):
+            raise ValueError(
+                "reference.path, reference.revision and reference.deepspeed have no effect with reference.strategy "
+                "policy_snapshot, whose reference is the policy itself: leave them out"
+            )
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if not self.sync_ref_model and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"reference.{name} {getattr(self, name)} has no effect while reference.sync_ref_model is false: "
+                    "set that to true, or leave it out"
+                )
+        if self.strategy != "precomputed" and self.store is not None:
+            raise ValueError(
+                f"reference.store {self.store} has no effect with reference.strategy {self.strategy}: set that to "
+                "precomputed, or leave store out"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -261,6 +285,13 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; older ones are deleted."""
 
 
+class ExportConfig(Section):
+    """What the trained policy is written as."""
+
+    merge_adapter: bool = False
+    """Beside the adapter in model/, write the base model with the adapter merged into it to merged/."""
+
+
 class WandbConfig(Section):
     """Weights & Biases, beside metrics.jsonl."""
 
@@ -272,7 +303,7 @@ class WandbConfig(Section):
     """Run name; null: the name of output_dir."""
     group: str | None = None
     """Group of runs shown together."""
-    tags: list[str] = []
+    tags: list[str] = Field(default=[])
     """Labels of the run."""
     mode: Literal["online", "offline", "disabled"] = "online"
     """online sends as the run goes, offline writes files to send later, disabled does neither."""
@@ -306,6 +337,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     tracking: TrackingConfig = TrackingConfig()
     distributed: DistributedConfig = DistributedConfig()
     deepspeed: PathText
@@ -314,6 +346,46 @@ class RunConfig(Section):
     """Folder for everything the run writes."""
     overwrite_output_dir: bool = False
     """Write into output_dir even if it is not empty."""
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> RunConfig:
+        lora, reference = self.model.lora, self.reference
+        own = [name for name in ("path", "revision", "deepspeed") if getattr(reference, name) is not None]
+        if lora is None and (reference.strategy == "adapter" or reference.adapter != "initial"):
+            key = "strategy adapter" if reference.strategy == "adapter" else f"adapter {reference.adapter}"
+            raise ValueError(f"reference.{key} needs an adapter to train: set model.lora, or leave it out")
+        if lora is None and self.export.merge_adapter:
+            raise ValueError("export.merge_adapter true has nothing to merge without model.lora: leave it out")
+        if reference.strategy == "adapter" and own:
+            raise ValueError(
+                f"reference.{own[0]} {getattr(reference, own[0])} has no effect with reference.strategy adapter, whose "
+                "weights are the policy's own: leave it out, or set reference.strategy to separate"
+            )
+        if lora is not None and lora.bias != "none" and reference.strategy == "adapter":
+            raise ValueError(
+                f"model.lora.bias {lora.bias} trains biases of the base model, which is the reference under "
+                "reference.strategy adapter: set model.lora.bias to none or reference.strategy to separate"
+            )
+        if reference.adapter == "base" and reference.sync_ref_model and self.reference_strategy() == "adapter":
+            raise ValueError(
+                "reference.sync_ref_model moves the reference's adapter, of which reference.adapter base has none: set "
+                "reference.adapter to initial"
+            )
+        return self
+
+    def reference_strategy(self) -> str:
+        """The strategy as asked for, or what `auto` stands for."""
+        if self.reference.strategy != "auto":
+            return self.reference.strategy
+        own = self.reference.path or self.reference.revision or self.reference.deepspeed
+        shared = self.model.lora is not None and self.model.lora.bias == "none" and not own
+        return "adapter" if shared else "separate"
+
+    def has_reference_adapter(self) -> bool:
+        """True if the reference is a second adapter on the policy's base weights, False if it needs none."""
+        lora, reference = self.model.lora, self.reference
+        continued = lora is not None and lora.path is not None and reference.adapter == "initial"
+        return self.reference_strategy() == "adapter" and (continued or reference.sync_ref_model)
 
     def total_steps(self, num_pairs: int) -> int:
         """Optimizer steps of the whole run over `num_pairs` training pairs; an epoch's last step may be smaller."""
