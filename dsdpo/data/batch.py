@@ -39,7 +39,7 @@ class PreferenceBatch:
     score_at: Tensor  # (N,) int64, flat position (row * T + column) whose hidden state predicts a response token
     targets: Tensor  # (N,) int64, those response tokens
     response: Tensor  # (N,) int64 in [0, 2B): chosen i -> i, rejected i -> B + i
-    pair_ids: Tensor  # (B,) int64, row in the data set; -1 for a filler pair
+    pair_ids: Tensor  # (B,) int64, the run's number of the pair (see `Windows.first_pair_id`); -1 for a filler pair
 
     @property
     def num_pairs(self) -> int:

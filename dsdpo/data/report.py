@@ -24,6 +24,7 @@ KINDS = {
     "prompt_too_long": "the prompt alone fills data.max_length",
     "equal_after_truncation": "chosen and rejected are the same once cut to data.max_length",
 }
+CUT = ("prompt_too_long", "equal_after_truncation")  # kinds that a larger data.max_length mends
 
 
 class BadRow(Exception):  # noqa: N818 - an outcome that is counted, never an error that reaches the user
@@ -117,7 +118,9 @@ def collect_problems(bad_rows: Iterable[tuple[str, str, str, str]]) -> tuple[Pro
 def check_report(report: DropReport, *, key: str, strict: bool, max_dropped_share: float) -> None:
     """Raises DataError if no row is left, or more were dropped than `data.strict` and the share allow."""
     if report.kept == 0:
-        raise DataError(f"{key}: no usable row is left.\n{report.text}\nCorrect the rows.")
+        cut = any(problem.kind in CUT for problem in report.problems)
+        remedy = "Raise data.max_length, or correct the rows." if cut else "Correct the rows."
+        raise DataError(f"{key}: no usable row is left.\n{report.text}\n{remedy}")
     if strict and report.dropped:
         raise DataError(
             f"{key}: bad rows, and data.strict is true.\n{report.text}\n"

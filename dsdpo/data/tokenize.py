@@ -30,7 +30,7 @@ from dsdpo.data.report import BadRow, DropReport, check_report, collect_problems
 from dsdpo.data.sources import SECTIONS, DefaultSplit, Source, find_sources, read_rows, uses_of_rows
 from dsdpo.errors import DataError
 
-__all__ = ["Pairs", "open_pairs", "prepare_pairs", "template_digest", "tokenizer_digest"]
+__all__ = ["Pairs", "cache_folder", "open_pairs", "prepare_pairs", "template_digest", "tokenizer_digest"]
 
 VERSION = 1  # of the code that decides ids and order: raise it when they change for the same input
 BATCH_ROWS = 1000
@@ -77,7 +77,7 @@ def prepare_pairs(
     Raises DataError for data that cannot be used: missing, unreadable, or more bad rows than `data` allows.
     """
     found = find_sources(sources, default_split)
-    folder = _cache_folder(data) / f"pairs-{_key(found, tokenizer, data.max_length, seed)}"
+    folder = cache_folder(data) / f"pairs-{_key(found, tokenizer, data.max_length, seed)}"
     if not folder.is_dir():
         _check_writable(folder.parent)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent, ignore_cleanup_errors=True) as made:
@@ -144,7 +144,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _cache_folder(data: DataConfig) -> Path:
+def cache_folder(data: DataConfig) -> Path:
     """Where prepared pairs are kept."""
     return Path(data.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dsdpo"
 

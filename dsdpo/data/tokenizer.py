@@ -25,7 +25,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
         )
     except Exception as error:  # the libraries below raise whatever their parsers raise
         key = "model.tokenizer" if model.tokenizer else "model.path"
-        raise ConfigError(f"{key}: no tokenizer could be loaded from {source!r}: {error}") from error
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{key}: no tokenizer could be loaded from {source!r} ({first_line}); give one with model.tokenizer"
+        ) from error
     if model.chat_template is not None:
         path = Path(model.chat_template)
         if not path.is_file():

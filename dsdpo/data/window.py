@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,6 +32,7 @@ class Windows:
     pad_token_id: int
     rank: int
     world_size: int
+    first_pair_id: int = 0  # a run numbers the pairs of all its data sets through, so that an id names one pair
 
     def steps(
         self, device: torch.device, *, consumed_pairs: int, steps: int, pairs_per_step: int, seed: int, shuffle: bool
@@ -72,11 +73,13 @@ class Windows:
         return filler(self.pairs[order[:count].tolist()], pad_token_id=self.pad_token_id).to(device)
 
     def _collate(self, micro_batches: Sequence[tuple[int, ...]], device: torch.device) -> tuple[PreferenceBatch, ...]:
-        return tuple(self._batch(ids).to(device) for ids in micro_batches)
+        return tuple(self.batch(ids).to(device) for ids in micro_batches)
 
-    def _batch(self, ids: tuple[int, ...]) -> PreferenceBatch:
-        if ids:
-            return collate_padded(self.pairs[ids], pad_token_id=self.pad_token_id)
+    def batch(self, rows: tuple[int, ...]) -> PreferenceBatch:
+        """These rows of `pairs` as one micro-batch on the CPU, a filler if there are none."""
+        if rows:
+            batch = collate_padded(self.pairs[rows], pad_token_id=self.pad_token_id)
+            return replace(batch, pair_ids=batch.pair_ids + self.first_pair_id)
         return filler(self.pairs[[self._shortest]], pad_token_id=self.pad_token_id)
 
     @cached_property
