@@ -19,6 +19,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.errors import ConfigError
 
 CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
+LOGPS_VERSION = 1  # raise it when the same weights and tokens come to give other log-probs: stored ones become unusable
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class ResponseScorer(nn.Module):
         super().__init__()
         self.lm = lm
         head = lm.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise ConfigError(
-                f"model: the output head of {type(lm).__name__} is a {type(head).__name__}; dsdpo scores models whose "
-                "head is a plain torch.nn.Linear"
-            )
-        # Same parameters, names and hooks, another forward: ZeRO-3 gathers the weight once per pass, as for any module.
-        head.__class__ = ChunkedHead
-        vars(head)["transform"] = LogitTransform.of(lm.config)
+        for linear in linear_heads(head):
+            if type(linear) is not nn.Linear:
+                raise ConfigError(
+                    f"model: the output head of {type(lm).__name__} is a {type(linear).__name__}; dsdpo scores models "
+                    "whose head is a plain torch.nn.Linear"
+                )
+            # Same parameters, names and hooks, another forward: ZeRO-3 gathers the weight once per pass, as for any
+            # module.
+            linear.__class__ = ChunkedHead
+            vars(linear)["transform"] = LogitTransform.of(lm.config)
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Summed log-prob of each response, (2B,) float32: chosen i at i, rejected i at B + i."""
@@ -71,6 +74,12 @@ class ResponseScorer(nn.Module):
         logps = self.lm.get_output_embeddings()(hidden, batch.targets)
         summed = torch.zeros(2 * len(batch.pair_ids), dtype=torch.float32, device=logps.device)
         return summed.index_add(0, batch.response, logps)
+
+
+def linear_heads(head: nn.Module) -> list[nn.Module]:
+    """The modules that compute an output head: itself, or the copies between which an adapter's wrapper chooses."""
+    original = getattr(head, "original_module", None)
+    return [head] if original is None else [original, *head.modules_to_save.values()]  # type: ignore[operator, union-attr]
 
 
 @dataclass(frozen=True)
