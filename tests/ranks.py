@@ -56,6 +56,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     return [results[rank] for rank in range(world_size)]
 
 
+def restart(world_size: int) -> None:
+    """New processes for the next test: for what DeepSpeed can set up only once in a process, such as hpZ's groups."""
+    if world_size in _groups:
+        _stop(world_size)
+
+
 def stop_all() -> None:
     """End every group; called once after the last test."""
     for world_size in list(_groups):

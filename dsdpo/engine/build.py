@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -19,9 +21,13 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from dsdpo.config.run import ModelConfig, OptimizerConfig, RunConfig
 from dsdpo.data.batch import PreferenceBatch
+from dsdpo.distributed import rank
+from dsdpo.engine.lora import add_adapter, add_reference_adapter
 from dsdpo.engine.ops import skip_shared_memory_op
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.objective.logps import ResponseScorer
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -34,6 +40,7 @@ def start_distributed(*, timeout_minutes: float) -> None:
     if torch.distributed.is_initialized():
         return
     _adopt_environment()
+    _follow_log_level()
     skip_shared_memory_op()
     local = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(local)
@@ -60,6 +67,14 @@ def _adopt_environment() -> None:
     env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))  # torchrun's name, then deepspeed's
 
 
+def _follow_log_level() -> None:
+    """DeepSpeed's logger at the level of all others: it comes with its own, and its handler with another."""
+    logger, level = logging.getLogger("DeepSpeed"), logging.getLogger().level
+    logger.setLevel(level)
+    for handler in logger.handlers:
+        handler.setLevel(level)
+
+
 def device() -> torch.device:
     """The device this rank computes on (ZeRO-3 shards may lie elsewhere)."""
     return torch.device(get_accelerator().current_device_name())
@@ -73,8 +88,16 @@ def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) ->
     """
     lm = load_lm(run.model, config)
     if run.model.gradient_checkpointing:
-        # Reentrant checkpointing fails under ZeRO-2/3 when one backward covers two forwards.
+        # Reentrant checkpointing fails under ZeRO-2/3 when one backward covers two forwards, and with an adapter it
+        # would need inputs that require gradients.
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if run.model.lora is not None:
+        with partitioned_loading(config):  # by which peft knows that a base weight is to be gathered before it is read
+            lm = add_adapter(lm, run.model, seed=run.train.seed)
+            if run.has_reference_adapter():
+                add_reference_adapter(lm)
+        # From here on only LoRA dropout draws at random: not the same mask on every rank.
+        torch.manual_seed(run.train.seed + rank())
     model = ResponseScorer(lm)
     groups = parameter_groups(model, run.optimizer.weight_decay)
 
@@ -82,7 +105,7 @@ def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) ->
         warmup = run.optimizer.num_warmup_steps(total_steps)
         return get_scheduler(run.optimizer.lr_scheduler_type, optimizer, warmup, total_steps)
 
-    engine, *_ = deepspeed.initialize(
+    engine = initialize(
         model=model,
         config=config,
         model_parameters=groups,
@@ -99,9 +122,25 @@ def build_reference(model: ModelConfig, config: dict[str, Any]) -> deepspeed.Dee
     Never call `backward`, `step` or `save_checkpoint` on the result: without an optimizer they fail or hang
     (DeepSpeed 0.19).
     """
-    scorer = ResponseScorer(load_lm(model, config)).requires_grad_(False)
-    engine, *_ = deepspeed.initialize(model=scorer, config=config)
+    lm = load_lm(model, config)
+    if model.lora is not None:
+        with partitioned_loading(config):
+            lm = add_adapter(lm, model, seed=0, trainable=False)
+    scorer = ResponseScorer(lm).requires_grad_(False)
+    engine = initialize(model=scorer, config=config)
     engine.eval()
+    return engine
+
+
+def initialize(**options: Any) -> deepspeed.DeepSpeedEngine:
+    """An engine of `deepspeed.initialize`, without the screen full of memory figures. Collective.
+
+    DeepSpeed 0.19's BF16_Optimizer, which also serves engines at stage 0, prints them unasked; here they are logged.
+    """
+    with redirect_stdout(io.StringIO()) as printed:
+        engine, *_ = deepspeed.initialize(**options)
+    for line in printed.getvalue().splitlines():
+        log.info(line)
     return engine
 
 

@@ -40,8 +40,9 @@ def prepare_ops(*configs: dict[str, Any]) -> None:
             if local_rank() == 0:
                 _build(name)
         barrier()
-        if local_rank() != 0:
-            _load(name)
+        with all_or_none():
+            if local_rank() != 0:
+                _load(name)
 
 
 def skip_shared_memory_op() -> None:

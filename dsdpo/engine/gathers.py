@@ -1,0 +1,96 @@
+"""Two orders of gathers in one ZeRO-3 engine, so that prefetching survives passes that visit other modules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+log = logging.getLogger(__name__)
+
+
+class SecondOrder:
+    """A second record of the order in which a ZeRO-3 engine gathers its parameters; nothing under other stages.
+
+    DeepSpeed records the modules of one pass and prefetches by that record in later ones. A pass that leaves adapters
+    out departs from it: the record is thrown away, and with one such pass per step it is never complete again. So
+    those passes get a coordinator, DeepSpeed's holder of the record, of their own. Every hook asks the engine for its
+    coordinator anew, and all other state lies in the parameters, so between passes one may stand in for the other.
+
+    To an order belongs what modules were seen to read of others: a LoRA layer looks at the dtype of its active
+    adapter's lora_A, and from then on fetches it. With a second adapter it would fetch what is not in the record, on
+    which DeepSpeed stops with a "tracing error".
+
+    Reaches into DeepSpeed 0.19 (`DeepSpeedZeRoOffload.param_coordinator`, `Module._external_params`). Where it does
+    not find what it needs, it warns and `shared` is true: all passes then have one record, which is slower with the
+    same results where adapters are left out, and not possible where a second one takes their place.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._offload: Any = getattr(engine.optimizer, "parameter_offload", None)
+        self._other: PartitionedParameterCoordinator | None = None
+        self._other_externals: dict[Any, dict[int, Any]] = {}  # of modules that have any, in the order not in use
+        if self._offload is not None:
+            try:
+                self._modules = list(self._offload.module.modules())
+                assert all(isinstance(module._external_params, dict) for module in self._modules)
+                self._other = _new_coordinator(self._offload)
+            except (AttributeError, TypeError) as error:
+                log.warning("this DeepSpeed keeps one order of gathers only (%s): less is prefetched", error)
+
+    @property
+    def shared(self) -> bool:
+        """True if passes that should be recorded apart are not."""
+        return self._offload is not None and self._other is None
+
+    @contextmanager
+    def recorded_apart(self) -> Iterator[None]:
+        """A block of whole passes that follow, or at first record, the second order. Collective under ZeRO-3."""
+        if self._other is None:
+            yield
+            return
+        first = self._offload.param_coordinator
+        _end_pass(first)
+        self._offload.param_coordinator = self._other
+        self._swap_externals()
+        try:
+            yield
+            _end_pass(self._other)
+        finally:
+            self._swap_externals()
+            self._offload.param_coordinator = first
+
+    def _swap_externals(self) -> None:
+        in_use = {module: module._external_params for module in self._modules if module._external_params}
+        for module in in_use.keys() | self._other_externals.keys():
+            module._external_params = self._other_externals.get(module, {})
+        self._other_externals = in_use
+
+
+def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
+    """Another coordinator for the same parameters, made as `DeepSpeedZeRoOffload.__init__` makes its own."""
+    return PartitionedParameterCoordinator(
+        prefetch_bucket_sz=offload._prefetch_bucket_sz,
+        max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+        max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+        allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+        inflight_param_registry=offload.module.ds_inflight_param_registry,
+        prefetch_nvme=offload.offload_device == OffloadDeviceEnum.nvme,
+        timers=offload.timers,
+        zero_quantized_weights=offload.zero_quantized_weights,
+        fast_sharding_for_leaf_module=offload.fast_sharding_for_leaf_module,
+        log_trace_cache_warnings=offload.log_trace_cache_warnings,
+    )
+
+
+def _end_pass(coordinator: PartitionedParameterCoordinator) -> None:
+    """What else the start of the next pass would do: wait for what is in flight, complete a record just made."""
+    if coordinator.is_invalid_trace():
+        # A reset would start a recording, which the next pass would then find to be empty.
+        coordinator._clean_inflight_param_registry()
+    else:
+        coordinator.reset_step()
