@@ -12,10 +12,14 @@ from torch import Tensor
 from dsdpo.data.batch import PreferenceBatch, merge_padded
 from dsdpo.distributed import max_over_ranks
 from dsdpo.objective.logps import PairLogps, pair_logps
+from dsdpo.reference.identity import ReferenceIdentity
 
 
 class Reference(ABC):
     """The anchor π_ref: log-probs of a window's pairs under it, whoever holds its weights."""
+
+    identity: ReferenceIdentity | None = None
+    """Which reference this is: saved with every checkpoint. None where nobody has identified it."""
 
     @abstractmethod
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
@@ -23,6 +27,10 @@ class Reference(ABC):
 
     def after_step(self, step: int) -> None:  # noqa: B027 (a frozen reference has nothing to do)
         """Called after optimizer step number `step`, counted from 1; where a moving reference moves. Collective."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to record of the reference itself beside the training metrics, under its full names."""
+        return {}
 
     def save(self, folder: Path) -> None:  # noqa: B027 (a frozen reference has no state)
         """Write into `folder` whatever cannot be rebuilt from the run's config. Collective."""

@@ -1,0 +1,53 @@
+"""Strategy `adapter`: the policy's own base weights are the reference, without its adapter or with a frozen one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.engine.gathers import SecondOrder
+from dsdpo.engine.lora import REFERENCE, AdapterSwitch, load_reference_adapter, save_reference_adapter
+from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.objective.logps import PairLogps
+from dsdpo.reference.base import Reference, score_window
+
+
+class AdapterReference(Reference):
+    """No second model: a window is scored by the policy engine with its trained adapter switched away."""
+
+    def __init__(self, policy: Any, *, score_tokens: int) -> None:
+        """`policy` is the engine around a `ResponseScorer` of a PeftModel, with or without a reference adapter."""
+        self.policy = policy
+        self.score_tokens = score_tokens
+        self.adapter = REFERENCE if REFERENCE in policy.module.lm.peft_config else None
+        self._switch = AdapterSwitch(policy.module.lm)
+        self._gathers = SecondOrder(policy)
+        if self.adapter is not None and self._gathers.shared:
+            raise ConfigError(
+                "reference.strategy adapter: with this version of DeepSpeed, ZeRO-3 cannot alternate two adapters; set "
+                "reference.strategy to separate, or use stage 2"
+            )
+
+    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        was_training = self.policy.module.training
+        # The reference has no dropout of its own; this is for what else a model does in training mode only.
+        self.policy.eval()
+        try:
+            with self._switch.use(self.adapter), self._gathers.recorded_apart():
+                return score_window(self.policy, window, score_tokens=self.score_tokens)
+        finally:
+            self.policy.train(was_training)
+
+    def save(self, folder: Path) -> None:
+        if self.adapter is not None:
+            save_reference_adapter(self.policy.module.lm, folder / "adapter.safetensors")
+
+    def load(self, folder: Path) -> None:
+        if self.adapter is None:
+            return
+        path = folder / "adapter.safetensors"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, but the reference of this run has an adapter of its own")
+        load_reference_adapter(self.policy, path)

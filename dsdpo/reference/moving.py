@@ -1,0 +1,184 @@
+"""TR-DPO: every τ optimizer steps the reference moves, π_ref ← α·π_θ + (1 − α)·π_ref.
+
+Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment" (arXiv 2404.09656), eqs. 7 and 8.
+
+Each rank moves its own part of each reference parameter. Where it also holds the policy's values for that part, nothing
+is communicated; elsewhere the policy's parameters are made whole, a bounded group at a time. The reference itself is
+never gathered. With α < 1 the average lives in float32, of which a 16-bit engine holds the rounding: bfloat16 swallows
+small steps (at α = 0.01 a bfloat16 average moved a tenth of the way).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.distributed import rank, world_size
+from dsdpo.engine.shards import (
+    GATHER_BYTES,
+    bytes_whole,
+    full_numel,
+    is_local,
+    parts_of,
+    readable,
+    release_gathered,
+    writable_shard,
+)
+from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.objective.logps import PairLogps
+from dsdpo.reference.base import Reference
+
+Match = tuple[str, Any, Any]  # name, the policy's parameter or `MergedWeight`, the reference's parameter
+
+
+class MovingAverage:
+    """Reference parameters that follow the policy's, each rank its own part."""
+
+    def __init__(
+        self, matches: Sequence[Match], engine: Any, *, alpha: float, gather: bool = False, budget: int = GATHER_BYTES
+    ) -> None:
+        """`engine` holds the reference parameters; `gather` takes the gathered path even where it is not needed."""
+        self.matches, self.engine, self.alpha, self.budget = list(matches), engine, alpha, budget
+        self.local = {name: is_local(source, target) and not gather for name, source, target in self.matches}
+        self.averages: dict[str, Tensor] = {}  # float32 parts, where the engine's own are 16-bit
+        if alpha < 1.0:
+            for name, _, target in self.matches:
+                if target.dtype != torch.float32:
+                    with writable_shard(target) as (shard, _start):
+                        self.averages[name] = shard.float().clone()
+
+    def describe(self) -> str:
+        """How the parameters move, in words."""
+        local = sum(self.local.values())
+        ways = {
+            "each rank moves its own shards, nothing is communicated": local,
+            f"the policy's are gathered {self.budget / 2**20:.0f} MiB at a time": len(self.local) - local,
+        }
+        return "; ".join(f"{count} parameters: {way}" for way, count in ways.items() if count)
+
+    @torch.no_grad()
+    def move(self) -> int:
+        """One sync; the bytes of policy parameters that were assembled from other ranks. Collective."""
+        release_gathered(self.engine)
+        return sum(self._move_group(group) for group in self._groups())
+
+    def _groups(self) -> Iterator[list[Match]]:
+        """The matches in groups that are all local, or whose sources stay under the byte budget when whole."""
+        group: list[Match] = []
+        size = 0
+        for match in self.matches:
+            name, source, _ = match
+            if group and (self.local[group[0][0]] != self.local[name] or size + bytes_whole(source) > self.budget):
+                yield group
+                group, size = [], 0
+            group.append(match)
+            size += bytes_whole(source)
+        if group:
+            yield group
+
+    def _move_group(self, group: list[Match]) -> int:
+        """The one function that moves parameters. Element by element alike on every path, so bit for bit equal."""
+        local = self.local[group[0][0]]
+        with readable([source for _, source, _ in group], local=local) as values:
+            for name, source, target in group:
+                with writable_shard(target) as (shard, start):
+                    latest = values(source, start, shard.numel()).to(shard.device)
+                    if self.alpha == 1.0:
+                        shard.copy_(latest)
+                        continue
+                    average = self.averages.get(name, shard)
+                    average.copy_(average * (1.0 - self.alpha) + latest.float() * self.alpha)
+                    shard.copy_(average)
+        return 0 if local else sum(bytes_whole(source) for _, source, _ in group)
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's parts, float32 where they are kept so."""
+        parts = {}
+        for name, _, target in self.matches:
+            with writable_shard(target) as (shard, _start):
+                parts[name] = self.averages.get(name, shard).detach().cpu().clone()
+        return parts
+
+    def restore(self, parts: dict[str, Tensor]) -> None:
+        """Take up what `state` returned on this rank."""
+        release_gathered(self.engine)
+        for name, _, target in self.matches:
+            with writable_shard(target) as (shard, _start):
+                if name in self.averages:
+                    self.averages[name].copy_(parts[name])
+                shard.copy_(parts[name])
+
+
+def match_parameters(sources: Mapping[str, Any], reference: nn.Module) -> list[Match]:
+    """The policy's parameters (by the reference's names) beside the reference's.
+
+    Raises `ConfigError` where they do not correspond.
+    """
+    targets = dict(reference.named_parameters())
+    odd = sorted(sources.keys() ^ targets.keys()) + [
+        name
+        for name in sources.keys() & targets.keys()
+        if full_numel(parts_of(sources[name])[0]) != full_numel(targets[name])
+    ]
+    if odd:
+        raise ConfigError(
+            "reference.sync_ref_model: the reference cannot move towards a policy of another architecture "
+            f"({len(odd)} parameters do not correspond, the first is {odd[0]}); give reference.path a model of the "
+            "policy's architecture, or set reference.sync_ref_model to false"
+        )
+    return [(name, source, targets[name]) for name, source in sources.items()]
+
+
+class MovingReference(Reference):
+    """A reference that is scored like the one it wraps and moved towards the policy every `every` steps."""
+
+    def __init__(self, inner: Reference, average: MovingAverage, *, every: int) -> None:
+        self.inner, self.average, self.every = inner, average, every
+        self.identity = inner.identity
+        self.syncs = self.age = 0
+        self.last_sync: dict[str, float] = {}
+
+    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        return self.inner.score(window)
+
+    def after_step(self, step: int) -> None:
+        self.age += 1
+        if step % self.every:
+            return
+        started = time.perf_counter()
+        received = self.average.move()
+        self.syncs, self.age = self.syncs + 1, 0
+        self.last_sync = {"time/sync_s": time.perf_counter() - started, "reference/sync_bytes": float(received)}
+
+    def metrics(self) -> dict[str, float]:
+        return {"reference/syncs": float(self.syncs), "reference/age_steps": float(self.age), **self.last_sync}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"syncs": self.syncs, "age": self.age, "world_size": world_size()}
+        save_file(self.average.state(), folder / f"rank-{rank()}.safetensors", metadata={"moving": json.dumps(facts)})
+
+    def load(self, folder: Path) -> None:
+        path = folder / f"rank-{rank()}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["moving"])
+            parts = load_file(path)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: the moving reference cannot be read: {error}") from error
+        if facts["world_size"] != world_size():
+            raise CheckpointError(
+                f"{folder}: {facts['world_size']} ranks saved the moving reference, and there are {world_size()}: start "
+                "as many"
+            )
+        self.average.restore(parts)
+        self.syncs, self.age = facts["syncs"], facts["age"]

@@ -1,0 +1,251 @@
+"""The policy's base weights as reference: the same numbers as any other reference with those weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.adapters import continued_adapter, merged
+from tests.ranks import run_ranks
+from tests.runs import POLICIES, demo_inputs, losses, settings, train_on, write_json
+
+STRONG = {"optimizer": {"learning_rate": 1e-2}}  # four steps that can be told from none
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def lora_run(folder: Path, inputs: Path, lora: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """A run with an adapter; a reference of its own engine if `sections` name the strategy `separate`."""
+    model = {"lora": lora, **sections.pop("model", {})}
+    return settings(folder, inputs, reference_zero=None, model=model, **STRONG, **sections)
+
+
+def trained(world_size: int, run: dict[str, Any]) -> list[float]:
+    """The losses of a run that learns something."""
+    found = losses(train_on(world_size, run))
+    assert min(found) < math.log(2) - 1e-3, "nothing was learned, so nothing is compared"
+    return found
+
+
+@pytest.fixture(scope="module")
+def truth(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """A fresh adapter against a second model, in one process, where nothing is partitioned."""
+    folder = tmp_path_factory.mktemp("truth")
+    run = lora_run(folder, inputs, {"r": 4}, reference={"strategy": "separate"}, policy_zero="zero1")
+    return trained(1, run)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_losses_as_a_second_model(
+    policy: str, checkpointing: bool, inputs: Path, truth: list[float], tmp_path: Path
+) -> None:
+    model = {"gradient_checkpointing": checkpointing}
+    run = lora_run(tmp_path, inputs, {"r": 4}, policy_zero=policy, model=model)
+    found = trained(2, run)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found == pytest.approx(truth, abs=1e-6)
+    assert not (tmp_path / "run" / "deepspeed_reference.json").exists()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_separate_reference_of_an_adapter(policy: str, inputs: Path, truth: list[float], tmp_path: Path) -> None:
+    run = lora_run(tmp_path, inputs, {"r": 4}, policy_zero=policy, reference={"strategy": "separate"})
+    assert trained(2, run) == pytest.approx(truth, abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_going_on_with_an_adapter(policy: str, inputs: Path, tmp_path: Path) -> None:
+    """The reference is a frozen copy of the adapter: like a second model into which it was merged."""
+    adapter = continued_adapter(tmp_path, inputs)
+    lora = {"path": adapter}
+    found = trained(2, lora_run(tmp_path / "adapter", inputs, lora, policy_zero=policy))
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    other = {"strategy": "separate", "path": merged(tmp_path / "merged", inputs, adapter)}
+    separate = trained(2, lora_run(tmp_path / "separate", inputs, lora, policy_zero=policy, reference=other))
+    assert found == pytest.approx(separate, abs=1e-5)
+
+
+def test_going_on_with_an_adapter_and_a_second_model(inputs: Path, tmp_path: Path) -> None:
+    """A separate reference of the policy's own model has the adapter too, unless the base is asked for."""
+    lora = {"path": continued_adapter(tmp_path, inputs)}
+    copied = trained(2, lora_run(tmp_path / "adapter", inputs, lora))
+    separate = {"strategy": "separate"}
+    assert trained(2, lora_run(tmp_path / "s", inputs, lora, reference=separate)) == pytest.approx(copied, abs=1e-6)
+    base = {"strategy": "separate", "adapter": "base"}
+    bare = trained(2, lora_run(tmp_path / "bare", inputs, lora, reference={"adapter": "base"}))
+    assert trained(2, lora_run(tmp_path / "b", inputs, lora, reference=base)) == pytest.approx(bare, abs=1e-6)
+    assert abs(bare[0] - math.log(2)) > 1e-3, "the base is another reference than the adapter"
+
+
+@pytest.mark.parametrize("policy", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"r": 4, "use_dora": True, "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "layers_to_transform": [1],
+            "lora_alpha": 64,
+        },
+    ],
+    ids=["modules_to_save", "dora", "some modules"],
+)
+def test_kinds_of_adapter(lora: dict[str, Any], policy: str, inputs: Path, tmp_path: Path) -> None:
+    """With checkpointing, under both ways to hold weights: like a second model, which knows nothing of adapters."""
+    found = [
+        trained(
+            2,
+            lora_run(
+                tmp_path / strategy,
+                inputs,
+                lora,
+                policy_zero=policy,
+                model={"gradient_checkpointing": True},
+                reference={"strategy": strategy},
+            ),
+        )
+        for strategy in ("adapter", "separate")
+    ]
+    assert found[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["zero2", "zero3"])
+def test_going_on_with_whole_modules_and_dora(policy: str, inputs: Path, tmp_path: Path) -> None:
+    """The frozen copy holds modules_to_save and magnitudes too."""
+    for seed, fields in enumerate([{"modules_to_save": ["embed_tokens", "lm_head"]}, {"use_dora": True}]):
+        lora = {"path": continued_adapter(tmp_path, inputs, seed=seed, **fields)}
+        found = trained(2, lora_run(tmp_path / f"a{seed}", inputs, lora, policy_zero=policy))
+        other = {"strategy": "separate", "path": merged(tmp_path / f"m{seed}", inputs, lora["path"])}
+        separate = trained(2, lora_run(tmp_path / f"s{seed}", inputs, lora, policy_zero=policy, reference=other))
+        assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+        assert found == pytest.approx(separate, abs=1e-5)
+
+
+def tie_embeddings(inputs: Path, folder: Path) -> Path:
+    """The inputs with a model whose output head is its embedding."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(inputs / "model")
+    config.tie_word_embeddings = True
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(folder / "model")
+    (folder / "train.jsonl").write_text((inputs / "train.jsonl").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("policy", ["zero2", "zero3"])
+@pytest.mark.parametrize("saved", [None, ["lm_head"], ["embed_tokens"]])
+def test_tied_embeddings(saved: list[str] | None, policy: str, inputs: Path, tmp_path: Path) -> None:
+    """One matrix stays one, whichever of its names is trained whole."""
+    tied = tie_embeddings(inputs, tmp_path / "inputs")
+    lora = {"r": 4, "modules_to_save": saved}
+    found = trained(2, lora_run(tmp_path / "adapter", tied, lora, policy_zero=policy))
+    other = {"strategy": "separate"}
+    separate = trained(2, lora_run(tmp_path / "separate", tied, lora, policy_zero=policy, reference=other))
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found == pytest.approx(separate, abs=1e-6)
+
+
+def test_dropout_is_for_training_passes_only(inputs: Path, tmp_path: Path) -> None:
+    """Half of the adapter's inputs dropped: other losses in training, the same reference and evaluation."""
+    lora = {"path": continued_adapter(tmp_path, inputs, lora_dropout=0.5)}
+    for policy in ("zero2", "zero3"):
+        run = lora_run(tmp_path / policy, inputs, lora, policy_zero=policy)
+        for answers in run_ranks(2, dropout_here, run):
+            assert answers["training"] > 1e-2, "two training passes are alike: no dropout"
+            assert answers["reference"] == answers["evaluation"] == 0.0
+            assert answers["first evaluation"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def dropout_here(run: dict[str, Any]) -> dict[str, float]:
+    """How far two passes of each kind lie apart, in nats, and the loss before any step."""
+    from dsdpo.objective.logps import pair_logps
+    from dsdpo.objective.losses import make_loss
+    from dsdpo.training.evaluate import evaluate
+
+    policy, reference, [window] = build_here(run | {"train": {"max_steps": 1}})
+    batch = window.batches[0]
+    apart = {}
+    with torch.no_grad():
+        first, second = (pair_logps(policy, batch).chosen for _ in range(2))
+        apart["training"] = float((first - second).abs().max())
+        [first], [second] = (reference.score([batch]) for _ in range(2))
+        apart["reference"] = float((first.chosen - second.chosen).abs().max())
+    loss_fn = make_loss("sigmoid", beta=0.1, label_smoothing=0.0)
+    first, second = (evaluate(policy, reference, loss_fn, [window.batches])["eval/loss"] for _ in range(2))
+    assert policy.module.training, "evaluation and scoring leave the policy in train mode"
+    return apart | {"evaluation": abs(first - second), "first evaluation": first}
+
+
+def build_here(run: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
+    """The engines of a run and its windows, on this rank."""
+    from dsdpo.commands.engines import build_engines
+    from dsdpo.commands.prepare import prepare
+    from dsdpo.config.run import RunConfig
+    from dsdpo.engine.build import device
+
+    plan = prepare(RunConfig.model_validate(run))
+    policy, reference = build_engines(plan)
+    return policy, reference, list(plan.training_windows(device()))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_frozen_adapter_is_saved_as_itself(policy: str, inputs: Path, tmp_path: Path) -> None:
+    """Saved, overwritten in memory, loaded: the reference answers as before, and nothing like the trained adapter."""
+    fields = {"modules_to_save": ["lm_head"]}
+    run = lora_run(tmp_path, inputs, {"path": continued_adapter(tmp_path, inputs, **fields)}, policy_zero=policy)
+    # Small parameters are kept whole by ZeRO-3, as in real runs: they must not outlive the load.
+    config = json.loads(Path(run["deepspeed"]).read_text())
+    if policy.startswith("zero3"):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+    run["deepspeed"] = write_json(tmp_path / "persistent.json", config)
+    for answers in run_ranks(2, save_and_load_here, run, str(tmp_path / "saved")):
+        assert answers["changed"] > 0.1
+        assert answers["loaded"] == 0.0
+        assert answers["trained"] > 1e-2
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["adapter.safetensors"]
+
+
+def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
+    """How far the reference's answer is from its first one: after a step, after a change, and after loading."""
+    from dsdpo.engine.lora import adapter_pairs
+    from dsdpo.engine.shards import release_gathered, writable_shard
+    from dsdpo.objective.logps import pair_logps
+    from dsdpo.objective.losses import make_loss
+    from dsdpo.training.metrics import Meter
+    from dsdpo.training.trainer import train_step
+
+    policy, reference, windows = build_here(run)
+    batch = windows[0].batches[0]
+
+    def answer() -> torch.Tensor:
+        return reference.score([batch])[0].chosen
+
+    first = answer()
+    for window in windows:
+        train_step(policy, reference, make_loss("sigmoid", beta=0.1, label_smoothing=0.0), window, Meter())
+    assert torch.equal(answer(), first), "the reference moved with the policy"
+    reference.save(Path(folder))
+    with torch.no_grad():
+        trained_away = float((pair_logps(policy, batch).chosen - first).abs().max())
+    release_gathered(policy)
+    for _, _, parameter in adapter_pairs(policy.module.lm):
+        with torch.no_grad(), writable_shard(parameter) as (shard, _start):
+            shard.mul_(3.0)
+    changed = answer()
+    reference.load(Path(folder))
+    far = {"changed": changed, "loaded": answer()}
+    return {"trained": trained_away, **{name: float((value - first).abs().max()) for name, value in far.items()}}

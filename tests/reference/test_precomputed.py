@@ -1,0 +1,355 @@
+"""Strategy `precomputed`: the same training as with an engine, rows that are never scored twice, and memory back."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dsdpo.data.batch import FILLER_ID
+from dsdpo.errors import CacheError
+from dsdpo.objective.logps import PairLogps
+from dsdpo.reference.precomputed import PrecomputedReference, check_audit
+from dsdpo.reference.store import LogpTable
+from tests.ranks import RankError, run_ranks
+from tests.reference.test_identity import IDENTITY
+from tests.runs import POLICIES, demo_inputs, losses, settings, train_on
+from tests.tiny import random_batch, random_pairs, tiny_lm
+
+ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def rows_of(inputs: Path, count: int = ROWS) -> list[str]:
+    """Rows of the demo, of different lengths."""
+    return (inputs / "train.jsonl").read_text().splitlines()[: count * 7 : 7]
+
+
+def run_with(folder: Path, inputs: Path, rows: list[str], **sections: Any) -> dict[str, Any]:
+    """A run with a precomputed reference over `rows`, its store in `folder / "store"` unless `sections` say else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "rows.jsonl"
+    data.write_text("\n".join(rows) + "\n")
+    reference = {"strategy": "precomputed", "store": str(folder / "store"), "score_tokens": 200}
+    reference |= sections.pop("reference", {})
+    return settings(
+        folder,
+        inputs,
+        data={"train": str(data), "cache_dir": str(folder / "cache"), **sections.pop("data", {})},
+        reference=reference,
+        **sections,
+    )
+
+
+def precompute_here(run: dict[str, Any], shard_rows: int = 8) -> dict[str, Any]:
+    """On a rank: what became of each data set, and the whole table by pair id."""
+    from dsdpo.commands.identity import identify_reference
+    from dsdpo.commands.precompute import fill_tables
+    from dsdpo.commands.prepare import prepare, reference_model, store_folder
+    from dsdpo.config.run import RunConfig
+    from dsdpo.engine.build import build_reference
+    from dsdpo.engine.free import destroy_engine
+    from dsdpo.reference.precomputed import Scorer, open_store_on_ranks
+
+    plan = prepare(RunConfig.model_validate(run))
+    engine = build_reference(reference_model(plan.run), plan.reference_config)
+    identity = identify_reference(plan, engine.module, adapter=None)
+    folder = open_store_on_ranks(store_folder(plan.run), identity)
+    scorer = Scorer(engine, plan.run.reference.score_tokens, plan.run.reference.audit_rows, shard_rows=shard_rows)
+    try:
+        filled = fill_tables(plan, scorer, folder, dtype=identity.dtype)
+    finally:
+        destroy_engine(engine)
+    return {
+        "scored": [each.scored for each in filled],
+        "audited": [each.audited for each in filled],
+        "logps": np.concatenate([each.table.logps for each in filled]),
+        "tokens": np.concatenate([each.table.tokens for each in filled]),
+        "folder": folder,
+    }
+
+
+def precompute_on(world_size: int, run: dict[str, Any], shard_rows: int = 8) -> dict[str, Any]:
+    """On real ranks, which must agree; what they found."""
+    first, *others = run_ranks(world_size, precompute_here, run, shard_rows)
+    for other in others:
+        assert np.array_equal(other["logps"], first["logps"])
+        assert np.array_equal(other["tokens"], first["tokens"])
+        assert (other["scored"], other["folder"]) == (first["scored"], first["folder"])
+    return first
+
+
+@pytest.fixture(scope="module")
+def separate_losses(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Losses with a reference engine, by the policy's ZeRO config."""
+    folder = tmp_path_factory.mktemp("separate")
+    return {policy: losses(train_on(2, settings(folder / policy, inputs, policy_zero=policy))) for policy in POLICIES}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_losses_as_separate(
+    policy: str, inputs: Path, separate_losses: dict[str, list[float]], tmp_path: Path
+) -> None:
+    reference = {"strategy": "precomputed", "store": str(tmp_path / "store")}
+    found = losses(train_on(2, settings(tmp_path, inputs, policy_zero=policy, reference=reference)))
+    assert found == pytest.approx(separate_losses[policy], abs=1e-6)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found[-1] < math.log(2) - 1e-3, "nothing was learned, so nothing was compared"
+
+
+def test_held_out_pairs_have_their_own_rows(inputs: Path, tmp_path: Path) -> None:
+    """Pair ids of training and held-out data do not mix: evaluation agrees with a reference engine's."""
+    data = {"eval": str(inputs / "test.jsonl")}
+    rows = {}
+    for strategy in ("separate", "precomputed"):
+        run = settings(tmp_path / strategy, inputs, data=data, reference={"strategy": strategy})
+        rows[strategy] = [row for row in train_on(2, run) if "eval/loss" in row]
+    assert len(rows["separate"]) == 2
+    for one, other in zip(rows["separate"], rows["precomputed"], strict=True):
+        # At step 0 rewards are rounding alone, and so is which one is larger.
+        names = set(one) - ({"eval/rewards/accuracies"} if one["step"] == 0 else set())
+        assert {name: other[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-5)
+
+
+def test_table_is_the_plain_models(inputs: Path, tmp_path: Path) -> None:
+    """Every row against one sequence at a time through the plain model."""
+    from transformers import AutoModelForCausalLM
+
+    from dsdpo.commands.prepare import prepare
+    from dsdpo.config.run import RunConfig
+    from tests.tiny import plain_logps
+
+    run = run_with(tmp_path, inputs, rows_of(inputs))
+    found = precompute_on(2, run)
+    pairs = prepare(RunConfig.model_validate(run)).train.pairs
+    with torch.no_grad():
+        expected = plain_logps(AutoModelForCausalLM.from_pretrained(inputs / "model"), pairs[range(ROWS)])
+    assert found["logps"] == pytest.approx(torch.stack(expected, dim=1).numpy(), abs=1e-3, rel=1e-5)
+    assert np.array_equal(found["tokens"], pairs.lengths[:, 1:])
+
+
+def test_only_new_rows_are_scored(inputs: Path, tmp_path: Path) -> None:
+    """Other orders, ranks, stages, budgets, losses and learning rates find every row; a grown data set adds its own."""
+    rows = rows_of(inputs)
+    first = precompute_on(2, run_with(tmp_path, inputs, rows[:30]))
+    assert (first["scored"], first["audited"]) == ([30], [0])
+
+    filtered = precompute_on(1, run_with(tmp_path, inputs, rows[20:10:-1], reference_zero="zero0"))
+    assert (filtered["scored"], filtered["audited"]) == ([0], [10])
+    assert np.array_equal(filtered["logps"], first["logps"][20:10:-1])
+
+    changes: dict[str, Any] = {
+        "loss": {"type": "ipo", "beta": 0.7},
+        "optimizer": {"learning_rate": 0.5},
+        "train": {"max_steps": 9, "seed": 5},
+        "batch": {"pairs_per_step": 4},
+        "reference": {"score_tokens": 100},
+        "output_dir": str(tmp_path / "elsewhere"),
+    }
+    unchanged = precompute_on(3, run_with(tmp_path, inputs, rows[:30], policy_zero="zero1", **changes))
+    assert (unchanged["scored"], unchanged["audited"]) == ([0], [16])
+    assert np.array_equal(unchanged["logps"], first["logps"])
+
+    grown = precompute_on(2, run_with(tmp_path, inputs, [*rows[30:35], *rows[:30], *rows[35:], rows[36], rows[0]]))
+    assert grown["scored"] == [10], "and a row that stands there twice is scored once"
+    assert np.array_equal(grown["logps"][5:35], first["logps"])
+    assert np.array_equal(grown["logps"][-2], grown["logps"][36])
+    assert np.array_equal(grown["logps"][-1], first["logps"][0])
+
+
+def test_what_changes_log_probs_is_scored_anew(inputs: Path, tmp_path: Path) -> None:
+    rows = rows_of(inputs)[:10]
+    first = precompute_on(2, run_with(tmp_path, inputs, rows))
+    shorter = precompute_on(2, run_with(tmp_path, inputs, rows, data={"max_length": 63}))
+    assert (shorter["scored"], shorter["folder"] != first["folder"]) == ([10], True)
+
+    other = json.loads((inputs / "model" / "config.json").read_text())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (inputs / "model").iterdir():
+        os.link(path, folder / path.name)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**other, "rms_norm_eps": 0.1}))
+    changed = precompute_on(2, run_with(tmp_path, inputs, rows, reference={"path": str(folder)}))
+    assert changed["scored"] == [10]
+    assert not np.allclose(changed["logps"], first["logps"])
+
+
+def test_damaged_shard_is_scored_again(inputs: Path, tmp_path: Path) -> None:
+    run = run_with(tmp_path, inputs, rows_of(inputs))
+    first = precompute_on(2, run)
+    shard = sorted(first["folder"].glob("part-*"))[2]
+    lost = pq.read_metadata(shard).num_rows
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 16
+    shard.write_bytes(content)
+    again = precompute_on(2, run)
+    assert again["scored"] == [lost]
+    assert again["logps"] == pytest.approx(first["logps"], abs=1e-4)
+    assert precompute_on(2, run)["scored"] == [0]
+
+
+def precompute_apart(run: dict[str, Any], folder: str) -> dict[str, Any]:
+    """On a rank: the same with a store that no other rank sees, as on nodes that share no disk."""
+    run["reference"]["store"] = str(Path(folder) / os.environ["RANK"])
+    return precompute_here(run)
+
+
+def test_nodes_without_a_shared_disk(inputs: Path, tmp_path: Path) -> None:
+    """Rows travel between ranks, not through files; a later run finds what its rank 0 has on disk."""
+    run = run_with(tmp_path, inputs, rows_of(inputs))
+    for _ in range(2):
+        known = sum(pq.read_metadata(path).num_rows for path in (tmp_path / "0").glob("*/part-*"))
+        first, second = run_ranks(2, precompute_apart, run, str(tmp_path))
+        assert first["scored"] == second["scored"] == [ROWS - known]
+        assert np.array_equal(first["logps"], second["logps"])
+        assert first["logps"].all()
+    assert 0 < known < ROWS
+    assert list((tmp_path / "1").glob("*/part-00001-*")), "each rank writes where it is"
+
+
+def test_audit_refuses_other_numbers(inputs: Path, tmp_path: Path) -> None:
+    """A whole, rightly signed shard whose numbers are not the reference's: nobody can tell but by scoring again."""
+    from dsdpo.reference.store import ShardWriter, read_rows
+
+    run = run_with(tmp_path, inputs, rows_of(inputs), reference={"audit_rows": ROWS})
+    first = precompute_on(2, run, 1000)
+    folder = first["folder"]
+    keys = np.concatenate([pq.read_table(part)["key"].to_numpy().astype("S16") for part in folder.glob("part-*")])
+    have, table = read_rows(folder, keys)
+    assert have.all()
+    for part in folder.glob("part-*"):
+        part.unlink()
+    table.logps[7, 1] -= 0.5
+    writer = ShardWriter(folder, rank=0)
+    writer.append(keys, table)
+    writer.flush()
+    with pytest.raises(RankError, match=r"(?s)CacheError.*rejected response of row.*1 of 40 audited rows.*delete"):
+        precompute_on(2, run)
+    run["reference"]["audit_rows"] = 0
+    assert precompute_on(2, run)["scored"] == [0], "whoever switches the audit off trusts the store"
+
+
+@pytest.mark.parametrize(("dtype", "off", "refused"), [
+    ("float32", 2e-3, False), ("float32", 0.02, True), ("bfloat16", 0.5, False), ("bfloat16", 3.0, True),
+    ("float32, autocast bfloat16", 0.5, False), ("float16", 0.5, True), ("float32", math.nan, True),
+])  # fmt: skip
+def test_audit_tolerance(dtype: str, off: float, refused: bool, tmp_path: Path) -> None:
+    """-300 nats over 200 tokens: 500 · 1e-5 = 0.005 in float32, 500 · 4e-3 = 2 in bfloat16, 0.25 in float16."""
+    stored = LogpTable(np.full((2, 2), -300, np.float32), np.full((2, 2), 200, np.int32))
+    again = LogpTable(stored.logps + np.array([[0, 0], [0, off]], np.float32), stored.tokens)
+
+    def check() -> None:
+        check_audit(stored, again, origins=np.array([[0, 4], [0, 5]]), dtype=dtype, folder=tmp_path)
+
+    if not refused:
+        return check()
+    with pytest.raises(CacheError, match=r"rejected response of row 5 of source 0 is -300\.0000"):
+        check()
+
+
+def test_filler_pairs_get_something_finite() -> None:
+    table = LogpTable(np.array([[-5, -6], [-7, -8]], np.float32), np.array([[1, 2], [3, 4]], np.int32))
+    batch = random_batch(3)
+    batch.pair_ids[:] = batch.pair_ids.new_tensor([1, FILLER_ID, 0])
+    [found] = PrecomputedReference([table[[0]], table[[1]]], IDENTITY).score([batch])
+    assert isinstance(found, PairLogps)
+    assert found.chosen.tolist()[::2] == [-7, -5]
+    assert found.rejected.tolist()[::2] == [-8, -6]
+    assert (found.chosen_tokens.tolist()[::2], found.rejected_tokens.tolist()[::2]) == ([3, 1], [4, 2])
+    assert found.chosen.isfinite().all()
+    assert found.chosen_tokens.min() > 0
+
+
+def count_hooks(run: dict[str, Any]) -> int:
+    """On a rank: forward hooks of all kinds in the policy engine's modules."""
+    from dsdpo.commands.engines import build_engines
+    from dsdpo.commands.prepare import prepare
+    from dsdpo.config.run import RunConfig
+
+    policy, _ = build_engines(prepare(RunConfig.model_validate(run)))
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in policy.module.modules())
+
+
+@pytest.mark.parametrize("policy", ["zero1", "zero3"])
+def test_policy_carries_no_hooks_of_the_reference(policy: str, inputs: Path, tmp_path: Path) -> None:
+    rows = rows_of(inputs)[:10]
+    with_engine = settings(tmp_path / "separate", inputs, policy_zero=policy)
+    precomputed = run_with(tmp_path / "precomputed", inputs, rows, policy_zero=policy)
+    expected = run_ranks(2, count_hooks, with_engine)
+    assert run_ranks(2, count_hooks, precomputed) == expected
+    assert expected[0] > 0
+
+
+def leftovers(model: str, config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """On a rank: what is still alive of an engine that has scored and was destroyed, and the memory it took."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    from dsdpo.config.run import ModelConfig
+    from dsdpo.data.batch import collate_padded
+    from dsdpo.engine.build import build_reference
+    from dsdpo.engine.free import destroy_engine, used_memory
+    from dsdpo.reference.base import score_window
+
+    gc.collect()
+    before = used_memory()["host"]
+    engine = build_reference(ModelConfig(path=model, dtype=dtype), config)
+    batches = [collate_padded(random_pairs(2, seed=seed), pad_token_id=0) for seed in range(3)]
+    for _ in range(3):  # the trace of gathers is complete from the second pass on
+        score_window(engine, batches, score_tokens=100)
+    during = used_memory()["host"]
+    parameter = next(iter(engine.module.parameters()))
+    watched = [weakref.ref(engine), weakref.ref(engine.module), weakref.ref(parameter)]
+    if hasattr(parameter, "ds_tensor"):
+        watched.append(weakref.ref(parameter.ds_tensor))
+    del parameter
+    stack = len(FWD_MODULE_STACK)
+    destroy_engine(engine)
+    emptied = used_memory()["host"]
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in engine.module.modules())
+    del engine
+    gc.collect()
+    return {
+        "alive": [type(each()).__name__ for each in watched if each() is not None],
+        "hooks": hooks,
+        "stack": len(FWD_MODULE_STACK) - stack,
+        "mib": [round((each - before) / 2**20, 1) for each in (during, emptied)],
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 3}, {"stage": 3, "stage3_param_persistence_threshold": 0}])
+def test_a_destroyed_engine_leaves_nothing(zero: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    """18.9 M parameters, 38 MiB on a rank that holds half of them in float32 and 19 MiB in bfloat16."""
+    lm = tiny_lm(hidden_size=768, intermediate_size=1536, vocab_size=8192)
+    lm.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    config = {
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+    run_ranks(2, leftovers, str(tmp_path), config, dtype)  # what a process takes once and for all
+    for found in run_ranks(2, leftovers, str(tmp_path), config, dtype):
+        print(zero, dtype, found)
+        assert not found["alive"]
+        assert not found["hooks"]
+        assert found["stack"] == (-1 if zero["stage"] == 3 else 0)
+        during, after = found["mib"]
+        assert after < max(5, during / 4)
+        # At stage 0 the weights stay what they are on disk, mapped memory that is not the process's own.
+        assert during > 30 or zero["stage"] == 0, "the engine took memory"
