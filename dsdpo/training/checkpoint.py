@@ -12,6 +12,7 @@ from typing import Any
 
 import dsdpo
 from dsdpo.distributed import all_or_none, barrier, rank, world_size
+from dsdpo.engine.saving import TAG, save_engine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
 
@@ -35,10 +36,10 @@ def save_checkpoint(folder: Path, state: TrainState, *, policy: Any, reference: 
     with all_or_none():
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            (partial / TAG).mkdir(parents=True)
     with all_or_none():
         try:
-            policy.save_checkpoint(str(partial), tag="policy", save_latest=False)
+            save_engine(policy, partial)
             reference.save(partial / "reference")
         except OSError as error:
             raise CheckpointError(
@@ -48,6 +49,8 @@ def save_checkpoint(folder: Path, state: TrainState, *, policy: Any, reference: 
     with all_or_none():
         if rank() == 0:
             record = {**asdict(state), "world_size": world_size(), "dsdpo": dsdpo.__version__}
+            if reference.identity is not None:
+                (partial / "identity.json").write_text(json.dumps(reference.identity.to_json(), indent=2) + "\n")
             (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n")
             _flush(partial)
             if final.exists():

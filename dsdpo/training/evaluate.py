@@ -31,6 +31,6 @@ def evaluate(
         for batch, reference_logps in zip(window, reference.score(window), strict=True):
             policy_logps = pair_logps(policy, batch)
             output = loss_fn(policy_logps, reference_logps)
-            meter.add(pair_metrics(output, policy_logps), weight=(batch.pair_ids >= 0).float())
+            meter.add(pair_metrics(output, policy_logps, reference_logps), weight=(batch.pair_ids >= 0).float())
     policy.train()
     return {f"eval/{name}": value for name, value in meter.read().items()}

@@ -9,15 +9,20 @@ import dsdpo
 from dsdpo.config.load import dump_yaml
 from dsdpo.config.run import RunConfig
 from dsdpo.distributed import all_or_none, rank
+from dsdpo.engine.lora import merged_model, save_adapter
 from dsdpo.engine.shards import whole_state_dict
 
 
 def export_model(policy: Any, tokenizer: Any, run: RunConfig, folder: Path, *, metrics: dict[str, float]) -> None:
     """Write whole weights (safetensors, in the engine's dtype), tokenizer and model card to `folder`. Collective.
 
-    Works from any ZeRO stage: parameters are gathered in bounded groups and only rank 0 keeps them, on the CPU.
+    Of a policy with an adapter, that is the adapter alone; see `export_adapter`. Works from any ZeRO stage: parameters
+    are gathered in bounded groups and only rank 0 keeps them, on the CPU.
     """
     lm = policy.module.lm
+    if run.model.lora is not None:
+        export_adapter(lm, tokenizer, run, folder, metrics=metrics)
+        return
     state = whole_state_dict(lm, keep=rank() == 0)
     with all_or_none():
         if state is not None:
@@ -26,20 +31,39 @@ def export_model(policy: Any, tokenizer: Any, run: RunConfig, folder: Path, *, m
             (folder / "README.md").write_text(model_card(run, metrics), encoding="utf-8")
 
 
-def model_card(run: RunConfig, metrics: dict[str, float]) -> str:
+def export_adapter(lm: Any, tokenizer: Any, run: RunConfig, folder: Path, *, metrics: dict[str, float]) -> None:
+    """Write the adapter to `folder`, and if asked for, the merged model to `merged` beside it. Collective.
+
+    Merging reads the base model anew: rank 0 needs room for one copy on the CPU, as it does to export a whole model.
+    """
+    save_adapter(lm, folder)
+    with all_or_none():
+        if rank() == 0:
+            tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(model_card(run, metrics, library="peft"), encoding="utf-8")
+            if run.export.merge_adapter:
+                merged = folder.parent / "merged"
+                merged_model(run.model, folder).save_pretrained(merged)
+                tokenizer.save_pretrained(merged)
+                (merged / "README.md").write_text(model_card(run, metrics), encoding="utf-8")
+
+
+def model_card(run: RunConfig, metrics: dict[str, float], *, library: str = "transformers") -> str:
     """A short model card: what was trained from what, how, and what came out."""
     results = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     table = f"\n## Last evaluation\n\n| metric | value |\n|---|---|\n{results}\n" if results else ""
     base = f"base_model: {run.model.path}\n" if not Path(run.model.path).exists() else ""
+    lora = run.model.lora
+    what = "" if lora is None else " with a LoRA adapter" if lora.path is None else f" with the adapter `{lora.path}`"
     return f"""---
-library_name: transformers
+library_name: {library}
 tags: [dpo, dsdpo]
 {base}---
 
 # {Path(run.output_dir).name}
 
-Trained from `{run.model.path}` by Direct Preference Optimization (loss `{run.loss.type}`, beta {run.loss.beta}) against
-the reference `{run.reference.path or run.model.path}`, with dsdpo {dsdpo.__version__}.
+Trained from `{run.model.path}`{what} by Direct Preference Optimization (loss `{run.loss.type}`,
+beta {run.loss.beta}) against {reference_text(run)}, with dsdpo {dsdpo.__version__}.
 {table}
 ## Settings
 
@@ -47,3 +71,13 @@ the reference `{run.reference.path or run.model.path}`, with dsdpo {dsdpo.__vers
 {dump_yaml(run).strip()}
 ```
 """
+
+
+def reference_text(run: RunConfig) -> str:
+    """Which reference the policy was anchored to, in words."""
+    lora = run.model.lora
+    if run.reference.path is not None or lora is None:
+        return f"the reference `{run.reference.path or run.model.path}`"
+    if lora.path is not None and run.reference.adapter == "initial":
+        return f"the reference `{run.model.path}` with the adapter `{lora.path}`"
+    return f"the reference `{run.model.path}` without an adapter"

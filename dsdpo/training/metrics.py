@@ -36,8 +36,12 @@ class Meter:
         return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True)}
 
 
-def pair_metrics(output: LossOutput, policy: PairLogps) -> dict[str, Tensor]:
-    """The metrics of B pairs under TRL's names, (B,) each; rewards are beta · logratio."""
+def pair_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    """The metrics of B pairs under TRL's names, (B,) each; rewards are beta · logratio.
+
+    `reference/drift` is the mean logratio of both responses in nats: how far the policy has moved off its anchor, and
+    under TR-DPO what a sync takes away.
+    """
     return {
         "loss": output.losses,
         "rewards/chosen": output.chosen_rewards,
@@ -46,4 +50,5 @@ def pair_metrics(output: LossOutput, policy: PairLogps) -> dict[str, Tensor]:
         "rewards/margins": output.chosen_rewards - output.rejected_rewards,
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
+        "reference/drift": ((policy.chosen - reference.chosen) + (policy.rejected - reference.rejected)) / 2,
     }

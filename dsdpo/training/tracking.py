@@ -12,18 +12,21 @@ from dsdpo.distributed import rank
 
 log = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 60.0  # to reach W&B's server; its own default is 90 s
+
 
 class Tracker:
     """Writes metrics on rank 0 and does nothing on other ranks."""
 
-    def __init__(self, run: RunConfig, folder: Path) -> None:
+    def __init__(self, run: RunConfig, folder: Path, *, facts: dict[str, Any] | None = None) -> None:
+        """`facts` go to W&B beside the settings."""
         self.last_evaluation: dict[str, float] = {}
         self._active = rank() == 0
         self._wandb: Any = None
         if self._active:
             self._record = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             if run.tracking.wandb is not None:
-                self._wandb = _start_wandb(run, folder)
+                self._wandb = _start_wandb(run, folder, facts or {})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row: `step` first, then the metrics as they are named."""
@@ -55,7 +58,7 @@ class Tracker:
         self._wandb = None
 
 
-def _start_wandb(run: RunConfig, folder: Path) -> Any:
+def _start_wandb(run: RunConfig, folder: Path, facts: dict[str, Any]) -> Any:
     """A W&B run under the id kept in the run folder, or None with a warning: tracking never stops training."""
     settings = run.tracking.wandb
     assert settings is not None
@@ -67,8 +70,9 @@ def _start_wandb(run: RunConfig, folder: Path) -> Any:
             dir=str(folder),
             id=id_file.read_text().strip() if id_file.exists() else None,
             resume="allow",
-            config=run.model_dump(mode="json"),
-            **settings.model_dump(exclude_none=True),
+            config={**run.model_dump(mode="json"), **facts},
+            settings=wandb.Settings(init_timeout=START_TIMEOUT_S),
+            **{"name": Path(run.output_dir).name, **settings.model_dump(exclude_none=True)},
         )
         id_file.write_text(session.id + "\n")
         return session

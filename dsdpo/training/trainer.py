@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dsdpo.config.run import RunConfig
 from dsdpo.data.window import Window
 from dsdpo.distributed import rank, world_size
 from dsdpo.objective.logps import pair_logps
@@ -23,17 +24,31 @@ from dsdpo.training.tracking import Tracker
 
 @dataclass(frozen=True)
 class Due:
-    """After which steps something happens; 0 steps means never in between."""
+    """After which steps something happens; step 0 is the start."""
 
     total_steps: int
     log_every: int
-    evaluate_every: int
-    checkpoint_every: int
+    evaluate_every: int  # 0: only at the end
+    evaluate_at_start: bool
+    checkpoint_every: int  # 0: never
+
+    @classmethod
+    def of(cls, run: RunConfig, total_steps: int) -> Due:
+        """As the run says."""
+        return cls(
+            total_steps=total_steps,
+            log_every=run.tracking.every_steps,
+            evaluate_every=run.evaluation.every_steps,
+            evaluate_at_start=run.evaluation.at_start,
+            checkpoint_every=run.checkpoint.every_steps,
+        )
 
     def log(self, step: int) -> bool:
         return step == 1 or step % self.log_every == 0 or step == self.total_steps
 
     def evaluate(self, step: int) -> bool:
+        if step == 0:
+            return self.evaluate_at_start
         return step == self.total_steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
 
     def checkpoint(self, step: int) -> bool:
@@ -68,7 +83,7 @@ def train(
             if due.log(state.step):
                 metrics = meter.read()
                 metrics |= {"grad_norm": float(policy.get_global_grad_norm() or 0.0), "learning_rate": learning_rate}
-                metrics |= {"epoch": window.epoch, **speed.read()}
+                metrics |= {"epoch": window.epoch, **speed.read(), **reference.metrics()}
                 tracker.log(state.step, metrics)
                 progress.show(metrics)
             progress.advance()
@@ -89,7 +104,7 @@ def train_step(policy: Any, reference: Reference, loss_fn: LossFn, window: Windo
         output = loss_fn(policy_logps, reference_logps)
         weight = (batch.pair_ids >= 0).to(output.losses.dtype)
         policy.backward((output.losses * weight).sum() * scale, scale_wrt_gas=False)
-        meter.add(pair_metrics(output, policy_logps), weight)
+        meter.add(pair_metrics(output, policy_logps, reference_logps), weight)
     policy.step()
 
 

@@ -1,0 +1,114 @@
+"""A checkpoint is whole or it is none; what it holds comes back bit by bit."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dsdpo.errors import CheckpointError
+from dsdpo.training.checkpoint import TrainState, save_checkpoint, whole_checkpoints
+from tests.engines import planned, policy_of, reference_of, train_steps
+from tests.ranks import run_ranks
+from tests.runs import POLICIES, demo_inputs, settings
+from tests.tiny import random_batch
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def save(plan: Any, policy: Any, folder: str, step: int, keep_last: int = 2) -> Path:
+    from dsdpo.reference.separate import SeparateReference
+
+    reference = SeparateReference(reference_of(plan), score_tokens=1000)
+    state = TrainState(step=step, consumed_pairs=8 * step)
+    return save_checkpoint(Path(folder), state, policy=policy, reference=reference, keep_last=keep_last)
+
+
+def test_newest_are_kept_and_half_written_ones_ignored(inputs: Path, tmp_path: Path) -> None:
+    run, folder = settings(tmp_path, inputs), tmp_path / "checkpoints"
+    (folder / "step-000004.partial").mkdir(parents=True)
+    (folder / "step-000004.partial" / "state.json").write_text("{}")  # of a run that was killed
+    (folder / "step-000009").mkdir()  # of someone who copied a part
+    run_ranks(2, save_often, run, str(folder), [5, 10, 100, 2000])
+    assert [path.name for path in whole_checkpoints(folder)] == ["step-000100", "step-002000"]
+    assert not (folder / "step-000010").exists()
+    newest = folder / "step-002000"
+    assert '"consumed_pairs": 16000' in (newest / "state.json").read_text()
+    written = {path: path.stat().st_mtime_ns for path in newest.rglob("*") if path.is_file()}
+    assert len(written) > 4
+    assert max(written, key=lambda path: written[path]).name == "state.json"
+    assert list(folder.glob("step-002000.partial")) == []
+
+
+def save_often(run: dict[str, Any], folder: str, steps: list[int]) -> None:
+    plan = planned(run)
+    policy = policy_of(plan)
+    for step in steps:
+        save(plan, policy, folder, step)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_full_disk_on_one_rank_fails_on_all(broken: int, inputs: Path, tmp_path: Path) -> None:
+    run, folder = settings(tmp_path, inputs), tmp_path / "checkpoints"
+    messages = run_ranks(2, save_with_a_full_disk, run, str(folder), broken)
+    for message in messages:
+        assert "step-000002.partial" in message
+        assert "earlier ones are intact" in message
+    assert [path.name for path in whole_checkpoints(folder)] == ["step-000001", "step-000003"]
+
+
+def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int) -> str:
+    """The error of the second of three checkpoints, while `broken` may write no file beyond a few bytes."""
+    plan = planned(run)
+    policy = policy_of(plan)
+    save(plan, policy, folder, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == broken:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        save(plan, policy, folder, 2)
+    except CheckpointError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    save(plan, policy, folder, 3, keep_last=5)
+    return message
+
+
+@pytest.mark.parametrize("stage", POLICIES)
+def test_deepspeed_state_comes_back_bit_by_bit(stage: str, inputs: Path, tmp_path: Path) -> None:
+    run = settings(tmp_path, inputs, policy_zero=stage, reference_zero="zero0")
+    for saved, loaded, moved in run_ranks(2, save_and_load, run, str(tmp_path / "checkpoints")):
+        assert moved, "training left the weights as they were"
+        assert saved == loaded
+
+
+def save_and_load(run: dict[str, Any], folder: str) -> tuple[list[float], list[float], bool]:
+    """Margins of the steps after a checkpoint, without a break and from the checkpoint in a new engine."""
+    from dsdpo.engine.shards import whole_state_dict
+
+    batches = [random_batch(4, seed=seed, vocab=60) for seed in range(5)]
+    plan = planned(run)
+    policy = policy_of(plan)
+    start = whole_state_dict(policy.module, keep=True)
+    train_steps(policy, batches[:3])
+    path = save(plan, policy, folder, 3)
+    at_save = whole_state_dict(policy.module, keep=True)
+    unbroken = train_steps(policy, batches[3:])
+
+    again = policy_of(plan)
+    again.load_checkpoint(str(path), tag="policy")
+    loaded = whole_state_dict(again.module, keep=True)
+    assert start is not None
+    assert at_save is not None
+    assert loaded is not None
+    assert all(torch.equal(at_save[name], loaded[name]) for name in at_save)
+    moved = not any(torch.equal(start[name], at_save[name]) for name in start)
+    return unbroken, train_steps(again, batches[3:]), moved

@@ -1,0 +1,82 @@
+"""Held-out metrics: every pair once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.runs import demo_inputs, metrics, settings, train_on
+from tests.tiny import plain_logps
+
+PAIRS = 13  # a prime: no number of ranks or micro-batches divides it
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def held_out(inputs: Path) -> Path:
+    path = inputs / "held_out.jsonl"
+    path.write_text("".join((inputs / "test.jsonl").read_text().splitlines(keepends=True)[:PAIRS]))
+    return path
+
+
+def test_every_pair_counts_once_on_any_number_of_ranks(inputs: Path, held_out: Path, tmp_path: Path) -> None:
+    found = {}
+    for world_size in (1, 2):
+        run = settings(
+            tmp_path / str(world_size),
+            inputs,
+            data={"eval": str(held_out)},
+            batch={"pairs_per_step": 6, "pairs_per_micro_batch": 2},
+            train={"max_steps": 2},
+        )
+        rows = [row for row in train_on(world_size, run) if "eval/loss" in row]
+        assert [row["step"] for row in rows] == [0, 2]
+        found[world_size] = rows
+    expected = mean_logps(inputs / "model", held_out)
+    for world_size, (first, last) in found.items():
+        assert (first["eval/logps/chosen"], first["eval/logps/rejected"]) == pytest.approx(expected, rel=1e-5)
+        assert last == pytest.approx(found[1][1], rel=1e-4, abs=1e-5), world_size
+        # Not a multiple of 1/13 if a pair were left out or counted twice.
+        wins = last["eval/rewards/accuracies"] * PAIRS
+        assert wins == pytest.approx(round(wins), abs=1e-6)
+    assert abs(found[1][1]["eval/rewards/margins"]) > 1e-4, "nothing was trained"
+
+
+def mean_logps(model: Path, rows: Path) -> tuple[float, float]:
+    """One sequence at a time with transformers alone."""
+    from dsdpo.data.pairs import Pair
+
+    tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    pairs = []
+    for index, line in enumerate(rows.read_text().splitlines()):
+        row = json.loads(line)
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        responses = [
+            tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)[len(prompt) :]
+            for side in ("chosen", "rejected")
+        ]
+        pairs.append(Pair(index, *(torch.tensor(ids).numpy() for ids in (prompt, *responses))))
+    with torch.no_grad():
+        chosen, rejected = plain_logps(lm, pairs)
+    return float(chosen.mean()), float(rejected.mean())
+
+
+def test_evaluation_leaves_training_as_it_was(inputs: Path, held_out: Path, tmp_path: Path) -> None:
+    often = {"data": {"eval": str(held_out)}, "evaluation": {"every_steps": 1}}
+    with_evaluation = train_on(2, settings(tmp_path / "often", inputs, **often))
+    without = train_on(2, settings(tmp_path / "never", inputs))
+    names = ("loss", "grad_norm", "logps/chosen")
+    assert [[row[name] for name in names] for row in with_evaluation if "loss" in row] == [
+        [row[name] for name in names] for row in without
+    ]
+    assert metrics(tmp_path / "never" / "run") == without

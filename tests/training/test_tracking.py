@@ -1,0 +1,83 @@
+"""metrics.jsonl is the record; W&B mirrors it and never stops a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsdpo.config.run import RunConfig
+from dsdpo.training import tracking
+from dsdpo.training.tracking import Tracker
+
+
+def run_in(folder: Path, wandb: dict[str, Any] | None) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {"train": "d"},
+            "deepspeed": "ds.json",
+            "output_dir": str(folder),
+            "tracking": {"wandb": wandb},
+        }
+    )
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_begin_with_step_and_are_there_at_once(tmp_path: Path) -> None:
+    tracker = Tracker(run_in(tmp_path, None), tmp_path)
+    tracker.log(1, {"loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+    tracker.log(1, {"eval/loss": 0.25})
+    assert tracker.last_evaluation == {"eval/loss": 0.25}
+    tracker.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 1]
+
+
+def test_offline_wandb_writes_every_row_under_the_folders_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    tracker = Tracker(run_in(folder, {"mode": "offline", "project": "p", "tags": ["a"]}), folder)
+    for step, loss in ((1, 0.123456789), (2, 0.0987654321)):
+        tracker.log(step, {"loss": loss})
+    tracker.close()
+    run_id = (folder / "wandb_run_id").read_text().strip()
+    (file,) = folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+    content = file.read_bytes()
+    for expected in (b"my-run", b"0.123456789", b"0.0987654321"):
+        assert expected in content
+
+
+def test_unreachable_wandb_warns_and_the_record_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "START_TIMEOUT_S", 2.0)
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker(run_in(tmp_path, {"mode": "online"}), tmp_path)
+    assert "W&B could not start" in caplog.text
+    assert "metrics.jsonl" in caplog.text
+    tracker.log(1, {"loss": 0.5})
+    tracker.close()
+    assert rows(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_wandb_that_fails_in_the_middle_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import wandb
+
+    tracker = Tracker(run_in(tmp_path, {"mode": "offline"}), tmp_path)
+    tracker.log(1, {"loss": 0.5})
+    wandb.finish()  # what a lost service looks like from here: the next call raises
+    with caplog.at_level(logging.WARNING):
+        tracker.log(2, {"loss": 0.4})
+        tracker.log(3, {"loss": 0.3})
+        tracker.close()
+    assert caplog.text.count("W&B failed") == 1
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
