@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
-LIBRARIES = ("DeepSpeed", "deepspeed", "transformers", "datasets", "torch", "accelerate")
+LIBRARIES = ("transformers", "datasets", "accelerate")  # DeepSpeed's own logger: engine/build.py
 
 
 def is_main() -> bool:
     """True on the process that speaks; known from the launcher's environment before any process group exists."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return launched_rank() == "0"
+
+
+def launched_rank() -> str:
+    """This process among all, as the launcher says."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def say(text: str = "") -> None:
@@ -27,6 +33,7 @@ def quiet_libraries(*, verbose: bool) -> None:
     """
     level = logging.INFO if verbose else logging.WARNING if is_main() else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    import datasets
     import torch
     import transformers
 
@@ -36,7 +43,10 @@ def quiet_libraries(*, verbose: bool) -> None:
     logger.set_verbosity(level)
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(level)
+    logging.getLogger("torch").setLevel(max(level, logging.WARNING))  # its compiler's INFO would bury all others
     if not verbose:
         logger.disable_progress_bar()
+        if not (is_main() and sys.stderr.isatty()):
+            datasets.disable_progress_bars()  # a bar is for someone who watches
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")

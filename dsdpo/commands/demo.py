@@ -31,7 +31,7 @@ The whole run took {seconds:.0f} s. At step 0 policy and reference are the same,
 and the accuracy, which counts strictly larger rewards, is 0; guessing would give 0.5.
 
 Next: change a setting,   dsdpo demo --loss.beta 0.5
-      draw a run again,   dsdpo plot runs/demo
+      draw a run again,   dsdpo plot {folder}
       train on your data, dsdpo train YOUR.yaml --dry-run   (launch/recipes/ has whole runs to start from)"""
 COLOURS = {
     "yellow": ["banana", "lemon", "canary", "sun"],
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     parser = argparse.ArgumentParser(prog="dsdpo demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, help="processes to start; default: one a GPU (2 at most), 2 without GPU")
+    parser.add_argument("--output_dir", type=Path, default=RUN_FOLDER, help=f"run folder; default: {RUN_FOLDER}")
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
     arguments, overrides = parser.parse_known_args(argv)
     root = Path(__file__).resolve().parents[2]
@@ -71,14 +72,16 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries(verbose=arguments.verbose)
     make_inputs(INPUTS)
+    if arguments.output_dir != RUN_FOLDER:
+        overrides += ["--output_dir", str(arguments.output_dir)]
     command = launch_command(arguments.ranks) + overrides + ["--verbose"] * arguments.verbose
     shown = " ".join(word for word in command[2:] if not word.startswith(("--master_port", "--log_level")))
     print(f"made a model and data in {INPUTS}; now\n\n  deepspeed {shown}\n", flush=True)
     started = time.monotonic()
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code == 0:
-        print(f"picture  {plot(RUN_FOLDER)}")
-        print(NEXT.format(seconds=time.monotonic() - started))
+        print(f"picture  {plot(arguments.output_dir)}")
+        print(NEXT.format(seconds=time.monotonic() - started, folder=arguments.output_dir))
     return code
 
 

@@ -4,17 +4,85 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsdpo.commands.console import say
+from dsdpo.commands.identity import identify_reference
+from dsdpo.commands.precompute import precompute
 from dsdpo.commands.prepare import Plan, reference_model
-from dsdpo.engine.build import build_policy, build_reference
+from dsdpo.engine.build import build_policy, build_reference, device, warm_up
+from dsdpo.engine.lora import POLICY, adapter_pairs, merged_parameters
 from dsdpo.engine.ops import prepare_ops
+from dsdpo.reference.adapter import AdapterReference
 from dsdpo.reference.base import Reference
+from dsdpo.reference.moving import Match, MovingAverage, MovingReference, match_parameters
 from dsdpo.reference.separate import SeparateReference
+from dsdpo.reference.snapshot import SnapshotReference
+from dsdpo.training.trainer import Due
 
 
 def build_engines(plan: Plan) -> tuple[Any, Reference]:
-    """The policy engine and the reference by the run's strategy. Collective."""
-    run = plan.run
+    """The policy engine, warmed up, and the reference by the run's strategy. Collective."""
     prepare_ops(plan.policy_config, plan.reference_config)
-    policy = build_policy(run, plan.policy_config, total_steps=plan.total_steps)
-    engine = build_reference(reference_model(run), plan.reference_config)
-    return policy, SeparateReference(engine, score_tokens=run.reference.score_tokens)
+    if plan.run.reference_strategy() == "precomputed":
+        table = precompute(plan)  # before the policy exists, so that there is one model in memory at a time
+        return warm_policy(plan), table
+    policy = warm_policy(plan)
+    match plan.run.reference_strategy():
+        case "policy_snapshot":
+            return policy, snapshot_reference(plan, policy)
+        case "adapter":
+            return policy, adapter_reference(plan, policy)
+        case _:
+            return policy, separate_reference(plan, policy)
+
+
+def warm_policy(plan: Plan) -> Any:
+    """The policy engine, after one pass that changes nothing. Collective."""
+    policy = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
+    warm_up(policy, plan.train.largest_batch(device()))
+    return policy
+
+
+def separate_reference(plan: Plan, policy: Any) -> Reference:
+    """A frozen or moving reference in an engine of its own. Collective."""
+    model = reference_model(plan.run)
+    engine = build_reference(model, plan.reference_config)
+    reference = SeparateReference(engine, score_tokens=plan.run.reference.score_tokens)
+    reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
+    if not plan.run.reference.sync_ref_model:
+        return reference
+    plain = model.lora is None and plan.run.model.lora is not None
+    sources = merged_parameters(policy.module) if plain else dict(policy.module.named_parameters())
+    return moving(plan, reference, match_parameters(sources, engine.module), engine)
+
+
+def adapter_reference(plan: Plan, policy: Any) -> Reference:
+    """The policy's base weights, without adapter or with a second one, frozen or moving. Collective."""
+    reference = AdapterReference(policy, score_tokens=plan.run.reference.score_tokens)
+    reference.identity = identify_reference(plan, policy.module, adapter=reference.adapter)
+    if not plan.run.reference.sync_ref_model:
+        return reference
+    return moving(plan, reference, adapter_pairs(policy.module.lm), policy)
+
+
+def moving(plan: Plan, reference: Reference, matches: list[Match], engine: Any) -> MovingReference:
+    """TR-DPO on a reference whose parameters `engine` holds."""
+    settings = plan.run.reference
+    average = MovingAverage(matches, engine, alpha=settings.ref_model_mixup_alpha)
+    say(f"reference moves every {settings.ref_model_sync_steps} steps: {average.describe()}")
+    return MovingReference(reference, average, every=settings.ref_model_sync_steps)
+
+
+def snapshot_reference(plan: Plan, policy: Any) -> SnapshotReference:
+    """The policy's own log-probs of the steps to come, taken at each sync. Collective."""
+    held_out = plan.evaluation
+    due = Due.of(plan.run, plan.total_steps)
+    reference = SnapshotReference(
+        policy,
+        training=plan.training_windows(device()),
+        held_out=lambda: held_out.whole_pass(device()) if held_out else (),
+        evaluates_after=lambda step: held_out is not None and step <= plan.total_steps and due.evaluate(step),
+        every=plan.run.reference.ref_model_sync_steps,
+        score_tokens=plan.run.reference.score_tokens,
+    )
+    reference.identity = identify_reference(plan, policy.module, adapter=POLICY if plan.run.model.lora else None)
+    return reference

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dsdpo.commands.console import say
 from dsdpo.config.run import ModelConfig, RunConfig, SourceConfig
 from dsdpo.data.pairs import Pairs, open_pairs
 from dsdpo.data.plan import MicroBatchBudget
 from dsdpo.data.sources import DefaultSplit
-from dsdpo.data.tokenize import prepare_pairs
+from dsdpo.data.tokenize import cache_folder, prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
-from dsdpo.data.window import Windows
+from dsdpo.data.window import Window, Windows
 from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, world_size
+from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config
 from dsdpo.errors import ConfigError, DataError
 
@@ -26,12 +31,14 @@ RUN_FILES = (
     "deepspeed.json",
     "deepspeed_reference.json",
     "environment.json",
+    "identity.json",
     "metrics.jsonl",
     "metrics.png",
     "wandb_run_id",
     "wandb",
     "checkpoints",
     "model",
+    "merged",
 )
 
 
@@ -47,8 +54,19 @@ class Plan:
     evaluation: Windows | None
     total_steps: int
 
+    def training_windows(self, device: torch.device, step: int = 0, consumed_pairs: int = 0) -> Iterator[Window]:
+        """This rank's windows of the steps after `step`, before which `consumed_pairs` pairs were trained on."""
+        return self.train.steps(
+            device,
+            consumed_pairs=consumed_pairs,
+            steps=self.total_steps - step,
+            pairs_per_step=self.run.batch.pairs_per_step,
+            seed=self.run.train.seed,
+            shuffle=self.run.data.shuffle,
+        )
 
-def prepare(run: RunConfig, *, run_file: str | Path = "the run") -> Plan:
+
+def prepare(run: RunConfig, *, run_file: str | Path = "the run", writes_output: bool = True) -> Plan:
     """Check the whole run and tokenize its data, once per node. Collective; no model is loaded.
 
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
@@ -57,7 +75,11 @@ def prepare(run: RunConfig, *, run_file: str | Path = "the run") -> Plan:
     model = check_model(run.model, key="model.path")
     if run.reference.path or run.reference.revision:
         check_model(reference_model(run), key="reference.path")
-    check_output_folder(run)
+    check_adapter(run)
+    if writes_output:
+        check_output_folder(run)
+    if run.reference.strategy == "precomputed":
+        check_store(store_folder(run))
     hidden_size = int(model.hidden_size)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=launched)
@@ -68,11 +90,17 @@ def prepare(run: RunConfig, *, run_file: str | Path = "the run") -> Plan:
             "use the tokenizer that belongs to the model"
         )
 
-    from dsdpo.engine.build import start_distributed  # imports DeepSpeed: seconds that a wrong setting need not wait
+    # These import DeepSpeed and peft: seconds that a wrong setting need not wait.
+    from dsdpo.engine.build import start_distributed
+    from dsdpo.engine.lora import check_fresh_adapter
 
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
-    train = prepare_windows(run, run.data.train, "train", tokenizer, model)
+    check_fresh_adapter(run.model)
+    # The smaller part first: its mistakes are not worth waiting for the larger one.
     evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model) if run.data.eval else None
+    train = prepare_windows(run, run.data.train, "train", tokenizer, model)
+    if evaluation is not None:
+        evaluation = replace(evaluation, first_pair_id=len(train.pairs))
     total_steps = run.total_steps(len(train.pairs))
     policy_config, reference_config = resolve_configs(
         run, run_file, hidden_size=hidden_size, total_steps=total_steps, ranks=world_size()
@@ -80,11 +108,33 @@ def prepare(run: RunConfig, *, run_file: str | Path = "the run") -> Plan:
     return Plan(run, policy_config, reference_config, tokenizer, train, evaluation, total_steps)
 
 
+def store_folder(run: RunConfig) -> Path:
+    """Where precomputed log-probs are kept; each reference has a folder of its own in it."""
+    return Path(run.reference.store).expanduser() if run.reference.store else cache_folder(run.data) / "reference"
+
+
+def check_store(folder: Path) -> None:
+    """Raise `ConfigError` unless precomputed log-probs can be kept in `folder`, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"reference.store: {folder} cannot be written ({error.strerror}); give a folder that can"
+        ) from error
+
+
 def reference_model(run: RunConfig) -> ModelConfig:
-    """The model whose weights the reference starts from."""
-    if run.reference.path is None:
-        return run.model.model_copy(update={"revision": run.reference.revision or run.model.revision})
-    return run.model.model_copy(update={"path": run.reference.path, "revision": run.reference.revision})
+    """The model whose weights the reference starts from: another, or the policy's with its adapter, if any."""
+    if run.reference.path is not None:
+        return run.model.model_copy(
+            update={"path": run.reference.path, "revision": run.reference.revision, "lora": None}
+        )
+    lora = run.model.lora
+    keeps_adapter = lora is not None and lora.path is not None and run.reference.adapter == "initial"
+    return run.model.model_copy(
+        update={"revision": run.reference.revision or run.model.revision, "lora": lora if keeps_adapter else None}
+    )
 
 
 def resolve_configs(
@@ -92,7 +142,7 @@ def resolve_configs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The DeepSpeed configs of policy and reference, complete."""
     policy = resolve_policy_config(
-        read_deepspeed_json(run.deepspeed),
+        read_named_json(run.deepspeed, key="deepspeed"),
         source=run.deepspeed,
         run=run,
         world_size=ranks,
@@ -102,7 +152,7 @@ def resolve_configs(
     )
     own = run.reference.deepspeed
     reference = resolve_reference_config(
-        read_deepspeed_json(own) if own else None,
+        read_named_json(own, key="reference.deepspeed") if own else None,
         policy_config=policy,
         source=own,
         run=run,
@@ -111,6 +161,16 @@ def resolve_configs(
         run_source=run_file,
     )
     return policy, reference
+
+
+def read_named_json(path: str, *, key: str) -> dict[str, Any]:
+    """The DeepSpeed JSON that a setting names. Raises `ConfigError`, naming the setting if there is no such file."""
+    if not Path(path).exists():
+        raise ConfigError(
+            f"{key}: no file {path} in {Path.cwd()} or beside the run file; give a DeepSpeed JSON such as "
+            "ds_configs/zero3.json"
+        )
+    return read_deepspeed_json(path)
 
 
 def check_model(model: ModelConfig, *, key: str) -> Any:
@@ -122,7 +182,7 @@ def check_model(model: ModelConfig, *, key: str) -> Any:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{key}: {folder} has no config.json; give a Hugging Face model folder or Hub id")
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            raise ConfigError(f"{key}: {folder} has no weights (*.safetensors)")
+            raise ConfigError(f"{key}: {folder} has no weights (*.safetensors); give the folder of a whole model")
     elif folder.is_file() or model.path.startswith((".", "/", "~")):
         raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
     try:
@@ -131,7 +191,8 @@ def check_model(model: ModelConfig, *, key: str) -> Any:
         )
     except Exception as error:  # whatever the Hub client or a parser raises
         first_line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{key}: {model.path!r} is no folder here and cannot be loaded: {first_line}") from error
+        what = "" if folder.is_dir() else " is no folder here and"
+        raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {first_line}") from error
     return config.get_text_config()
 
 
@@ -140,7 +201,10 @@ def check_output_folder(run: RunConfig) -> None:
     folder = Path(run.output_dir)
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output_dir: {folder} cannot be written ({existing} is not a writable folder)")
+        raise ConfigError(
+            f"output_dir: {folder} cannot be written: {existing} is no folder that this user may write to; "
+            "choose another"
+        )
     if folder.exists() and any(folder.iterdir()) and not run.overwrite_output_dir:
         raise ConfigError(
             f"output_dir: {folder} is not empty; choose another folder, or add --overwrite_output_dir true to replace "

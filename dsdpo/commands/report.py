@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dsdpo.commands.prepare import Plan
+from dsdpo.commands.prepare import Plan, reference_model
 from dsdpo.config.run import RunConfig
 from dsdpo.data.window import Windows
 from dsdpo.engine.zero_config import offload_device, stage
@@ -19,23 +19,56 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rew
 def describe_plan(plan: Plan) -> str:
     """The plan of a run as a small table."""
     run = plan.run
-    first = next(plan.train.steps(torch.device("cpu"), consumed_pairs=0, steps=1, **step_settings(run)))
+    first = next(plan.training_windows(torch.device("cpu")))
     rows = [
-        ("policy", f"{run.model.path} ({run.model.dtype}), {describe_engine(plan.policy_config)}"),
-        ("reference", f"{run.reference.path or run.model.path}, {describe_engine(plan.reference_config)}"),
+        ("policy", f"{describe_policy(run)}, {describe_engine(plan.policy_config)}"),
+        ("reference", describe_reference(plan)),
         ("loss", f"{run.loss.type}, beta {run.loss.beta}"),
         ("train data", describe_pairs(plan.train)),
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
         ("steps", f"{plan.total_steps:,} of {run.batch.pairs_per_step} pairs, {plan.train.world_size} ranks"),
         ("first step", f"{first.pairs} pairs, {first.tokens:,} tokens, micro-batches a rank: {len(first.batches)}"),
         ("output", run.output_dir),
+        *(("note", text) for text in remarks(plan)),
     ]
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
 
 
-def step_settings(run: RunConfig) -> dict[str, Any]:
-    """What decides which pairs make a step."""
-    return {"pairs_per_step": run.batch.pairs_per_step, "seed": run.train.seed, "shuffle": run.data.shuffle}
+def remarks(plan: Plan) -> list[str]:
+    """What a user may not have meant, and what would do the same for less."""
+    settings, found = plan.run.reference, []
+    if settings.sync_ref_model and settings.ref_model_sync_steps >= plan.total_steps:
+        found.append(
+            f"reference.ref_model_sync_steps {settings.ref_model_sync_steps} is not reached in {plan.total_steps} "
+            "steps: the reference stays as it is"
+        )
+    if settings.sync_ref_model and settings.ref_model_mixup_alpha == 1.0 and settings.strategy != "policy_snapshot":
+        found.append(
+            "with reference.ref_model_mixup_alpha 1, reference.strategy policy_snapshot gives the same numbers and "
+            "needs no reference weights"
+        )
+    return found
+
+
+def describe_policy(run: RunConfig) -> str:
+    """What is trained."""
+    lora = run.model.lora
+    adapter = "" if lora is None else f" + LoRA of rank {lora.r}" if lora.path is None else f" + adapter {lora.path}"
+    return f"{run.model.path}{adapter} ({run.model.dtype})"
+
+
+def describe_reference(plan: Plan) -> str:
+    """Whose weights the reference has, and where they are."""
+    run = plan.run
+    strategy = run.reference_strategy()
+    if strategy == "policy_snapshot":
+        return f"the policy as it is every {run.reference.ref_model_sync_steps} steps: no weights of its own"
+    if strategy == "adapter":
+        own = "with its first adapter, frozen" if run.has_reference_adapter() else "with adapters off"
+        return f"{run.model.path}, adapter: the policy's own weights {own}"
+    model = reference_model(run)
+    adapter = f" + adapter {model.lora.path}" if model.lora else ""
+    return f"{model.path}{adapter}, {strategy}: {describe_engine(plan.reference_config)}"
 
 
 def describe_engine(config: dict[str, Any]) -> str:

@@ -38,8 +38,9 @@ def main(argv: list[str]) -> int:
 def train(plan: Plan) -> None:
     """Build both engines, train, evaluate, save and export. Collective."""
     from dsdpo.commands.engines import build_engines
+    from dsdpo.commands.identity import record_identity
     from dsdpo.commands.prepare import make_output_folder
-    from dsdpo.commands.report import describe_results, step_settings
+    from dsdpo.commands.report import describe_results
     from dsdpo.engine import build
     from dsdpo.objective.losses import make_loss
     from dsdpo.training import trainer
@@ -52,8 +53,9 @@ def train(plan: Plan) -> None:
     folder = make_output_folder(run)
     record_settings(plan, folder)
     policy, reference = build_engines(plan)
+    identity = record_identity(reference, folder)
     loss_fn = make_loss(run.loss.type, beta=run.loss.beta, label_smoothing=run.loss.label_smoothing)
-    tracker = Tracker(run, folder)
+    tracker = Tracker(run, folder, facts={"reference_identity": identity})
     state = TrainState()
 
     def evaluate_now() -> None:
@@ -64,23 +66,16 @@ def train(plan: Plan) -> None:
         keep_last = run.checkpoint.keep_last
         save_checkpoint(folder / "checkpoints", state, policy=policy, reference=reference, keep_last=keep_last)
 
-    build.warm_up(policy, plan.train.largest_batch(device))
-    if run.evaluation.at_start:
+    due = trainer.Due.of(run, plan.total_steps)
+    if due.evaluate(0):
         evaluate_now()
     trainer.train(
         policy,
         reference,
         loss_fn,
-        plan.train.steps(
-            device, consumed_pairs=state.consumed_pairs, steps=plan.total_steps - state.step, **step_settings(run)
-        ),
+        plan.training_windows(device, state.step, state.consumed_pairs),
         state=state,
-        due=trainer.Due(
-            total_steps=plan.total_steps,
-            log_every=run.tracking.every_steps,
-            evaluate_every=run.evaluation.every_steps,
-            checkpoint_every=run.checkpoint.every_steps,
-        ),
+        due=due,
         tracker=tracker,
         evaluate=evaluate_now,
         save=save_now,
@@ -94,7 +89,7 @@ def record_settings(plan: Plan, folder: Path) -> None:
     """Write the resolved settings, both DeepSpeed configs and the environment into the run folder. Collective."""
     from dsdpo.distributed import all_or_none, rank, world_size
 
-    packages = ("torch", "deepspeed", "transformers", "datasets", "dsdpo")
+    packages = ("torch", "deepspeed", "transformers", "peft", "datasets", "dsdpo")
     environment: dict[str, Any] = {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -105,9 +100,8 @@ def record_settings(plan: Plan, folder: Path) -> None:
     with all_or_none():
         if rank() == 0:
             (folder / "config.yaml").write_text(dump_yaml(plan.run), encoding="utf-8")
-            for name, content in (
-                ("deepspeed.json", plan.policy_config),
-                ("deepspeed_reference.json", plan.reference_config),
-                ("environment.json", environment),
-            ):
+            files = {"deepspeed.json": plan.policy_config, "environment.json": environment}
+            if plan.run.reference_strategy() != "adapter":  # which has no engine of its own
+                files["deepspeed_reference.json"] = plan.reference_config
+            for name, content in files.items():
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,229 @@
+"""Wrong run files, DeepSpeed JSONs, models and data, each with words that the one message about it must hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.data.helpers import assistant, user
+
+QUESTION = "what colour is the sun ?"
+ROW = {"prompt": [user(QUESTION)], "chosen": [assistant("yellow .")], "rejected": [assistant("red .")]}
+LONG_ROW = {**ROW, "chosen": [assistant("yellow " * 200)]}
+WITHOUT_CHOSEN = {"prompt": "what colour is the sun ?", "rejected": "red ."}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One wrong input. Sections are laid over a good run, files are written beside it."""
+
+    name: str
+    mentions: tuple[str, ...]
+    sections: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str | bytes] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    model: dict[str, str | None] = field(default_factory=dict)  # files of the model to replace, None: to remove
+    run_file: str | None = None  # its text, in place of the good run with `sections`
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def lines(*rows: Any) -> str:
+    """JSON Lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def policy(**zero: Any) -> dict[str, str | bytes]:
+    """A policy's DeepSpeed JSON, ZeRO-3 with `zero` in its block."""
+    return {"ds.json": json.dumps({"zero_optimization": {"stage": 3, **zero}})}
+
+
+def with_reference(text: str) -> dict[str, Any]:
+    """Sections and files for a run whose reference has this DeepSpeed JSON."""
+    return {"sections": {"reference": {"deepspeed": "reference.json"}}, "files": {"reference.json": text}}
+
+
+def with_data(content: str | bytes, **settings: Any) -> dict[str, Any]:
+    """Sections and files for a run on this JSON Lines file."""
+    return {"sections": {"data": {"train": "rows.jsonl", **settings}}, "files": {"rows.jsonl": content}}
+
+
+NVME = '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp/nvme"}}}'
+RUN_FILE = [
+    Case("missing run file", ("nowhere.yaml", "cannot be read as a run file", "No such file"), options=("RUN",)),
+    Case("YAML syntax", ("run.yaml:2", "not valid YAML"), run_file="model: {path: m}\n  data: ]\n"),
+    Case("run file is a list", ("run.yaml", "a mapping of sections"), run_file="- model\n"),
+    Case("key twice", ("run.yaml:2", "the key loss stands here a second time"), run_file="loss: {}\nloss: {}\n"),
+    Case("unknown section", ("losss is not a setting; did you mean loss?",), {"losss": {"beta": 1}}),
+    Case(
+        "unknown key",
+        ("optimizer.lr is not a setting; did you mean optimizer.learning_rate?",),
+        {"optimizer": {"lr": 1e-6}},
+    ),
+    Case("unknown option", ("command line: --loss.betta", "did you mean --loss.beta?"), options=("--loss.betta", "1")),
+    Case("wrong type", ("batch.pairs_per_step is 'many'", "integer"), {"batch": {"pairs_per_step": "many"}}),
+    Case("missing section", ("data is missing",), run_file="model: {path: m}\ndeepspeed: d\noutput_dir: o\n"),
+    Case(
+        "contradictory batch sizes",
+        ("batch.pairs_per_micro_batch 16 is more than batch.pairs_per_step 8",),
+        {"batch": {"pairs_per_step": 8, "pairs_per_micro_batch": 16}},
+    ),
+    Case("unknown loss", ("loss.type is 'dpo'", "'sigmoid', 'hinge' or 'ipo'"), {"loss": {"type": "dpo"}}),
+    Case(
+        "option without effect",
+        ("loss.label_smoothing 0.1 has no effect with loss.type hinge", "set loss.label_smoothing to 0"),
+        {"loss": {"type": "hinge", "label_smoothing": 0.1}},
+    ),
+    Case("output folder not empty", ("output_dir", "is not empty", "--overwrite_output_dir true"), files={"out/a": ""}),
+    Case("output folder is a file", ("output_dir", "out cannot be written", "choose another"), files={"out": ""}),
+]
+DEEPSPEED = [
+    Case("missing DeepSpeed JSON", ("deepspeed: no file no.json", "ds_configs/zero3.json"), {"deepspeed": "no.json"}),
+    Case("invalid JSON", ("ds.json:2: not valid JSON",), files={"ds.json": '{\n"bf16": }'}),
+    Case(
+        "stage-3 key typo",
+        ("zero_optimization.stage3_param_persistance_threshold", "did you mean stage3_param_persistence_threshold?"),
+        files=policy(stage3_param_persistance_threshold=0),
+    ),
+    Case("auto that nothing fills", ('zero_optimization.stage is "auto"', "write a value"), files=policy(stage="auto")),
+    Case(
+        "auto misspelt",
+        ('stage3_prefetch_bucket_size is "Auto"', "a whole number"),
+        files=policy(stage3_prefetch_bucket_size="Auto"),
+    ),
+    Case(
+        "dotted key",
+        ('"zero_optimization.stage" is a dotted key',),
+        files={"ds.json": '{"zero_optimization.stage": 3}'},
+    ),
+    Case(
+        "bf16 contradicts model.dtype",
+        ("bf16.enabled is true", "model.dtype float32", "make them agree"),
+        files={"ds.json": '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3}}'},
+    ),
+    Case(
+        "batch sizes contradict the run",
+        ("train_batch_size is 64", "batch.pairs_per_step 8"),
+        files={"ds.json": '{"train_batch_size": 64, "zero_optimization": {"stage": 3}}'},
+    ),
+    Case(
+        "reference stage 2", ("reference.json", "use 0 or 3"), **with_reference('{"zero_optimization": {"stage": 2}}')
+    ),
+    Case(
+        "reference with an optimizer",
+        ("reference.json", "optimizer has no place in a reference", "delete it"),
+        **with_reference('{"optimizer": {"type": "AdamW", "params": {}}, "zero_optimization": {"stage": 3}}'),
+    ),
+    Case(
+        "one nvme_path for both",
+        ("reference.json", "nvme_path /tmp/nvme is the policy's too", "use another folder"),
+        {"reference": {"deepspeed": "reference.json"}},
+        {"reference.json": NVME, "ds.json": NVME},
+    ),
+]
+MODEL = [
+    Case("model folder missing", ("model.path", "no folder", "nowhere"), {"model": {"path": "./nowhere"}}),
+    Case("model is no Hub id", ("model.path", "'some/model'", "cannot be loaded"), {"model": {"path": "some/model"}}),
+    Case("reference folder missing", ("reference.path", "no folder"), {"reference": {"path": "./nowhere"}}),
+    Case("model without config.json", ("model.path", "has no config.json"), model={"config.json": None}),
+    Case("damaged config.json", ("model.path", "config.json' is not a valid JSON"), model={"config.json": "{"}),
+    Case("model without weights", ("model.path", "has no weights"), model={"model.safetensors": None}),
+    Case(
+        "no tokenizer",
+        ("model.path", "no tokenizer", "model.tokenizer"),
+        model={"tokenizer.json": None, "tokenizer_config.json": None},
+    ),
+    Case("no pad token", ("model.pad_token", "has no pad token", "<|end|>"), model={"pad_token": None}),
+    Case("unknown pad token", ("model.pad_token", "'<none>' is not a token"), {"model": {"pad_token": "<none>"}}),
+]
+DATA = [
+    Case(
+        "no chat template for messages",
+        ("rows.jsonl:1 holds messages", "no chat template", "model.chat_template"),
+        **with_data(lines(ROW)),
+        model={"chat_template.jinja": None},
+    ),
+    Case("missing data file", ("data.train[0]", "gone.jsonl does not exist"), {"data": {"train": "gone.jsonl"}}),
+    Case(
+        "missing held-out file",
+        ("data.eval[0]", "gone.jsonl does not exist"),
+        {"data": {"train": "rows.jsonl", "eval": "gone.jsonl"}},
+        {"rows.jsonl": lines(ROW)},
+    ),
+    Case("empty data file", ("rows.jsonl: is empty", "at least one preference pair"), **with_data("")),
+    Case("binary junk", ("rows.jsonl: not text but binary data",), **with_data(bytes(range(256)) * 40)),
+    Case("not JSON", ("rows.jsonl: not a JSON Lines file",), **with_data("prompt,chosen,rejected\n1,2,3\n")),
+    Case("prompt-only rows", ("has no chosen, rejected", "columns"), **with_data(lines({"prompt": "p"}))),
+    Case(
+        "all rows bad",
+        ("data.train: no usable row is left", "2 equal_responses", "rows.jsonl:1"),
+        **with_data(lines(*[{**ROW, "rejected": ROW["chosen"]}] * 2)),
+    ),
+    Case(
+        "too many bad rows",
+        ("20.0% of the rows are bad", "data.max_dropped_share allows 10.0%", "rows.jsonl:1, rows.jsonl:2"),
+        **with_data(lines(*[WITHOUT_CHOSEN] * 2, *[ROW] * 8)),
+    ),
+    Case(
+        "one bad row under data.strict",
+        ("data.strict is true", "rows.jsonl:21", "missing"),
+        **with_data(lines(*[ROW] * 20, WITHOUT_CHOSEN), strict=True),
+    ),
+    Case(
+        "max_length below every prompt",
+        ("no usable row is left", "prompt_too_long", "Raise data.max_length"),
+        **with_data(lines(ROW, ROW), max_length=3),
+    ),
+    Case(
+        "longer than the model's positions",
+        ("data.max_length: 1000", "takes 128 tokens", "set data.max_length to 128 or less"),
+        **with_data(lines(LONG_ROW), max_length=1000),
+    ),
+]
+CASES = [*RUN_FILE, *DEEPSPEED, *MODEL, *DATA]
+
+
+def write(case: Case, folder: Path, inputs: Path) -> list[str]:
+    """The case's files in `folder`, beside a run that is good but for them; arguments of `dsdpo`."""
+    model = inputs / "model"
+    if case.model:
+        model = Path(shutil.copytree(model, folder / "model"))
+        for name, content in case.model.items():
+            change_model(model, name, content)
+    run: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(inputs / "train.jsonl"), "max_length": 64, "cache_dir": str(folder / "cache")},
+        "batch": {"pairs_per_step": 8},
+        "deepspeed": "ds.json",
+        "output_dir": str(folder / "out"),
+    }
+    for name, values in case.sections.items():
+        run[name] = {**run.get(name, {}), **values} if isinstance(values, dict) else values
+    for name, content in {**policy(), **case.files}.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path = folder / "run.yaml"
+    path.write_text(case.run_file if case.run_file is not None else yaml.safe_dump(run))
+    if case.options == ("RUN",):
+        return ["train", str(folder / "nowhere.yaml")]
+    return ["train", str(path), *case.options]
+
+
+def change_model(model: Path, name: str, content: str | None) -> None:
+    """Replace or remove a file of a model folder, or the tokenizer's `pad_token`."""
+    if name == "pad_token":
+        path = model / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        del settings["pad_token"]
+        path.write_text(json.dumps(settings))
+    elif content is None:
+        (model / name).unlink()
+    else:
+        (model / name).write_text(content)

@@ -1,0 +1,117 @@
+"""Whatever is wrong with the input: exit code 2, one clear message on rank 0, soon, and no rank left hanging."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.commands.bad_input import CASES, DATA, DEEPSPEED, MODEL, RUN_FILE, Case, write
+from tests.commands.processes import DSDPO, finish, launcher
+from tests.ranks import run_ranks
+from tests.runs import demo_inputs
+
+HANG_S = 60  # 15 s on a machine of one's own
+BY_NAME = {case.name: case for case in CASES}
+# Through real processes: an early and a late mistake of each kind.
+IN_ONE_PROCESS = [RUN_FILE[0], RUN_FILE[4], RUN_FILE[-1], DEEPSPEED[2], MODEL[0], MODEL[7], DATA[1], DATA[9]]
+UNDER_THE_LAUNCHER = ["unknown key", "stage-3 key typo", "binary junk", "one bad row under data.strict"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_at_least_twenty_different_cases() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 20
+    assert len({case.mentions for case in CASES}) == len(CASES)
+
+
+# Ranks have nothing to agree on before the data.
+@pytest.mark.parametrize(("case", "world_size"), [(case, 2) for case in CASES] + [(case, 1) for case in DATA], ids=str)
+def test_every_rank_refuses_and_rank_0_says_why(case: Case, world_size: int, inputs: Path, tmp_path: Path) -> None:
+    answers = run_ranks(world_size, command_here, write(case, tmp_path, inputs))
+    assert [code for code, _, _ in answers] == [2] * world_size
+    assert_says(case, answers[0][2])
+    assert [text for _, output, _ in answers for text in output.splitlines()] == []
+    assert [errors for _, _, errors in answers[1:]] == [""] * (world_size - 1)
+
+
+def command_here(argv: list[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `dsdpo` in this process, C++ libraries' words included."""
+    from dsdpo.__main__ import main
+
+    with captured(1) as output, captured(2) as errors:
+        code = main(argv)
+    return code, output.read_text(), errors.read_text()
+
+
+@contextmanager
+def captured(descriptor: int) -> Iterator[Path]:
+    """A file that holds all that is written to a file descriptor meanwhile."""
+    path = Path(tempfile.mkdtemp()) / "text"
+    stream = {1: sys.stdout, 2: sys.stderr}[descriptor]
+    stream.flush()
+    kept = os.dup(descriptor)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), descriptor)
+    try:
+        yield path
+    finally:
+        stream.flush()
+        os.dup2(kept, descriptor)
+        os.close(kept)
+
+
+def assert_says(case: Case, errors: str) -> None:
+    """One message, whole, and nothing beside it."""
+    assert errors.startswith("dsdpo: "), errors
+    assert errors.count("dsdpo: ") == 1
+    for mention in case.mentions:
+        assert mention in errors
+    assert "Traceback" not in errors
+    assert len(errors) < 1000, "a message that nobody reads"
+    assert not re.search(r"\b(WARNING|INFO)\b", errors)
+
+
+@pytest.mark.parametrize("case", IN_ONE_PROCESS, ids=str)
+def test_as_a_real_process(case: Case, inputs: Path, tmp_path: Path) -> None:
+    answer = finish([*DSDPO, *write(case, tmp_path, inputs)], limit_s=HANG_S)
+    assert answer.returncode == 2
+    assert_says(case, answer.stderr)
+    assert answer.stdout == ""
+
+
+@pytest.mark.parametrize("name", UNDER_THE_LAUNCHER)
+def test_under_the_deepspeed_launcher(name: str, inputs: Path, tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    answer = finish([*launcher(), *write(case, tmp_path, inputs)], limit_s=HANG_S)
+    assert answer.returncode != 0
+    said = answer.stdout + answer.stderr
+    assert said.count(case.mentions[0]) == 1, said
+    assert "dsdpo (rank" not in said
+    assert "Traceback" not in said
+    assert "terminate called" not in said
+
+
+def test_mistake_that_only_another_rank_sees_is_told(inputs: Path, tmp_path: Path) -> None:
+    """Rank 1 on a node without the run file: rank 0 waits for it in vain, so rank 1 speaks."""
+    command = [*DSDPO, "train", str(tmp_path / "nowhere.yaml")]
+    answer = finish(command, limit_s=HANG_S, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("dsdpo (rank 1): ")
+    assert "nowhere.yaml" in answer.stderr
+
+
+def test_wrong_setting_is_told_without_importing_torch(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("modell: {}\n")
+    code = "import sys, dsdpo.__main__ as m; code = m.main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    answer = finish([sys.executable, "-c", code, "train", str(tmp_path / "run.yaml")], limit_s=HANG_S)
+    assert (answer.returncode, answer.stdout) == (2, "False\n")

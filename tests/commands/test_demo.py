@@ -1,0 +1,68 @@
+"""`dsdpo demo`: the same inputs each time, an honest held-out part, and a run that learns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+from dsdpo.commands.demo import COLOURS, QUESTIONS, make_inputs, make_rows
+from tests.commands.processes import DSDPO, finish
+from tests.runs import metrics
+
+LIMIT_S = 400
+
+
+def test_inputs_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_inputs(tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert {"train.jsonl", "test.jsonl", "model/model.safetensors"} <= {str(path) for path in files}
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+    assert make_rows(0) != make_rows(1)
+
+
+def test_held_out_questions_were_never_asked_about_that_thing() -> None:
+    train, test = make_rows(0)
+    asked = {row["prompt"][0]["content"] for row in train}
+    held_out = {row["prompt"][0]["content"] for row in test}
+    assert not asked & held_out
+    things = {thing for group in COLOURS.values() for thing in group}
+    assert all(any(f" {thing} " in question for question in asked) for thing in things), "a thing never seen"
+    assert len(asked) == len(things) * (len(QUESTIONS) - 2)
+
+
+def test_only_the_colour_tells_chosen_from_rejected() -> None:
+    right = {thing: colour for colour, group in COLOURS.items() for thing in group}
+    chosen_counts, rejected_counts = dict.fromkeys(COLOURS, 0), dict.fromkeys(COLOURS, 0)
+    for row in itertools.chain(*make_rows(0)):
+        chosen, rejected = row["chosen"][0]["content"].split(), row["rejected"][0]["content"].split()
+        different = [(good, bad) for good, bad in zip(chosen, rejected, strict=True) if good != bad]
+        ((good, bad),) = different
+        thing = next(word for word in row["prompt"][0]["content"].split() if word in right)
+        assert right[thing] == good
+        chosen_counts[good] += 1
+        rejected_counts[bad] += 1
+    # Preferring one colour everywhere would win nothing.
+    assert all(abs(chosen_counts[colour] / rejected_counts[colour] - 1) < 0.25 for colour in COLOURS)
+
+
+def test_demo_learns_and_shows_it(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    answer = finish([*DSDPO, "demo", "--output_dir", str(folder)], limit_s=LIMIT_S)
+    assert answer.returncode == 0
+    rows = metrics(folder)
+    held_out = [row for row in rows if "eval/loss" in row]
+    assert abs(held_out[0]["eval/loss"] - 0.693147) < 1e-5
+    assert held_out[-1]["eval/rewards/accuracies"] > 0.9
+    assert held_out[-1]["eval/rewards/margins"] > 0.5
+    assert re.search(r"rewards/accuracies +0\.\d+ +(0\.9\d+|1\.0000)", answer.stdout), "no table"
+    said = re.search(r"^picture +(.+)$", answer.stdout, re.MULTILINE)
+    assert said is not None
+    assert Path(said[1]).read_bytes().startswith(b"\x89PNG")
+    for shown in (f"model    {folder / 'model'}", f"metrics  {folder / 'metrics.jsonl'}", "Next:", f"plot {folder}"):
+        assert shown in answer.stdout
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert json.loads((folder / "deepspeed_reference.json").read_text())["zero_optimization"]["stage"] == 3
