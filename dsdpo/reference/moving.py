@@ -177,8 +177,8 @@ class MovingReference(Reference):
             raise CheckpointError(f"{path}: the moving reference cannot be read: {error}") from error
         if facts["world_size"] != world_size():
             raise CheckpointError(
-                f"{folder}: {facts['world_size']} ranks saved the moving reference, and there are {world_size()}: start "
-                "as many"
+                f"{folder}: {facts['world_size']} ranks saved the moving reference, and there are {world_size()}; "
+                "start as many"
             )
         self.average.restore(parts)
         self.syncs, self.age = facts["syncs"], facts["age"]
