@@ -96,6 +96,13 @@ def test_against_plain_arithmetic() -> None:
     assert weights_digest(module) == f"{sums[0]:016x}{sums[1]:016x}"
 
 
+def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ResponseScorer(tiny_lm())
+    whole = weights_digest(module)
+    monkeypatch.setattr("dsdpo.reference.identity.CHUNK_CPU", 7)
+    assert weights_digest(module) == whole
+
+
 def test_what_changes_the_digest() -> None:
     lm = tiny_lm()
     before = weights_digest(ResponseScorer(copy.deepcopy(lm)))

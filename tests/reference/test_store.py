@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,6 +160,24 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     have, found = read_rows(first, keys[:30])
     assert have.all()
     assert np.array_equal(found.logps, rows.logps[:30])
+
+
+def test_reading_takes_memory_for_the_rows_asked_for(tmp_path: Path) -> None:
+    """A store of 50,000 rows is 1.6 MB, of which 100 rows are wanted."""
+    folder = open_store(tmp_path, IDENTITY)
+    keys, rows = some_rows(50_000)
+    writer = ShardWriter(folder, rank=0)
+    for start in range(0, 50_000, 1000):
+        writer.make_room(1000)
+        writer.append(keys[start : start + 1000], rows[np.arange(start, start + 1000)])
+    writer.flush()
+    read_rows(folder, keys[:1])  # imports and caches
+    tracemalloc.start()
+    have, _ = read_rows(folder, keys[::500])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert have.all()
+    assert peak < 400_000, "one shard at a time"
 
 
 def test_nothing_infinite_is_stored(tmp_path: Path) -> None:

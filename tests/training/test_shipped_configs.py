@@ -45,5 +45,5 @@ def test_bf16(policy: str, reference: str, inputs: Path, in_float32: list[float]
     found = losses_of(policy, reference, inputs, tmp_path)
     # The reference scores both micro-batches in one pass, which rounds otherwise: ln 2 only to 1e-5 here.
     assert found[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert found == pytest.approx(in_float32, abs=2e-3)  # 3e-4 seen; 8 bits of mantissa
-    assert found[-1] < math.log(2) - 0.02, "nothing was learned, so nothing was compared"
+    assert found == pytest.approx(in_float32, abs=2e-3)  # 3e-4 seen; bf16 has 8 bits of mantissa
+    assert found[-1] < math.log(2) - 0.01, "nothing was learned, so nothing was compared"
