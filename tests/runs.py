@@ -109,3 +109,12 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def losses(rows: list[dict[str, float]]) -> list[float]:
     """The training losses, step by step."""
     return [row["loss"] for row in rows if "loss" in row]
+
+
+def write_other_model(folder: Path) -> None:
+    """Other random weights of the same shape, in place."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)

@@ -78,7 +78,7 @@ def snapshot_reference(plan: Plan, policy: Any) -> SnapshotReference:
     due = Due.of(plan.run, plan.total_steps)
     reference = SnapshotReference(
         policy,
-        training=plan.training_windows(device()),
+        training=lambda step: plan.training_windows(device(), step),
         held_out=lambda: held_out.whole_pass(device()) if held_out else (),
         evaluates_after=lambda step: held_out is not None and step <= plan.total_steps and due.evaluate(step),
         every=plan.run.reference.ref_model_sync_steps,

@@ -30,11 +30,14 @@ def identify_reference(plan: Plan, module: Any, *, adapter: str | None) -> Refer
     )
 
 
-def record_identity(reference: Reference, folder: Path) -> dict[str, Any]:
-    """Say which reference this is, write it into the run folder, and return it as JSON. Collective."""
+def record_identity(reference: Reference, folder: Path, *, overridden: list[str]) -> dict[str, Any]:
+    """Say which reference this is, write it into the run folder, and return it as JSON. Collective.
+
+    `overridden` says in what it is not the one that training began with.
+    """
     assert reference.identity is not None
     say(f"reference: {reference.identity.describe()}")
-    content = reference.identity.to_json()
+    content = reference.identity.to_json() | ({"overridden": overridden} if overridden else {})
     with all_or_none():
         if rank() == 0:
             (folder / "identity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

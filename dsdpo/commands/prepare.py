@@ -15,7 +15,7 @@ import torch
 from dsdpo.commands.console import say
 from dsdpo.config.run import ModelConfig, RunConfig, SourceConfig
 from dsdpo.data.pairs import Pairs, open_pairs
-from dsdpo.data.plan import MicroBatchBudget
+from dsdpo.data.plan import MicroBatchBudget, steps_per_epoch
 from dsdpo.data.sources import DefaultSplit
 from dsdpo.data.tokenize import cache_folder, prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
@@ -37,6 +37,7 @@ RUN_FILES = (
     "wandb_run_id",
     "wandb",
     "checkpoints",
+    "stopped.json",
     "model",
     "merged",
 )
@@ -54,11 +55,13 @@ class Plan:
     evaluation: Windows | None
     total_steps: int
 
-    def training_windows(self, device: torch.device, step: int = 0, consumed_pairs: int = 0) -> Iterator[Window]:
-        """This rank's windows of the steps after `step`, before which `consumed_pairs` pairs were trained on."""
+    def training_windows(self, device: torch.device, step: int = 0) -> Iterator[Window]:
+        """This rank's windows of the steps after `step`."""
+        size, pairs = self.run.batch.pairs_per_step, len(self.train.pairs)
+        epochs, steps_into_epoch = divmod(step, steps_per_epoch(pairs, size))
         return self.train.steps(
             device,
-            consumed_pairs=consumed_pairs,
+            consumed_pairs=epochs * pairs + steps_into_epoch * size,
             steps=self.total_steps - step,
             pairs_per_step=self.run.batch.pairs_per_step,
             seed=self.run.train.seed,
@@ -205,20 +208,20 @@ def check_output_folder(run: RunConfig) -> None:
             f"output_dir: {folder} cannot be written: {existing} is no folder that this user may write to; "
             "choose another"
         )
-    if folder.exists() and any(folder.iterdir()) and not run.overwrite_output_dir:
+    if folder.exists() and any(folder.iterdir()) and not run.overwrite_output_dir and not run.checkpoint.resume:
         raise ConfigError(
-            f"output_dir: {folder} is not empty; choose another folder, or add --overwrite_output_dir true to replace "
-            "the run in it"
+            f"output_dir: {folder} is not empty; choose another folder, add --resume auto to go on with the run in it, "
+            "or --overwrite_output_dir true to replace it"
         )
 
 
-def make_output_folder(run: RunConfig) -> Path:
-    """The run's folder, emptied of an earlier run's files if that was asked for. Collective."""
+def make_output_folder(run: RunConfig, *, keep: bool) -> Path:
+    """The run's folder, emptied of an earlier run's files unless they are to `keep`. Collective."""
     folder = Path(run.output_dir)
     with all_or_none():
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in RUN_FILES:
+            for name in () if keep else RUN_FILES:
                 path = folder / name
                 if path.is_dir():
                     shutil.rmtree(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsdpo.commands.console import quiet_libraries, say
 from dsdpo.config.load import dump_yaml, load_run, run_parser
+
+STOPPED = 75  # exit code: saved and stopped early, to be started again with --resume auto (EX_TEMPFAIL)
 
 if TYPE_CHECKING:
     from dsdpo.commands.prepare import Plan
@@ -21,6 +24,7 @@ def main(argv: list[str]) -> int:
     parser = run_parser("dsdpo train", "Train a policy on preference pairs, anchored to a reference model.")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
+    argv = [re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv]
     run, flags = load_run(argv, parser)
 
     # torch, transformers and DeepSpeed take seconds to import, which a wrong setting need not wait for.
@@ -30,59 +34,71 @@ def main(argv: list[str]) -> int:
     quiet_libraries(verbose=flags.verbose)
     plan = prepare(run, run_file=flags.run)
     say(describe_plan(plan))
-    if not flags.dry_run:
-        train(plan)
-    return 0
+    return 0 if flags.dry_run else train(plan)
 
 
-def train(plan: Plan) -> None:
-    """Build both engines, train, evaluate, save and export. Collective."""
+def train(plan: Plan) -> int:
+    """Build both engines, train, evaluate, save and export; the exit code. Collective."""
     from dsdpo.commands.engines import build_engines
     from dsdpo.commands.identity import record_identity
     from dsdpo.commands.prepare import make_output_folder
     from dsdpo.commands.report import describe_results
-    from dsdpo.engine import build
+    from dsdpo.commands.resume import checkpoint_record, checkpoint_to_resume, resume
+    from dsdpo.engine.build import device
     from dsdpo.objective.losses import make_loss
     from dsdpo.training import trainer
     from dsdpo.training.checkpoint import TrainState, save_checkpoint
     from dsdpo.training.evaluate import evaluate
     from dsdpo.training.export import export_model
+    from dsdpo.training.metrics import Meter
+    from dsdpo.training.stop import StopRequest, record_stop
     from dsdpo.training.tracking import Tracker
 
-    run, device = plan.run, build.device()
-    folder = make_output_folder(run)
+    run, due, meter, state = plan.run, trainer.Due.of(plan.run, plan.total_steps), Meter(), TrainState()
+    others: list[str] = []
+    checkpoint = checkpoint_to_resume(plan)
+    folder = make_output_folder(run, keep=checkpoint is not None)
+    stop = StopRequest(folder, deadline=run.checkpoint.deadline, device=device())
     record_settings(plan, folder)
     policy, reference = build_engines(plan)
-    identity = record_identity(reference, folder)
+    if checkpoint:
+        state, others = resume(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
+    identity = record_identity(reference, folder, overridden=others)
     loss_fn = make_loss(run.loss.type, beta=run.loss.beta, label_smoothing=run.loss.label_smoothing)
     tracker = Tracker(run, folder, facts={"reference_identity": identity})
-    state = TrainState()
 
     def evaluate_now() -> None:
         if plan.evaluation is not None:
-            tracker.log(state.step, evaluate(policy, reference, loss_fn, plan.evaluation.whole_pass(device)))
+            tracker.log(state.step, evaluate(policy, reference, loss_fn, plan.evaluation.whole_pass(device())))
 
     def save_now() -> None:
-        keep_last = run.checkpoint.keep_last
-        save_checkpoint(folder / "checkpoints", state, policy=policy, reference=reference, keep_last=keep_last)
+        parts = {"policy": policy, "reference": reference, "meter": meter, "record": checkpoint_record(plan)}
+        save_checkpoint(folder / "checkpoints", state, keep_last=run.checkpoint.keep_last, **parts)
 
-    due = trainer.Due.of(run, plan.total_steps)
-    if due.evaluate(0):
+    if state.step == 0 and due.evaluate(0):
         evaluate_now()
-    trainer.train(
-        policy,
-        reference,
-        loss_fn,
-        plan.training_windows(device, state.step, state.consumed_pairs),
-        state=state,
-        due=due,
-        tracker=tracker,
-        evaluate=evaluate_now,
-        save=save_now,
-    )
+    with stop:
+        reason = trainer.train(
+            policy,
+            reference,
+            loss_fn,
+            plan.training_windows(device(), state.step),
+            state=state,
+            due=due,
+            tracker=tracker,
+            meter=meter,
+            evaluate=evaluate_now,
+            save=save_now,
+            stop=stop.reason,
+        )
+    if reason:
+        say(record_stop(folder, reason=reason, step=state.step))
+        tracker.close()
+        return STOPPED
     export_model(policy, plan.tokenizer, run, folder / "model", metrics=tracker.last_evaluation)
     tracker.close()
     say(describe_results(folder))
+    return 0
 
 
 def record_settings(plan: Plan, folder: Path) -> None:

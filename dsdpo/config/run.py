@@ -6,6 +6,7 @@ The names are a contract. Fields with a counterpart in TRL or transformers carry
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -224,6 +225,14 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; 0: none."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; older ones are deleted."""
+    resume: Annotated[str | None, Field(min_length=1)] = None
+    """auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or one's path."""
+    allow_changes: tuple[str, ...] = ()
+    """Settings, by dotted name, that may differ from the checkpoint's although they change the mathematics."""
+    allow_other_reference: bool = False
+    """Resume although the reference is not the checkpoint's. Recorded in identity.json."""
+    deadline: timedelta | None = None
+    """Time from the start, as HH:MM:SS or seconds, after which to save and stop before the next step."""
 
 
 class ExportConfig(Section):

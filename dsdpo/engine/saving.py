@@ -7,8 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.engine.shards import has_frozen
+from dsdpo.errors import CheckpointError
 
 TAG = "policy"  # DeepSpeed's name for the folder below the checkpoint
+
+
+def load_engine(engine: Any, folder: Path) -> None:
+    """Take up the state that `save_engine` wrote, by as many ranks under the same ZeRO stage. Collective.
+
+    DeepSpeed's files are pickles, which can run code: only for files whose checksums are known to be ours.
+    """
+    path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not has_frozen(engine.module))
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it; resume from another")
 
 
 def save_engine(engine: Any, folder: Path) -> None:

@@ -25,6 +25,14 @@ class Meter:
             pair = torch.stack([total, count])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def state(self) -> dict[str, Tensor]:
+        """What this rank has counted since the last reading."""
+        return dict(self._sums)
+
+    def restore(self, sums: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self._sums = dict(sums)
+
     def read(self) -> dict[str, float]:
         """The means, and start again from nothing. Collective; the only wait for the device."""
         if not self._sums:

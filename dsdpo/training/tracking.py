@@ -15,6 +15,18 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0  # to reach W&B's server; its own default is 90 s
 
 
+def drop_rows_after(folder: Path, step: int) -> None:
+    """Take the rows of later steps out of `metrics.jsonl`: a resumed run writes them again. On rank 0."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # The last row may have been cut off by what ended the run.
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        whole = path.with_suffix(".partial")
+        whole.write_text("".join(kept), encoding="utf-8")
+        whole.replace(path)
+
+
 class Tracker:
     """Writes metrics on rank 0 and does nothing on other ranks."""
 

@@ -64,14 +64,17 @@ def train(
     state: TrainState,
     due: Due,
     tracker: Tracker,
+    meter: Meter,
     evaluate: Callable[[], None],
     save: Callable[[], None],
-) -> None:
-    """Run optimizer steps until `windows` ends, leaving `state` behind the last one. Collective.
+    stop: Callable[[], str | None],
+) -> str | None:
+    """Run optimizer steps until `windows` ends or `stop` gives a reason, which is returned. Collective.
 
-    `policy` is a DeepSpeed engine around a `ResponseScorer`; `evaluate` and `save` are called when due.
+    `policy` is a DeepSpeed engine around a `ResponseScorer`; `evaluate` and `save` are called when due, and `save` also
+    before stopping. `state` is left behind the last step.
     """
-    meter, speed = Meter(), Speed()
+    speed = Speed()
     with Progress(state.step, due.total_steps) as progress:
         for window in windows:
             learning_rate = policy.get_lr()[0]
@@ -90,9 +93,13 @@ def train(
             if due.evaluate(state.step):
                 with speed.paused():
                     evaluate()
-            if due.checkpoint(state.step):
+            reason = stop() if state.step < due.total_steps else None
+            if due.checkpoint(state.step) or reason:
                 with speed.paused():
                     save()
+            if reason:
+                return reason
+    return None
 
 
 def train_step(policy: Any, reference: Reference, loss_fn: LossFn, window: Window, meter: Meter) -> None:

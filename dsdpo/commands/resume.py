@@ -1,0 +1,67 @@
+"""Going on with a run that was stopped, killed or lost: what is checked first, and what is put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dsdpo.commands.console import say
+from dsdpo.commands.prepare import Plan
+from dsdpo.distributed import all_or_none, rank
+from dsdpo.engine.zero_config import stage
+from dsdpo.errors import ConfigError
+from dsdpo.reference.base import Reference
+from dsdpo.training.checkpoint import TrainState, load_checkpoint
+from dsdpo.training.metrics import Meter
+from dsdpo.training.resume import check_identity, check_settings, find_checkpoint
+from dsdpo.training.tracking import drop_rows_after
+
+
+def checkpoint_to_resume(plan: Plan) -> Path | None:
+    """The checkpoint that this run goes on from, or None to start; what has changed since is said. Collective.
+
+    Raises `CheckpointError` where the run would not be the same, before any model loads.
+    """
+    run = plan.run
+    path, skipped = find_checkpoint(run)
+    for line in skipped:
+        say(line)
+    if path is None:
+        finished = Path(run.output_dir) / "model"
+        if run.checkpoint.resume and finished.exists() and not run.overwrite_output_dir:
+            raise ConfigError(
+                f"checkpoint.resume: {run.output_dir} holds a finished run without checkpoints; choose another "
+                "output_dir, or add --overwrite_output_dir true to replace it"
+            )
+        return None
+    for line in check_settings(path, run, stage=stage(plan.policy_config), data=plan.train.pairs.digest):
+        say(f"changed since {path.name}: {line}")
+    return path
+
+
+def checkpoint_record(plan: Plan) -> dict[str, Any]:
+    """What a checkpoint says of the run, for `checkpoint_to_resume` to compare."""
+    return {
+        "settings": plan.run.model_dump(mode="json"),
+        "data": plan.train.pairs.digest,
+        "stage": stage(plan.policy_config),
+    }
+
+
+def resume(
+    path: Path, plan: Plan, folder: Path, *, policy: Any, reference: Reference, meter: Meter
+) -> tuple[TrainState, list[str]]:
+    """Put back everything that the checkpoint holds; later rows leave `metrics.jsonl`. Collective.
+
+    Also returns in what the reference is not the checkpoint's, where that is allowed.
+    """
+    assert reference.identity is not None
+    others = check_identity(path, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
+    for line in others:
+        say(f"another reference than {path.name}'s, as checkpoint.allow_other_reference permits: {line}")
+    state = load_checkpoint(path, policy=policy, reference=reference, meter=meter)
+    with all_or_none():
+        if rank() == 0:
+            drop_rows_after(folder, state.step)
+    say(f"resumed from {path}: step {state.step} of {plan.total_steps}")
+    return state, others

@@ -1,0 +1,122 @@
+"""Which checkpoint a run goes on from, and whether it is a checkpoint of this very run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsdpo.config.run import RunConfig
+from dsdpo.distributed import broadcast_object, world_size
+from dsdpo.errors import CheckpointError
+from dsdpo.reference.identity import ReferenceIdentity
+from dsdpo.reference.store import read_identity
+from dsdpo.training.checkpoint import damage, read_state, whole_checkpoints
+
+# Settings that decide what is learned. All others (ZeRO config, micro-batches, logging, paths) may change on resume.
+MATHEMATICS = (
+    "model.path",
+    "model.revision",
+    "model.dtype",
+    "model.lora",
+    "model.tokenizer",
+    "model.chat_template",
+    "data.train",
+    "data.max_length",
+    "data.shuffle",
+    "loss",
+    "reference.strategy",
+    "reference.adapter",
+    "reference.path",
+    "reference.revision",
+    "reference.sync_ref_model",
+    "reference.ref_model_mixup_alpha",
+    "reference.ref_model_sync_steps",
+    "optimizer",
+    "batch.pairs_per_step",
+    "train",
+)
+
+
+def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, whole, or None to start; and a line for each one passed over. Collective.
+
+    Raises `CheckpointError` for an explicit path that is damaged or not in the run's own folder: DeepSpeed's files are
+    pickles, so nobody else's are opened.
+    """
+    folder = Path(run.output_dir) / "checkpoints"
+    if run.checkpoint.resume is None:
+        return None, []
+    if run.checkpoint.resume == "auto":
+        skipped: list[str] = []
+        for path in reversed(broadcast_object(whole_checkpoints(folder))):
+            wrong = damage(path)
+            if wrong is None:
+                return path, skipped
+            skipped.append(f"{path} is damaged ({wrong}): trying the one before it")
+        if skipped:
+            raise CheckpointError(
+                "checkpoint.resume: no checkpoint is whole, and starting over would delete them:\n  "
+                + "\n  ".join(skipped)
+                + "\nrepair one, or start over with --overwrite_output_dir true"
+            )
+        return None, []
+    path = Path(run.checkpoint.resume)
+    if path.resolve().parent != folder.resolve():
+        raise CheckpointError(f"checkpoint.resume: {path} is not in {folder}; name one of that run's, or say auto")
+    if wrong := damage(path):
+        raise CheckpointError(f"checkpoint.resume: {path} is damaged: {wrong}; name another, or say auto")
+    return path, []
+
+
+def check_settings(path: Path, run: RunConfig, *, stage: int, data: str) -> list[str]:
+    """A line for each setting that has changed since the checkpoint.
+
+    Raises `CheckpointError` for those that change what is learned, unless `checkpoint.allow_changes` names them, and
+    for another number of ranks or another ZeRO stage. `data` is the digest of the training pairs.
+    """
+    state = read_state(path)
+    before, now = dict(flat(state["settings"])), dict(flat(run.model_dump(mode="json")))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    allowed = tuple(run.checkpoint.allow_changes)
+    lines: list[str] = []
+    refused: list[str] = []
+    for key in changed:
+        line = f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        decides = key.startswith(MATHEMATICS)
+        (refused if decides and not key.startswith(allowed or ("\0",)) else lines).append(line)
+    if data != state["data"] and "data.train" not in allowed:
+        refused.append("the training pairs are others: the files of data.train have changed (data.train)")
+    if refused:
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings:\n  "
+            + "\n  ".join(refused)
+            + "\nput them back, or name those that you mean to change in checkpoint.allow_changes"
+        )
+    for name, then, here in (("ranks", state["world_size"], world_size()), ("ZeRO stage", state["stage"], stage)):
+        if then != here:
+            raise CheckpointError(f"{path} was saved with {name}: {then}, but this run has {name}: {here}; take {then}")
+    return [line for line in lines if not line.startswith(("checkpoint.", "overwrite_output_dir"))]
+
+
+def check_identity(path: Path, identity: ReferenceIdentity, *, allow: bool) -> list[str]:
+    """What differs between the checkpoint's reference and this one. Raises `CheckpointError` unless that is allowed."""
+    saved = read_identity(path)
+    if saved is None:
+        raise CheckpointError(f"{path}: identity.json does not say which reference it was trained against")
+    differences = identity.differences(saved)
+    if differences and not allow:
+        raise CheckpointError(
+            f"{path} was trained against another reference: {', '.join(differences)}; give back that one, or set "
+            "checkpoint.allow_other_reference to true to go on against this one"
+        )
+    return differences
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
