@@ -78,7 +78,7 @@ def test_dry_run_plans_and_touches_nothing(inputs: Path, tmp_path: Path) -> None
     assert others == ""
     for line in (
         f"policy  {model} (float32), ZeRO-3, parameters on cpu, optimizer on cpu",
-        f"reference  {model}, ZeRO-3",
+        f"reference  {model}, separate: ZeRO-3",
         "train data  1,728 pairs, ",
         "held-out data  240 pairs, ",
         "steps  4 of 8 pairs, 2 ranks",
