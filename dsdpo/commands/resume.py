@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.commands.console import say
+from dsdpo.commands.identity import record_identity
 from dsdpo.commands.prepare import Plan
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.zero_config import stage
@@ -48,20 +49,23 @@ def checkpoint_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def resume(
-    path: Path, plan: Plan, folder: Path, *, policy: Any, reference: Reference, meter: Meter
-) -> tuple[TrainState, list[str]]:
-    """Put back everything that the checkpoint holds; later rows leave `metrics.jsonl`. Collective.
+def begin(
+    checkpoint: Path | None, plan: Plan, folder: Path, *, policy: Any, reference: Reference, meter: Meter
+) -> tuple[TrainState, dict[str, Any]]:
+    """Where training starts, with everything that the checkpoint holds put back; and the reference's identity.
 
-    Also returns in what the reference is not the checkpoint's, where that is allowed.
+    Rows of later steps leave `metrics.jsonl`. Raises `CheckpointError` for another reference than the checkpoint's,
+    unless `checkpoint.allow_other_reference` permits it, which is then recorded. Collective.
     """
     assert reference.identity is not None
-    others = check_identity(path, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
+    if checkpoint is None:
+        return TrainState(), record_identity(reference, folder, overridden=[])
+    others = check_identity(checkpoint, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
     for line in others:
-        say(f"another reference than {path.name}'s, as checkpoint.allow_other_reference permits: {line}")
-    state = load_checkpoint(path, policy=policy, reference=reference, meter=meter)
+        say(f"another reference than {checkpoint.name}'s, as checkpoint.allow_other_reference permits: {line}")
+    state = load_checkpoint(checkpoint, policy=policy, reference=reference, meter=meter)
     with all_or_none():
         if rank() == 0:
             drop_rows_after(folder, state.step)
-    say(f"resumed from {path}: step {state.step} of {plan.total_steps}")
-    return state, others
+    say(f"resumed from {checkpoint}: step {state.step} of {plan.total_steps}")
+    return state, record_identity(reference, folder, overridden=others)

@@ -40,30 +40,26 @@ def main(argv: list[str]) -> int:
 def train(plan: Plan) -> int:
     """Build both engines, train, evaluate, save and export; the exit code. Collective."""
     from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.identity import record_identity
     from dsdpo.commands.prepare import make_output_folder
     from dsdpo.commands.report import describe_results
-    from dsdpo.commands.resume import checkpoint_record, checkpoint_to_resume, resume
+    from dsdpo.commands.resume import begin, checkpoint_record, checkpoint_to_resume
     from dsdpo.engine.build import device
     from dsdpo.objective.losses import make_loss
     from dsdpo.training import trainer
-    from dsdpo.training.checkpoint import TrainState, save_checkpoint
+    from dsdpo.training.checkpoint import save_checkpoint
     from dsdpo.training.evaluate import evaluate
     from dsdpo.training.export import export_model
     from dsdpo.training.metrics import Meter
     from dsdpo.training.stop import StopRequest, record_stop
     from dsdpo.training.tracking import Tracker
 
-    run, due, meter, state = plan.run, trainer.Due.of(plan.run, plan.total_steps), Meter(), TrainState()
-    others: list[str] = []
+    run, due, meter = plan.run, trainer.Due.of(plan.run, plan.total_steps), Meter()
     checkpoint = checkpoint_to_resume(plan)
     folder = make_output_folder(run, keep=checkpoint is not None)
     stop = StopRequest(folder, deadline=run.checkpoint.deadline, device=device())
     record_settings(plan, folder)
     policy, reference = build_engines(plan)
-    if checkpoint:
-        state, others = resume(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
-    identity = record_identity(reference, folder, overridden=others)
+    state, identity = begin(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
     loss_fn = make_loss(run.loss.type, beta=run.loss.beta, label_smoothing=run.loss.label_smoothing)
     tracker = Tracker(run, folder, facts={"reference_identity": identity})
 
