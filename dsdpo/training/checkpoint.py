@@ -11,11 +11,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import dsdpo
@@ -53,25 +56,20 @@ def save_checkpoint(
     """
     final = folder / f"step-{state.step:06d}"
     partial = final.with_suffix(".partial")
-    with all_or_none():
+    with all_or_none(), writing(partial):
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / TAG).mkdir(parents=True)
-    with all_or_none():
-        try:
-            save_engine(policy, partial)
-            reference.save(partial / "reference")
-            save_file(rank_state(meter), rank_file(partial))
-        except OSError as error:
-            raise CheckpointError(
-                f"{partial}: {error}; the checkpoint was not written, earlier ones are intact"
-            ) from error
+    with all_or_none(), writing(partial):
+        save_engine(policy, partial)
+        reference.save(partial / "reference")
+        save_file(rank_state(meter), rank_file(partial))
     barrier()
-    with all_or_none():
+    with all_or_none(), writing(partial):
         if rank() == 0 and reference.identity is not None:
             (partial / "identity.json").write_text(json.dumps(reference.identity.to_json(), indent=2) + "\n")
     manifest = checksums(partial)
-    with all_or_none():
+    with all_or_none(), writing(partial):
         if rank() == 0:
             progress = {**asdict(state), "world_size": world_size(), "dsdpo": dsdpo.__version__, **record}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -83,6 +81,15 @@ def save_checkpoint(
             for old in whole_checkpoints(folder)[:-keep_last]:
                 shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def writing(partial: Path) -> Iterator[None]:
+    """A block in which what a full or failing disk raises becomes a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{partial}: {error}; the checkpoint was not written, earlier ones are intact") from error
 
 
 def load_checkpoint(path: Path, *, policy: Any, reference: Reference, meter: Meter) -> TrainState:

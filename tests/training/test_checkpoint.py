@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dsdpo.errors import CheckpointError
 from dsdpo.training.checkpoint import TrainState, save_checkpoint, whole_checkpoints
+from dsdpo.training.metrics import Meter
 from tests.engines import planned, policy_of, reference_of, train_steps
 from tests.ranks import run_ranks
 from tests.runs import POLICIES, demo_inputs, settings
@@ -28,7 +29,8 @@ def save(plan: Any, policy: Any, folder: str, step: int, keep_last: int = 2) -> 
 
     reference = SeparateReference(reference_of(plan), score_tokens=1000)
     state = TrainState(step=step, consumed_pairs=8 * step)
-    return save_checkpoint(Path(folder), state, policy=policy, reference=reference, keep_last=keep_last)
+    parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
+    return save_checkpoint(Path(folder), state, keep_last=keep_last, **parts)
 
 
 def test_newest_are_kept_and_half_written_ones_ignored(inputs: Path, tmp_path: Path) -> None:
@@ -54,24 +56,25 @@ def save_often(run: dict[str, Any], folder: str, steps: list[int]) -> None:
         save(plan, policy, folder, step)
 
 
-@pytest.mark.parametrize("broken", [0, 1])
-def test_full_disk_on_one_rank_fails_on_all(broken: int, inputs: Path, tmp_path: Path) -> None:
+# Rank, and bytes that a file of its may have: none of DeepSpeed's fits; all but the largest do.
+@pytest.mark.parametrize(("broken", "room"), [(0, 100), (1, 100), (0, 7000), (1, 20_000)])
+def test_full_disk_on_one_rank_fails_on_all(broken: int, room: int, inputs: Path, tmp_path: Path) -> None:
     run, folder = settings(tmp_path, inputs), tmp_path / "checkpoints"
-    messages = run_ranks(2, save_with_a_full_disk, run, str(folder), broken)
+    messages = run_ranks(2, save_with_a_full_disk, run, str(folder), broken, room)
     for message in messages:
         assert "step-000002.partial" in message
         assert "earlier ones are intact" in message
     assert [path.name for path in whole_checkpoints(folder)] == ["step-000001", "step-000003"]
 
 
-def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int) -> str:
-    """The error of the second of three checkpoints, while `broken` may write no file beyond a few bytes."""
+def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int, room: int) -> str:
+    """The error of the second of three checkpoints, while `broken` may write no file beyond `room` bytes."""
     plan = planned(run)
     policy = policy_of(plan)
     save(plan, policy, folder, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == broken:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         save(plan, policy, folder, 2)
     except CheckpointError as error:
