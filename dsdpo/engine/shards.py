@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,16 @@ def full_numel(parameter: Any) -> int:
     return int(parameter.ds_numel) if is_partitioned(parameter) else parameter.numel()
 
 
+def is_on_nvme(parameter: Any) -> bool:
+    """True for a ZeRO-3 shard that is read from a file when it is gathered."""
+    return is_partitioned(parameter) and parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
+
+
+def size_for_gathering(parameter: Any) -> float:
+    """Bytes of the whole parameter; beyond any budget for one on NVMe, which DeepSpeed has few buffers to read into."""
+    return math.inf if is_on_nvme(parameter) else full_numel(parameter) * parameter.element_size()
+
+
 def gather_groups(
     module: nn.Module, *, budget_bytes: int = GATHER_BYTES, only: Container[str] | None = None
 ) -> Iterator[list[tuple[str, nn.Parameter]]]:
@@ -37,16 +48,16 @@ def gather_groups(
     `only` these names, None: all.
     """
     group: list[tuple[str, nn.Parameter]] = []
-    size = 0
+    size = 0.0
     for name, parameter in module.named_parameters():
         if only is not None and name not in only:
             continue
-        bytes_whole = full_numel(parameter) * parameter.element_size()
-        if group and size + bytes_whole > budget_bytes:
+        size_whole = size_for_gathering(parameter)
+        if group and size + size_whole > budget_bytes:
             yield group
             group, size = [], 0
         group.append((name, parameter))
-        size += bytes_whole
+        size += size_whole
     if group:
         yield group
 
@@ -111,7 +122,7 @@ def writable_shard(parameter: Any) -> Iterator[tuple[Tensor, int]]:
     if not is_partitioned(parameter):
         yield parameter.data.view(-1), 0
         return
-    on_nvme = parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
+    on_nvme = is_on_nvme(parameter)
     if on_nvme and parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE:
         parameter.nvme_swapper.swap_in([parameter], async_op=False)
     shard = parameter.ds_tensor.data.view(-1)
@@ -156,7 +167,10 @@ def is_local(source: Any, target: Any) -> bool:
         return False
     if not is_partitioned(source):
         return source.dtype == torch.float32 or not _has_master(source)
-    return is_partitioned(target) and source.ds_tensor.numel() == target.ds_tensor.numel()
+    if is_on_nvme(source) and not (source.requires_grad and _has_master(source)):
+        return False
+    # Not numel(), which is that of a placeholder while a shard lies on NVMe.
+    return is_partitioned(target) and source.ds_tensor.ds_numel == target.ds_tensor.ds_numel
 
 
 @contextmanager

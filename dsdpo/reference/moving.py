@@ -31,6 +31,7 @@ from dsdpo.engine.shards import (
     parts_of,
     readable,
     release_gathered,
+    size_for_gathering,
     writable_shard,
 )
 from dsdpo.errors import CheckpointError, ConfigError
@@ -74,14 +75,15 @@ class MovingAverage:
     def _groups(self) -> Iterator[list[Match]]:
         """The matches in groups that are all local, or whose sources stay under the byte budget when whole."""
         group: list[Match] = []
-        size = 0
+        size = 0.0
         for match in self.matches:
             name, source, _ = match
-            if group and (self.local[group[0][0]] != self.local[name] or size + bytes_whole(source) > self.budget):
+            needed = 0 if self.local[name] else sum(map(size_for_gathering, parts_of(source)))
+            if group and (self.local[group[0][0]] != self.local[name] or size + needed > self.budget):
                 yield group
-                group, size = [], 0
+                group, size = [], 0.0
             group.append(match)
-            size += bytes_whole(source)
+            size += needed
         if group:
             yield group
 

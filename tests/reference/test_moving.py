@@ -115,6 +115,37 @@ def test_reference_answers_as_the_plain_average(policy: str, reference: str, inp
         assert results[0]["received"] == results[0]["collectives"] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("policy", ["zero2", "zero3"])
+def test_a_reference_on_nvme_moves_too(policy: str, inputs: Path, tmp_path: Path) -> None:
+    import deepspeed
+
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder")
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io needs libaio's headers (libaio-dev)")
+    # DeepSpeed swaps no shard under 1 MiB.
+    run = settings(tmp_path, inputs, policy_zero=policy, model={"path": str(wide_model(tmp_path / "model", inputs))})
+    shipped = json.loads((Path(__file__).parents[2] / "ds_configs" / "reference" / "zero3_nvme.json").read_text())
+    shipped["zero_optimization"]["offload_param"] |= {"nvme_path": str(tmp_path / "nvme"), "buffer_size": 2_000_000}
+    (tmp_path / "nvme").mkdir()
+    Path(run["reference"]["deepspeed"]).write_text(json.dumps(shipped))
+    for result in run_ranks(2, average_by_hand, run, 2, False):
+        assert list((tmp_path / "nvme").rglob("*.swp")), "nothing was on NVMe"
+        assert result["error"] < 1e-6
+        assert result["moved"] > 0.5
+        assert result["answers"] < 1e-3
+        assert result["received"] == [0, 0]
+
+
+def wide_model(folder: Path, inputs: Path) -> Path:
+    """Matrices of 4 MiB."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(inputs / "model", hidden_size=1024, intermediate_size=1024, head_dim=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(folder)
+    return folder
+
+
 def test_gathered_equals_local_bit_for_bit(inputs: Path, tmp_path: Path) -> None:
     local = run_ranks(2, average_by_hand, settings(tmp_path / "local", inputs), 3, False)
     gathered = run_ranks(2, average_by_hand, settings(tmp_path / "gathered", inputs), 3, True)
