@@ -255,7 +255,8 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
 
     policy, reference, windows = build_here(run)
     steps(policy, reference, windows[:2])
-    path = save_checkpoint(Path(folder), TrainState(2, 16), policy=policy, reference=reference, keep_last=1)
+    parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
+    path = save_checkpoint(Path(folder), TrainState(2, 16), keep_last=1, **parts)
     whole = steps(policy, reference, windows[2:])
     barrier()
     fresh, fresh_reference, windows = build_here(run)
