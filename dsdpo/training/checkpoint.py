@@ -60,9 +60,12 @@ def save_checkpoint(
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / TAG).mkdir(parents=True)
+    # One agreement each: a rank whose disk is full must not miss the collectives of what is saved next.
     with all_or_none(), writing(partial):
         save_engine(policy, partial)
+    with all_or_none(), writing(partial):
         reference.save(partial / "reference")
+    with all_or_none(), writing(partial):
         save_file(rank_state(meter), rank_file(partial))
     barrier()
     with all_or_none(), writing(partial):

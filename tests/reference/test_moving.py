@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def logps_of_plain_model(plan: Any, weights: dict[str, torch.Tensor], batch: Any
     return torch.cat([logps.chosen, logps.rejected])
 
 
+def updates(policy: Any, plan: Any, steps: int) -> Iterator[None]:
+    """Some optimizer updates that move every weight."""
+    from dsdpo.objective.logps import pair_logps
+
+    for window in plan.train.steps(
+        torch.device("cpu"), consumed_pairs=0, steps=steps, pairs_per_step=8, seed=0, shuffle=True
+    ):
+        for part in window.batches:
+            policy.backward(-pair_logps(policy, part).chosen.sum(), scale_wrt_gas=False)
+        policy.step()
+        yield
+
+
 def average_by_hand(run: dict[str, Any], syncs: int, gather: bool) -> dict[str, Any]:
     """Train, syncing after each step; beside it the same average over whole tensors, in float64 on this rank."""
     from dsdpo.engine.shards import whole_state_dict
@@ -64,12 +78,7 @@ def average_by_hand(run: dict[str, Any], syncs: int, gather: bool) -> dict[str, 
     with torch.no_grad():
         before = pair_logps(reference, batch)
     received, collectives = [], []
-    for window in plan.train.steps(
-        torch.device("cpu"), consumed_pairs=0, steps=syncs, pairs_per_step=8, seed=0, shuffle=True
-    ):
-        for part in window.batches:
-            policy.backward(-pair_logps(policy, part).chosen.sum(), scale_wrt_gas=False)
-        policy.step()
+    for _ in updates(policy, plan, syncs):
         with CommDebugMode() as communication:
             received.append(average.move())
         collectives.append(communication.get_total_counts())
@@ -161,7 +170,6 @@ def captured_in_bf16(run: dict[str, Any], steps: int) -> dict[str, float]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from dsdpo.engine.shards import whole_state_dict
-    from dsdpo.objective.logps import pair_logps
     from dsdpo.reference.moving import MovingAverage, match_parameters
 
     alpha = 0.01
@@ -171,12 +179,7 @@ def captured_in_bf16(run: dict[str, Any], steps: int) -> dict[str, float]:
     start = {name: value.clone() for name, value in whole_state_dict(reference.module, keep=True).items()}
     truth = {name: value.double() for name, value in start.items()}
     naive = {name: value.clone() for name, value in start.items()}
-    for window in plan.train.steps(
-        torch.device("cpu"), consumed_pairs=0, steps=steps, pairs_per_step=8, seed=0, shuffle=True
-    ):
-        for part in window.batches:
-            policy.backward(-pair_logps(policy, part).chosen.sum(), scale_wrt_gas=False)
-        policy.step()
+    for _ in updates(policy, plan, steps):
         average.move()
         rounded = whole_state_dict(policy.module, keep=True)
         for name, source, _ in matches:
@@ -331,7 +334,6 @@ def merged_by_peft(run: dict[str, Any], steps: int) -> tuple[float, float]:
 
     from dsdpo.engine.lora import fresh_config, merged_parameters
     from dsdpo.engine.shards import whole_state_dict
-    from dsdpo.objective.logps import pair_logps
     from dsdpo.reference.moving import MovingAverage, match_parameters
 
     policy, reference, plan = build(run)
@@ -340,12 +342,7 @@ def merged_by_peft(run: dict[str, Any], steps: int) -> tuple[float, float]:
     )
     start = whole_state_dict(reference.module, keep=True)
     truth = {name: value.double() for name, value in start.items()}
-    for window in plan.train.steps(
-        torch.device("cpu"), consumed_pairs=0, steps=steps, pairs_per_step=8, seed=0, shuffle=True
-    ):
-        for part in window.batches:
-            policy.backward(-pair_logps(policy, part).chosen.sum(), scale_wrt_gas=False)
-        policy.step()
+    for _ in updates(policy, plan, steps):
         average.move()
         lm = AutoModelForCausalLM.from_pretrained(plan.run.model.path, dtype=torch.float32)
         plain = get_peft_model(lm, fresh_config(plan.run.model.lora, lm))
