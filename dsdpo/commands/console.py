@@ -39,6 +39,8 @@ def quiet_libraries(*, verbose: bool) -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found nothing else
+        # A CUDA toolkit on a machine without a GPU is no reason to warn of every import that looks for a compiler.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logger = transformers.utils.logging
     logger.set_verbosity(level)
     for name in LIBRARIES:
