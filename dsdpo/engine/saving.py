@@ -1,11 +1,17 @@
-"""DeepSpeed's checkpoint files, written so that a rank that cannot write keeps up with the others."""
+"""DeepSpeed's checkpoint files: written so that a rank that cannot write keeps up, read by however many ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch.optim.lr_scheduler import LambdaLR
+
+from dsdpo.engine.elastic import load_cut_anew, same_layout
 from dsdpo.engine.shards import has_frozen
 from dsdpo.errors import CheckpointError
 
@@ -13,13 +19,58 @@ TAG = "policy"  # DeepSpeed's name for the folder below the checkpoint
 
 
 def load_engine(engine: Any, folder: Path) -> None:
-    """Take up the state that `save_engine` wrote, by as many ranks under the same ZeRO stage. Collective.
+    """Take up the state that `save_engine` wrote, by any number of ranks under any ZeRO stage. Collective.
 
-    DeepSpeed's files are pickles, which can run code: only for files whose checksums are known to be ours.
+    Bit for bit where nothing has changed, which DeepSpeed loads itself. DeepSpeed's files are pickles, which can run
+    code: only for files whose checksums are known to be ours.
     """
-    path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not has_frozen(engine.module))
-    if path is None:
-        raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it; resume from another")
+    with own_hyperparameters(engine):
+        if same_layout(engine, folder / TAG):
+            path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not has_frozen(engine.module))
+            if path is None:
+                raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it; resume from another")
+        else:
+            load_cut_anew(engine, folder / TAG)
+    count_through(engine.optimizer.optimizer)
+
+
+@contextmanager
+def own_hyperparameters(engine: Any) -> Iterator[None]:
+    """A block after which the engine has the optimizer settings it came with, not those saved with the state it loads.
+
+    They are the same unless the user asked for others. A schedule goes on from the loaded step, at the engine's rates.
+    """
+    names = ("betas", "eps", "weight_decay", "initial_lr")
+    kept = [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
+    schedule = engine.lr_scheduler
+    rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else []
+    yield
+    groups = engine.optimizer.param_groups
+    for group, own in zip(groups, kept, strict=True):
+        group.update(own)
+    if rates:
+        schedule.base_lrs = rates
+        schedule._last_lr = [
+            rate * at(schedule.last_epoch) for rate, at in zip(rates, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def count_through(optimizer: torch.optim.Optimizer) -> None:
+    """Have DeepSpeed's CPU Adam correct for its bias as if it had never been away.
+
+    It multiplies the powers of beta up in float32, update by update, but after a gap takes them by pow, which rounds
+    otherwise (DeepSpeed 0.19, csrc/includes/cpu_adam.h, IncrementStep). So the updates until now are counted through
+    on one element that belongs to nobody: some microseconds each.
+    """
+    if not isinstance(optimizer, DeepSpeedCPUAdam):
+        return
+    group = optimizer.param_groups[0]
+    hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+    element = [torch.zeros(1) for _ in range(4)]  # weight, gradient, both moments
+    for step in range(1, 1 + max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, *hyperparameters, *element)
 
 
 def save_engine(engine: Any, folder: Path) -> None:

@@ -99,7 +99,7 @@ def resolve_policy_config(
     if "optimizer" not in config:
         config.setdefault("zero_allow_untested_optimizer", True)
     problems += type_problems(config)
-    problems += [*left_auto(config)] or [*training_problems(config), *stage_problems(config, world_size)]
+    problems += [*left_auto(config)] or [*training_problems(config, run), *stage_problems(config, world_size)]
     _refuse(source, problems)
     return config
 

@@ -196,7 +196,12 @@ class TestRefusals:
             ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "zero_optimization.zenflow is not supported"),
             ({"managed_gradient_accumulation": True}, "must be false"),
             ({"compile": {"deepcompile": True}}, "compile.deepcompile is true, but must be false"),
+            ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow is false, but must be true"),
             ({"sequence_parallel_size": 2}, "must be 1"),
+            (
+                {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+                "offload_optimizer.ratio is 0.5, with which DeepSpeed leaves a part of Adam's state out",
+            ),
             ({"optimizer": {"type": "AdmW"}}, "optimizer.type AdmW is neither DeepSpeed's nor torch's"),
             ({"optimizer": {"params": {}}}, "optimizer.type is missing"),
             ({"scheduler": {"type": "WarmupLr"}}, "did you mean WarmupLR?"),
@@ -205,6 +210,12 @@ class TestRefusals:
     )
     def test_what_deepspeed_would_ignore_or_refuse_late(self, raw, message):
         assert message in refusal(policy, raw)
+
+    def test_a_reference_cannot_follow_weights_that_deepspeed_mixes_up(self):
+        raw = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+        policy(raw)
+        moving = make_run(reference={"sync_ref_model": True})
+        assert "round_robin_gradients is true" in refusal(policy, raw, moving)
 
     @pytest.mark.parametrize(
         ("raw", "keys"),
