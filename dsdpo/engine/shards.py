@@ -30,6 +30,11 @@ def full_numel(parameter: Any) -> int:
     return int(parameter.ds_numel) if is_partitioned(parameter) else parameter.numel()
 
 
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of the whole parameter, whatever this rank holds of it."""
+    return tuple(parameter.ds_shape) if is_partitioned(parameter) else tuple(parameter.shape)
+
+
 def is_on_nvme(parameter: Any) -> bool:
     """True for a ZeRO-3 shard that is read from a file when it is gathered."""
     return is_partitioned(parameter) and parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
