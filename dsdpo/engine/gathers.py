@@ -1,16 +1,63 @@
-"""Two orders of gathers in one ZeRO-3 engine, so that prefetching survives passes that visit other modules."""
+"""ZeRO-3's gathers: how many there are, and two orders of them in one engine.
+
+A second order keeps prefetching alive where passes visit other modules.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 log = logging.getLogger(__name__)
+
+GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
+
+
+@dataclass
+class Gathered:
+    """What ZeRO-3 has made whole on this rank since the process started, all engines together."""
+
+    parameters: int = 0
+    bytes: int = 0  # of the whole parameters, in the type they are sent in
+
+
+GATHERED = Gathered()
+
+
+def count_gathers(coordinator: Any) -> None:
+    """Have a ZeRO-3 coordinator add what it gathers to `GATHERED`.
+
+    This costs a look at each parameter's status, and no wait. DeepSpeed's own comms logger would wait for the device
+    after every single collective and keep each one's duration for ever (0.19, `deepspeed.comm.comm.timed_op`), and it
+    does not know the engines apart.
+    """
+    gather = getattr(type(coordinator), GATHER, None)
+    if gather is None:
+        log.warning("this DeepSpeed gathers in another way than 0.19: comm/gathers and comm/gathered_gib stay 0")
+        return
+
+    def counted(parameters: Any, *arguments: Any, **options: Any) -> None:
+        for parameter in parameters:
+            if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+                GATHERED.parameters += 1
+                GATHERED.bytes += parameter.ds_numel * parameter.element_size()
+        getattr(type(coordinator), GATHER)(coordinator, parameters, *arguments, **options)
+
+    setattr(coordinator, GATHER, counted)
+
+
+def count_gathers_of(engine: Any) -> None:
+    """The same for an engine, if it is at stage 3."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if hasattr(offload, "param_coordinator"):
+        count_gathers(offload.param_coordinator)
 
 
 class SecondOrder:
@@ -73,7 +120,7 @@ class SecondOrder:
 
 def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
     """Another coordinator for the same parameters, made as `DeepSpeedZeRoOffload.__init__` makes its own."""
-    return PartitionedParameterCoordinator(
+    coordinator = PartitionedParameterCoordinator(
         prefetch_bucket_sz=offload._prefetch_bucket_sz,
         max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
         max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
@@ -85,6 +132,8 @@ def _new_coordinator(offload: Any) -> PartitionedParameterCoordinator:
         fast_sharding_for_leaf_module=offload.fast_sharding_for_leaf_module,
         log_trace_cache_warnings=offload.log_trace_cache_warnings,
     )
+    count_gathers(coordinator)
+    return coordinator
 
 
 def _end_pass(coordinator: PartitionedParameterCoordinator) -> None:
