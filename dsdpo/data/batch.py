@@ -12,6 +12,7 @@ from torch import Tensor
 from dsdpo.data.pairs import Pair
 
 FILLER_ID = -1
+Span = tuple[int, int, int, int]  # (start, shared, chosen rest, rejected rest) of one pair in a packed row, in tokens
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,40 @@ class Padded:
         return Padded(attention_mask=self.attention_mask.to(device, non_blocking=True))
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One row without padding; each pair stands as `shared beginning | rest of chosen | rest of rejected`.
+
+    Attention is causal over S sequences: of each pair, chosen (shared beginning and rest, which are neighbours) and the
+    rest of rejected, whose keys are the shared beginning and itself. Sequences without a token are left out. `spans`
+    is for attention pair by pair, on the host; the tensors for attention of all pairs in one call.
+    """
+
+    spans: tuple[Span, ...]  # B, in the row's order
+    key_index: Tensor  # (K,) int64, position in the row of each sequence's keys
+    query_starts: Tensor  # (S + 1,) int32, first query of each sequence in the row
+    key_starts: Tensor  # (S + 1,) int32, first key of each sequence in `key_index`
+    longest_query: int
+    longest_key: int
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on `device`, copied without waiting where memory is pinned."""
+        tensors = ("key_index", "query_starts", "key_starts")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
+
+
 @dataclass(frozen=True)
 class PreferenceBatch:
     """B pairs laid out for ONE forward pass.
 
     `score_at / targets / response` list the response tokens of all 2B responses, so that the same scoring code
-    serves every layout. A pair id of -1 marks a filler pair: it keeps ranks in step and weighs nothing.
+    serves every layout; a position that predicts several tokens is listed once for each. A pair id of -1 marks a filler
+    pair: it keeps ranks in step and weighs nothing.
     """
 
     input_ids: Tensor  # (R, T) int64
     position_ids: Tensor  # (R, T) int64
-    layout: Padded  # what attention needs
+    layout: Padded | Packed  # what attention needs
     score_at: Tensor  # (N,) int64, flat position (row * T + column) whose hidden state predicts a response token
     targets: Tensor  # (N,) int64, those response tokens
     response: Tensor  # (N,) int64 in [0, 2B): chosen i -> i, rejected i -> B + i
@@ -82,9 +106,9 @@ def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int) -> PreferenceBat
     )
 
 
-def filler(pairs: Sequence[Pair], *, pad_token_id: int) -> PreferenceBatch:
-    """The pairs as a batch that weighs nothing: their pair ids are -1."""
-    return collate_padded([replace(pair, pair_id=FILLER_ID) for pair in pairs], pad_token_id=pad_token_id)
+def filler(batch: PreferenceBatch) -> PreferenceBatch:
+    """The same batch, weighing nothing: its pair ids are -1."""
+    return replace(batch, pair_ids=torch.full_like(batch.pair_ids, FILLER_ID))
 
 
 def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
@@ -95,18 +119,21 @@ def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
     total = sum(batch.num_pairs for batch in batches)
     score_at, response = [], []
     before = 0
+    masks = []
     for batch in batches:
+        assert isinstance(batch.layout, Padded)
+        masks.append(batch.layout.attention_mask)
         size, old_width = batch.num_pairs, batch.input_ids.shape[1]
         # In this layout row and response have the same number, and both move alike.
-        score_at.append(_moved(batch.score_at // old_width, size, before, total) * width + batch.score_at % old_width)
-        response.append(_moved(batch.response, size, before, total))
+        score_at.append(moved(batch.score_at // old_width, size, before, total) * width + batch.score_at % old_width)
+        response.append(moved(batch.response, size, before, total))
         before += size
     input_ids = _stacked([batch.input_ids for batch in batches], width)
     return replace(
         batches[0],
         input_ids=input_ids,
         position_ids=torch.arange(width, device=input_ids.device).repeat(2 * total, 1),
-        layout=Padded(attention_mask=_stacked([batch.layout.attention_mask for batch in batches], width)),
+        layout=Padded(attention_mask=_stacked(masks, width)),
         score_at=torch.cat(score_at),
         targets=torch.cat([batch.targets for batch in batches]),
         response=torch.cat(response),
@@ -114,9 +141,9 @@ def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
     )
 
 
-def _moved(rows: Tensor, size: int, before: int, total: int) -> Tensor:
-    """Row numbers of a batch of `size` pairs, in a batch of `total` pairs where `before` come first."""
-    return rows + before + (rows >= size) * (total - size)
+def moved(responses: Tensor, size: int, before: int, total: int) -> Tensor:
+    """Response numbers of a batch of `size` pairs, in a batch of `total` pairs where `before` come first."""
+    return responses + before + (responses >= size) * (total - size)
 
 
 def _stacked(parts: Sequence[Tensor], width: int) -> Tensor:

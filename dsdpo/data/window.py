@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 
-from dsdpo.data.batch import PreferenceBatch, collate_padded, filler
+from dsdpo.data.batch import Padded, PreferenceBatch, filler
+from dsdpo.data.layout import collate
+from dsdpo.data.packing import COSTS, LayoutName, MicroBatchBudget
 from dsdpo.data.pairs import Pairs
-from dsdpo.data.plan import MicroBatchBudget, plan_pass, plan_step
+from dsdpo.data.plan import plan_pass, plan_step, rank_costs
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,10 @@ class Window:
     pairs: int  # of all ranks
     tokens: int  # of all ranks: prompt and response of both sides, without padding
     epoch: float  # data position after this step
+    pair_ids: np.ndarray  # (pairs,) int64, of all ranks, in the epoch's order
+    lengths: np.ndarray  # (pairs, 3) int32, of all ranks: tokens of prompt, chosen, rejected
+    loads: tuple[int, ...]  # by rank: tokens its pairs cost in their layout
+    padding: int  # of this rank: computed positions without a token of a pair, fillers included
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,16 @@ class Windows:
 
     pairs: Pairs
     budget: MicroBatchBudget
+    layout: LayoutName
     pad_token_id: int
     rank: int
     world_size: int
     first_pair_id: int = 0  # a run numbers the pairs of all its data sets through, so that an id names one pair
 
     def steps(
-        self, device: torch.device, *, consumed_pairs: int, steps: int, pairs_per_step: int, seed: int, shuffle: bool
+        self, *, consumed_pairs: int, steps: int, pairs_per_step: int, seed: int, shuffle: bool
     ) -> Iterator[Window]:
-        """The next `steps` optimizer steps from a position in the data, over epoch borders."""
+        """The next `steps` optimizer steps from a position in the data, over epoch borders, on the CPU."""
         lengths = self.pairs.lengths
         for _ in range(steps):
             plan = plan_step(
@@ -48,40 +56,62 @@ class Windows:
                 budget=self.budget,
                 seed=seed,
                 shuffle=shuffle,
+                layout=self.layout,
             )
             consumed_pairs += len(plan.pair_ids)
             step_lengths = lengths[plan.pair_ids]
+            batches = self._collate(plan.micro_batches[self.rank])
             yield Window(
-                batches=self._collate(plan.micro_batches[self.rank], device),
+                batches=batches,
                 pairs=len(plan.pair_ids),
                 tokens=int(step_lengths.sum() + step_lengths[:, 0].sum()),
                 epoch=consumed_pairs / len(self.pairs),
+                pair_ids=plan.pair_ids + self.first_pair_id,
+                lengths=step_lengths,
+                loads=rank_costs(plan.micro_batches, lengths, layout=self.layout),
+                padding=sum(map(padding, batches)),
             )
 
-    def whole_pass(self, device: torch.device, *, batches_per_window: int = 8) -> Iterator[tuple[PreferenceBatch, ...]]:
-        """Every pair once, sorted by length, a few micro-batches at a time."""
-        micro_batches = plan_pass(self.pairs.lengths, world_size=self.world_size, budget=self.budget)[self.rank]
+    def whole_pass(self, *, batches_per_window: int = 8) -> Iterator[tuple[PreferenceBatch, ...]]:
+        """Every pair once, the longest among the first, a few micro-batches at a time, on the CPU."""
+        plan = plan_pass(self.pairs.lengths, world_size=self.world_size, budget=self.budget, layout=self.layout)
+        micro_batches = plan[self.rank]
         for start in range(0, len(micro_batches), batches_per_window):
-            yield self._collate(micro_batches[start : start + batches_per_window], device)
+            yield self._collate(micro_batches[start : start + batches_per_window])
 
     def largest_batch(self, device: torch.device) -> PreferenceBatch:
         """A full micro-batch of the longest pairs, which weighs nothing: what does not fit memory fails here first."""
-        order = self.pairs.lengths.sum(1).argsort()[::-1]
-        longest = self.pairs.lengths[order[0]]
-        row = int(longest[0] + longest[1:].max())
-        count = self.budget.pairs or max(1, (self.budget.tokens or 0) // (2 * row))
-        return filler(self.pairs[order[:count].tolist()], pad_token_id=self.pad_token_id).to(device)
+        order = self._longest_first
+        costs = COSTS[self.layout](self.pairs.lengths[order])
+        count = self.budget.pairs or max(1, int(np.searchsorted(costs, self.budget.token_limit, side="right")))
+        return filler(self._laid_out(order[:count].tolist(), self.layout)).to(device)
 
-    def _collate(self, micro_batches: Sequence[tuple[int, ...]], device: torch.device) -> tuple[PreferenceBatch, ...]:
-        return tuple(self.batch(ids).to(device) for ids in micro_batches)
+    def sample(self, layout: LayoutName, *, count: int = 4) -> PreferenceBatch:
+        """A few pairs of all lengths, from the longest to the shortest, in a layout of choice, on the CPU."""
+        places = np.unique(np.linspace(0, len(self.pairs) - 1, count).astype(np.int64))
+        return self._laid_out(self._longest_first[places].tolist(), layout)
+
+    def _collate(self, micro_batches: Sequence[tuple[int, ...]]) -> tuple[PreferenceBatch, ...]:
+        return tuple(self.batch(ids) for ids in micro_batches)
 
     def batch(self, rows: tuple[int, ...]) -> PreferenceBatch:
         """These rows of `pairs` as one micro-batch on the CPU, a filler if there are none."""
-        if rows:
-            batch = collate_padded(self.pairs[rows], pad_token_id=self.pad_token_id)
-            return replace(batch, pair_ids=batch.pair_ids + self.first_pair_id)
-        return filler(self.pairs[[self._shortest]], pad_token_id=self.pad_token_id)
+        if not rows:
+            return filler(self._laid_out(self._longest_first[-1:].tolist(), self.layout))
+        batch = self._laid_out(rows, self.layout)
+        return replace(batch, pair_ids=batch.pair_ids + self.first_pair_id)
+
+    def _laid_out(self, rows: Sequence[int], layout: LayoutName) -> PreferenceBatch:
+        return collate(self.pairs[rows], layout=layout, pad_token_id=self.pad_token_id)
 
     @cached_property
-    def _shortest(self) -> int:
-        return int(self.pairs.lengths.sum(1).argmin())
+    def _longest_first(self) -> np.ndarray:
+        lengths = self.pairs.lengths
+        return np.argsort(-(lengths[:, 0] + lengths[:, 1:].max(1)), kind="stable")
+
+
+def padding(batch: PreferenceBatch) -> int:
+    """Positions that the model computes for no pair's sake; for a batch on the CPU."""
+    if (batch.pair_ids < 0).all():
+        return batch.num_tokens
+    return int((batch.layout.attention_mask == 0).sum()) if isinstance(batch.layout, Padded) else 0

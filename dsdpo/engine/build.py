@@ -16,16 +16,19 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dsdpo.config.run import ModelConfig, OptimizerConfig, RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import rank
+from dsdpo.engine.gathers import count_gathers_of
 from dsdpo.engine.lora import add_adapter, add_reference_adapter
 from dsdpo.engine.ops import skip_shared_memory_op
 from dsdpo.engine.zero_config import offload_device, stage
+from dsdpo.objective.attention import NAMES
 from dsdpo.objective.logps import ResponseScorer
+from dsdpo.objective.packable import packed_refusal
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) ->
     The optimizer is the JSON's own if it has one; else DeepSpeed's CPU Adam when optimizer states are offloaded, and
     torch's AdamW (fused where the device has it) when they are not.
     """
-    lm = load_lm(run.model, config)
+    lm = load_lm(run.model, config, layout=run.data.layout)
     if run.model.gradient_checkpointing:
         # Reentrant checkpointing fails under ZeRO-2/3 when one backward covers two forwards, and with an adapter it
         # would need inputs that require gradients.
@@ -98,7 +101,7 @@ def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) ->
                 add_reference_adapter(lm)
         # From here on only LoRA dropout draws at random: not the same mask on every rank.
         torch.manual_seed(run.train.seed + rank())
-    model = ResponseScorer(lm)
+    model = ResponseScorer(lm, activations_on_host=run.model.activation_offloading)
     groups = parameter_groups(model, run.optimizer.weight_decay)
 
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
@@ -116,13 +119,13 @@ def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) ->
     return engine
 
 
-def build_reference(model: ModelConfig, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def build_reference(model: ModelConfig, config: dict[str, Any], *, layout: str = "auto") -> deepspeed.DeepSpeedEngine:
     """An inference-only engine (no optimizer, no gradients) around a frozen `ResponseScorer`. Collective.
 
     Never call `backward`, `step` or `save_checkpoint` on the result: without an optimizer they fail or hang
     (DeepSpeed 0.19).
     """
-    lm = load_lm(model, config)
+    lm = load_lm(model, config, layout=layout)
     if model.lora is not None:
         with partitioned_loading(config):
             lm = add_adapter(lm, model, seed=0, trainable=False)
@@ -141,6 +144,7 @@ def initialize(**options: Any) -> deepspeed.DeepSpeedEngine:
         engine, *_ = deepspeed.initialize(**options)
     for line in printed.getvalue().splitlines():
         log.info(line)
+    count_gathers_of(engine)
     return engine
 
 
@@ -153,19 +157,35 @@ def warm_up(policy: deepspeed.DeepSpeedEngine, batch: PreferenceBatch) -> None:
     policy.backward(policy(batch=batch).sum() * 0.0, scale_wrt_gas=False)
 
 
-def load_lm(model: ModelConfig, config: dict[str, Any]) -> Any:
-    """The causal language model, under stage 3 straight into shards, with every dropout off. Collective."""
+def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: str) -> Any:
+    """The causal language model, under stage 3 straight into shards, with every dropout off. Collective.
+
+    Unless `layout` is padded, a model that can take packed batches gets the attention that takes both.
+    """
     with partitioned_loading(config):
         lm = AutoModelForCausalLM.from_pretrained(
             model.path,
             revision=model.revision,
             dtype=DTYPES[model.dtype],
-            attn_implementation=None if model.attn_implementation == "auto" else model.attn_implementation,
+            attn_implementation=attention_name(model, layout),
             trust_remote_code=model.trust_remote_code,
+            use_safetensors=None if model.allow_pickle else True,
         )
     disable_dropout(lm)
     mark_moe_leaves(lm)
     return lm
+
+
+def attention_name(model: ModelConfig, layout: str) -> str | None:
+    """The name under which transformers finds the attention for a model, None for transformers' choice."""
+    name = model.attn_implementation
+    if layout != "padded":
+        settings = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        if packed_refusal(settings, name) is None:
+            return NAMES[name]
+    return None if name == "auto" else name
 
 
 @contextmanager

@@ -198,6 +198,7 @@ def merged_model(model: ModelConfig, adapter_folder: Path) -> Any:
         revision=model.revision,
         dtype=getattr(torch, model.dtype),
         trust_remote_code=model.trust_remote_code,
+        use_safetensors=None if model.allow_pickle else True,
     )
     return peft.PeftModel.from_pretrained(lm, adapter_folder, autocast_adapter_dtype=False).merge_and_unload()
 

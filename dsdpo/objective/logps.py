@@ -9,17 +9,23 @@ chunks: logits of one chunk live at a time, in the forward pass and, recomputed,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
-from dsdpo.data.batch import PreferenceBatch
+from dsdpo.data.batch import Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
+from dsdpo.objective.attention import NAMES
 
 CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
 LOGPS_VERSION = 1  # raise it when the same weights and tokens come to give other log-probs: stored ones become unusable
+
+# What other batches, layouts, kernels and machines may make of the same log-prob, per nat and response token.
+ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,11 @@ def pair_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogp
 class ResponseScorer(nn.Module):
     """A causal language model that answers a `PreferenceBatch` with log-probs (2B,) instead of logits."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, *, activations_on_host: bool = False) -> None:
+        """`activations_on_host`: what the layers keep for the backward pass goes to the host and comes back for it."""
         super().__init__()
         self.lm = lm
+        self.activations_on_host = activations_on_host
         head = lm.get_output_embeddings()
         for linear in linear_heads(head):
             if type(linear) is not nn.Linear:
@@ -61,19 +69,26 @@ class ResponseScorer(nn.Module):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Summed log-prob of each response, (2B,) float32: chosen i at i, rejected i at B + i."""
-        hidden = (
-            self.lm.get_decoder()(
-                input_ids=batch.input_ids,
-                attention_mask=batch.layout.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
-            .last_hidden_state.flatten(0, 1)
-            .index_select(0, batch.score_at)
-        )
+        decoder = self.lm.get_decoder()
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch, self.lm)}
+        # Under gradient checkpointing these are the inputs of the blocks alone: what is within is recomputed.
+        with save_on_cpu(pin_memory=True) if self.activations_on_host else nullcontext():
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, batch.score_at)
         logps = self.lm.get_output_embeddings()(hidden, batch.targets)
         summed = torch.zeros(2 * len(batch.pair_ids), dtype=torch.float32, device=logps.device)
         return summed.index_add(0, batch.response, logps)
+
+
+def attention_inputs(batch: PreferenceBatch, lm: Any) -> dict[str, Any]:
+    """What a model's attention is told of a batch, as arguments of the model."""
+    if isinstance(batch.layout, Padded):
+        return {"attention_mask": batch.layout.attention_mask}
+    name = lm.config._attn_implementation
+    assert name in NAMES.values(), f"attention {name} would let all pairs of a packed row see each other"
+    # transformers takes a mask of four dimensions for one made by the caller and makes none; its content is not read.
+    dummy = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    return {"attention_mask": dummy, "packed": batch.layout}
 
 
 def linear_heads(head: nn.Module) -> list[nn.Module]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsdpo.data.batch import PreferenceBatch, merge_padded
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.data.layout import group_by_tokens, merge
+from dsdpo.data.window import Window
 from dsdpo.distributed import max_over_ranks
 from dsdpo.objective.logps import PairLogps, pair_logps
 from dsdpo.reference.identity import ReferenceIdentity
@@ -24,6 +27,14 @@ class Reference(ABC):
     @abstractmethod
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         """One `PairLogps` per batch, without gradient. Collective, as often on every rank."""
+
+    def looking_ahead(self, windows: Iterable[Window], step: int) -> Iterable[Window]:
+        """The windows of the steps after `step`, of which a reference may see several before it is asked."""
+        return windows
+
+    def scorer(self) -> tuple[Any, str | None] | None:
+        """The model that scores training pairs as training goes, and its adapter in use; None: nothing is computed."""
+        return None
 
     def after_step(self, step: int) -> None:  # noqa: B027 (a frozen reference has nothing to do)
         """Called after optimizer step number `step`, counted from 1; where a moving reference moves. Collective."""
@@ -43,7 +54,7 @@ class Reference(ABC):
 def score_window(
     model: Callable[..., Tensor], window: Sequence[PreferenceBatch], *, score_tokens: int
 ) -> list[PairLogps]:
-    """Log-probs of a window in as few forward passes of at most `score_tokens` padded tokens as it takes. Collective.
+    """Log-probs of a window, in as few forward passes of at most `score_tokens` tokens as it takes. Collective.
 
     Under ZeRO-3 each pass gathers all weights, so a window that fits one pass costs one gather per layer however many
     micro-batches it holds. A rank with less to score repeats its last group, or ranks would hang in a gather.
@@ -53,24 +64,10 @@ def score_window(
     scored: list[PairLogps] = []
     for index in range(passes):
         group = groups[min(index, len(groups) - 1)]
-        logps = pair_logps(model, merge_padded(group))
+        logps = pair_logps(model, merge(group))
         if index < len(groups):
             scored += split_logps(logps, [len(batch.pair_ids) for batch in group])
     return scored
-
-
-def group_by_tokens(window: Sequence[PreferenceBatch], budget: int) -> list[list[PreferenceBatch]]:
-    """Consecutive batches in groups that hold at most `budget` tokens once padded to a common length."""
-    groups: list[list[PreferenceBatch]] = []
-    rows = longest = 0
-    for batch in window:
-        batch_rows, batch_length = batch.input_ids.shape
-        rows, longest = rows + batch_rows, max(longest, batch_length)
-        if not groups or rows * longest > budget:
-            groups.append([])
-            rows, longest = batch_rows, batch_length
-        groups[-1].append(batch)
-    return groups
 
 
 def split_logps(logps: PairLogps, sizes: list[int]) -> list[PairLogps]:

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,21 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdpo.data.batch import PreferenceBatch
+from dsdpo.data.packing import MicroBatchBudget
 from dsdpo.data.pairs import Pairs
-from dsdpo.data.plan import MicroBatchBudget, plan_pass
+from dsdpo.data.plan import plan_pass
+from dsdpo.data.prefetch import prefetch
 from dsdpo.data.window import Windows
 from dsdpo.distributed import all_or_none, broadcast_array, broadcast_object, rank, sum_over_ranks
 from dsdpo.engine.build import device
 from dsdpo.errors import CacheError
-from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.logps import ROUNDING, PairLogps
 from dsdpo.reference.base import Reference, score_window
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.store import SHARD_ROWS, LogpTable, ShardWriter, open_store, pair_keys, read_rows
 
 log = logging.getLogger(__name__)
-
-# What other batches, kernels and machines may make of the same log-prob, per nat and response token.
-ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5}
 
 
 class PrecomputedReference(Reference):
@@ -134,19 +134,19 @@ def score_rows(
     """
     pairs = _subset(windows.pairs, rows)
     windows = replace(windows, pairs=pairs, budget=MicroBatchBudget(tokens=scorer.score_tokens), first_pair_id=0)
-    plan = plan_pass(pairs.lengths, world_size=windows.world_size, budget=windows.budget)
+    plan = plan_pass(pairs.lengths, world_size=windows.world_size, budget=windows.budget, layout=windows.layout)
     writer = ShardWriter(folder, rank=rank(), shard_rows=scorer.shard_rows) if folder else None
     table = LogpTable.zeros(len(pairs))
     mininterval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
-    with tqdm(
+    bar = tqdm(
         desc=label, total=len(pairs), unit=" pairs", disable=rank() != 0, dynamic_ncols=True, mininterval=mininterval
-    ) as bar:
-        for index, ids in enumerate(plan[windows.rank]):
+    )
+    with bar, closing(prefetch(((windows.batch(ids),) for ids in plan[windows.rank]), device())) as batches:
+        for index, (ids, window) in enumerate(zip(plan[windows.rank], batches, strict=True)):
             if writer is not None:
                 with all_or_none():  # a full disk on one node must not leave the others waiting in a gather
                     writer.make_room(len(ids))
-            batch = windows.batch(ids).to(device())
-            [logps] = score_window(scorer.engine, [batch], score_tokens=scorer.score_tokens)
+            [logps] = score_window(scorer.engine, window, score_tokens=scorer.score_tokens)
             if ids:
                 table[list(ids)] = _to_rows(logps)
                 if writer is not None:

@@ -38,7 +38,8 @@ def test_two_pairs_by_hand() -> None:
 
 
 def test_filler_is_a_batch_without_pairs() -> None:
-    batch, real = filler([FIRST, SECOND], pad_token_id=0), collate_padded([FIRST, SECOND], pad_token_id=0)
+    real = collate_padded([FIRST, SECOND], pad_token_id=0)
+    batch = filler(real)
     assert batch.pair_ids.tolist() == [-1, -1]
     assert torch.equal(batch.input_ids, real.input_ids)
     assert torch.equal(batch.score_at, real.score_at)
@@ -69,7 +70,7 @@ def test_merged_batches_are_the_batch_of_all_their_pairs() -> None:
 
 
 def test_merged_batches_keep_their_order_and_fillers() -> None:
-    merged = merge_padded([collate_padded([FIRST], pad_token_id=0), filler([SECOND], pad_token_id=0)])
+    merged = merge_padded([collate_padded([FIRST], pad_token_id=0), filler(collate_padded([SECOND], pad_token_id=0))])
     assert merged.pair_ids.tolist() == [7, -1]
     assert merged.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 0, 0], [1, 2, 5, 0], [6, 8, 9, 10]]
     assert merged.score_at.tolist() == [1, 2, 9, 4, 12, 13, 14]

@@ -8,12 +8,11 @@ from itertools import chain
 import numpy as np
 import pytest
 
+from dsdpo.data.packing import MicroBatchBudget, padded_cost
 from dsdpo.data.plan import (
-    MicroBatchBudget,
     MicroBatches,
     StepPlan,
     epoch_order,
-    padded_cost,
     plan_pass,
     plan_step,
     step_cost,
@@ -206,15 +205,12 @@ def test_pass_begins_with_its_costliest_micro_batch() -> None:
 
 
 def test_another_layout_is_another_cost() -> None:
-    def unpadded_cost(lengths: np.ndarray) -> np.ndarray:
-        return np.cumsum(lengths.sum(axis=1))
-
     lengths = random_lengths(np.random.default_rng(3), 300)
     budget = MicroBatchBudget(tokens=8192)
-    plan = plan_pass(lengths, world_size=4, budget=budget, cost=unpadded_cost)
+    plan = plan_pass(lengths, world_size=4, budget=budget, layout="packed")
     assert ids_of(plan) == list(range(300))
-    assert all(lengths[list(ids)].sum() <= 8192 for rank in plan for ids in rank)
-    assert step_cost(plan, lengths, cost=unpadded_cost) < 1.05 * lengths.sum() / 4
+    assert all(lengths[list(ids)].sum() <= 8192 + 2 * len(ids) for rank in plan for ids in rank)
+    assert step_cost(plan, lengths, layout="packed") < 1.02 * (lengths.sum() - 2 * 300) / 4
 
 
 def test_planning_a_step_touches_only_its_pairs() -> None:

@@ -17,10 +17,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """One process, so nothing is partitioned, and all pairs of a step in one micro-batch."""
+    """One process, so nothing is partitioned, and all pairs of a step in one micro-batch, padded."""
     folder = tmp_path_factory.mktemp("truth")
-    run = settings(folder, inputs, policy_zero="zero1", reference_zero="zero0", batch={"pairs_per_micro_batch": 8})
-    return losses(train_on(1, run))
+    plain = {"data": {"layout": "padded"}, "batch": {"pairs_per_micro_batch": 8}}
+    return losses(train_on(1, settings(folder, inputs, policy_zero="zero1", reference_zero="zero0", **plain)))
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
@@ -30,6 +30,10 @@ def test_same_losses(policy: str, reference: str, inputs: Path, truth: list[floa
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
     assert found == pytest.approx(truth, abs=1e-5)
     assert truth[-1] < math.log(2) - 1e-3, "nothing was learned, so nothing was compared"
+
+
+def test_padded_on_ranks(inputs: Path, truth: list[float], tmp_path: Path) -> None:
+    assert losses(train_on(2, settings(tmp_path, inputs, data={"layout": "padded"}))) == pytest.approx(truth, abs=1e-5)
 
 
 def test_derived_reference_and_checkpointing(inputs: Path, truth: list[float], tmp_path: Path) -> None:

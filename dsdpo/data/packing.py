@@ -1,0 +1,186 @@
+"""How pairs are cut into micro-batches: what they cost in each layout, and which go together.
+
+Every rank needs equally many micro-batches, so their number is the fewest that the budget allows, rounded up to a
+multiple of the ranks; then they are made as even as can be. Pairs are never split.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+LayoutName = Literal["packed", "padded"]
+Bins = list[list[int]]  # each micro-batch's pairs, as places in the pairs' lengths
+
+CANDIDATES = 16  # micro-batch sizes tried per step
+LOOK_AHEAD = 64  # pairs
+
+
+@dataclass(frozen=True)
+class MicroBatchBudget:
+    """What one micro-batch may hold; with `pairs` given, `tokens` is not used."""
+
+    tokens: int | None = None  # as the layout counts them, padding included; a pair over it stands alone
+    pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.tokens or 0) > 0 or (self.pairs or 0) > 0, "a budget of tokens or pairs is needed"
+
+    @property
+    def token_limit(self) -> float:
+        """Tokens that may be filled up, infinite where the pairs are counted."""
+        return np.inf if self.pairs or self.tokens is None else self.tokens
+
+
+def padded_cost(lengths: np.ndarray) -> np.ndarray:
+    """(n,) tokens of the first 1, 2, ..., n pairs padded together: 2n rows of the longest prompt + response."""
+    widest = lengths[:, 0] + np.maximum(lengths[:, 1], lengths[:, 2])
+    return 2 * np.arange(1, len(lengths) + 1) * np.maximum.accumulate(widest.astype(np.int64))
+
+
+def packed_cost(lengths: np.ndarray) -> np.ndarray:
+    """(n,) tokens of the first 1, 2, ..., n pairs in one row.
+
+    Equal beginnings of the two responses would save a little more; not to count them keeps the budget an upper bound.
+    """
+    return np.cumsum(_packed_sizes(lengths))
+
+
+def _packed_sizes(lengths: np.ndarray) -> np.ndarray:
+    """(n,) tokens of each pair: the prompt once, both responses without their last tokens."""
+    return lengths.sum(axis=1, dtype=np.int64) - 2
+
+
+def even_bins(lengths: np.ndarray, world_size: int, budget: MicroBatchBudget) -> tuple[Bins, list[int]]:
+    """Micro-batches for the packed layout, and their tokens: as even as can be, else as full as can be.
+
+    Source: Graham 1969 (longest first, each to the emptiest) and best fit decreasing, where the former overflows.
+    """
+    sizes = _packed_sizes(lengths)
+    limit = max(budget.token_limit, 1)
+    most_pairs = budget.pairs or len(sizes)
+    order = np.argsort(-sizes, kind="stable").tolist()
+    least = max(-(-len(sizes) // most_pairs), int(np.ceil(np.minimum(sizes, limit).sum() / limit)))
+    wanted = -(-least // world_size) * world_size
+    while True:
+        count = min(wanted, len(sizes))
+        bins = _emptiest_first(sizes.tolist(), order, count, limit, most_pairs)
+        bins = bins or _fullest_first(sizes.tolist(), order, count, limit)
+        if bins is not None:
+            return bins, [int(sizes[part].sum()) for part in bins]
+        wanted += world_size
+
+
+def _emptiest_first(sizes: list[int], order: list[int], count: int, limit: float, most_pairs: int) -> Bins | None:
+    """The pairs dealt out to `count` bins, each to the emptiest; None if one fits nowhere."""
+    bins: Bins = [[] for _ in range(count)]
+    emptiest = [(0, index) for index in range(count)]
+    for pair in order:
+        load, index = emptiest[0]
+        if load and load + sizes[pair] > limit:
+            return None
+        bins[index].append(pair)
+        if len(bins[index]) < most_pairs:
+            heapq.heapreplace(emptiest, (load + sizes[pair], index))
+        else:
+            heapq.heappop(emptiest)
+    return bins
+
+
+def _fullest_first(sizes: list[int], order: list[int], count: int, limit: float) -> Bins | None:
+    """The pairs dealt out to `count` bins, each to the fullest that takes it; None if one fits nowhere."""
+    bins: Bins = []
+    loads: list[int] = []
+    for pair in order:
+        fitting = [index for index, load in enumerate(loads) if load + sizes[pair] <= limit]
+        if fitting:
+            index = max(fitting, key=loads.__getitem__)
+            bins[index].append(pair)
+            loads[index] += sizes[pair]
+        elif len(bins) < count:
+            bins.append([pair])
+            loads.append(sizes[pair])
+        else:
+            return None
+    while len(bins) < count:  # a rank without a pair would compute a filler
+        donor = max((part for part in bins if len(part) > 1), key=len)
+        bins.append([donor.pop()])
+    return bins
+
+
+Ranges = list[tuple[int, int]]  # [first, end) of pairs sorted by size
+
+
+def alike_bins(lengths: np.ndarray, world_size: int, budget: MicroBatchBudget) -> tuple[Bins, list[int]]:
+    """Micro-batches for the padded layout, and their tokens, from pairs sorted by size: neighbours go together.
+
+    The cheapest of several ways to cut. Filling micro-batches to the brim leaves the last ones nearly empty; a lower
+    limit evens them out, but too low a limit mixes long pairs with short ones. So a range of limits is tried and the
+    one with the lowest step cost is kept.
+    """
+    fewest = _fill(lengths, budget.token_limit, budget.pairs)
+    wanted = min(-(-len(fewest) // world_size) * world_size, len(lengths))
+    filled = [_cost(lengths, part) for part in fewest]
+    best: tuple[int, Ranges, list[int]] | None = None
+    for limit in np.geomspace(max(filled), max(1, sum(filled) // (2 * wanted)), CANDIDATES):
+        ranges = _fill(lengths, min(np.ceil(limit), budget.token_limit), budget.pairs)
+        if len(ranges) > wanted:
+            break
+        ranges = _split(ranges, wanted, lengths)
+        costs = [_cost(lengths, part) for part in ranges]
+        total = sum(sorted(costs, reverse=True)[::world_size])
+        if best is None or total < best[0]:
+            best = total, ranges, costs
+    assert best is not None, "the fullest bin is a limit that suffices"
+    return [list(range(first, end)) for first, end in best[1]], best[2]
+
+
+def _fill(lengths: np.ndarray, limit: float, most_pairs: int | None) -> Ranges:
+    """Ranges filled up to the limit one after the other; a pair that costs more is alone.
+
+    The shortest pairs come first, so that slack stays with the longest.
+    """
+    ranges: Ranges = []
+    first = 0
+    while first < len(lengths):
+        ahead = most_pairs or LOOK_AHEAD
+        while True:
+            taken = int(np.searchsorted(padded_cost(lengths[first : first + ahead]), limit, side="right"))
+            if taken < ahead or most_pairs or first + ahead >= len(lengths):
+                break
+            ahead *= 4
+        end = first + max(1, taken)
+        ranges.append((first, end))
+        first = end
+    return ranges
+
+
+def _split(ranges: Ranges, wanted: int, lengths: np.ndarray) -> Ranges:
+    """`wanted` ranges, by halving the costliest that holds more than one pair."""
+    ranges = list(ranges)
+    while len(ranges) < wanted:
+        divisible = [part for part in ranges if part[1] - part[0] > 1]
+        costliest = max(divisible, key=lambda part: _cost(lengths, part))
+        middle = (costliest[0] + costliest[1]) // 2
+        index = ranges.index(costliest)
+        ranges[index : index + 1] = [(costliest[0], middle), (middle, costliest[1])]
+    return ranges
+
+
+def _cost(lengths: np.ndarray, part: tuple[int, int]) -> int:
+    """Tokens of one range."""
+    return int(padded_cost(lengths[part[0] : part[1]])[-1])
+
+
+COSTS: dict[LayoutName, Callable[[np.ndarray], np.ndarray]] = {"packed": packed_cost, "padded": padded_cost}
+"""(n, 3) lengths of pairs -> (n,) tokens that the first 1, 2, ..., n of them cost as one micro-batch; never falls."""
+
+BINNERS: dict[LayoutName, Callable[[np.ndarray, int, MicroBatchBudget], tuple[Bins, list[int]]]] = {
+    "packed": even_bins,
+    "padded": alike_bins,
+}
+"""(n, 3) lengths by size, ranks, budget -> micro-batches within the budget and the tokens of each."""

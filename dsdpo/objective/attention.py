@@ -1,0 +1,296 @@
+"""Attention over the packed layout, as a function that transformers' models call in place of their own.
+
+A model gets the batch's `Packed` as the keyword argument `packed`, which transformers hands through to every layer's
+attention; no mask over the whole row is ever made. Where there is no `packed` (padded batches, generation) the same
+function is ordinary attention. Shapes: N tokens of the row, H query heads, G key and value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dsdpo.data.batch import Packed, Span
+from dsdpo.errors import ConfigError
+
+NAMES = {"auto": "dsdpo", "sdpa": "dsdpo_sdpa", "flash_attention_2": "dsdpo", "flash_attention_3": "dsdpo"}
+"""model.attn_implementation -> the registered name of what takes its place for packed batches.
+
+"dsdpo_sdpa" goes pair by pair on every device; "dsdpo" takes flash attention for all pairs at once where it can.
+"""
+
+SHORT = 64  # tokens; sequences up to here are computed together
+ROWS = 1024  # queries that one explicit mask covers: bounds its size
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a layer's attention has beyond softmax(q·k·scale)·v over all earlier tokens."""
+
+    scale: float | None
+    dropout: float
+    window: int | None  # tokens that a token sees, itself included
+    softcap: float | None
+    sinks: Tensor | None  # (H,) logits of a key without value
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: Packed | None = None,
+    varlen: bool = True,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention (1, N, H, D) of query (1, H, N, D) over key and value (1, G, N, D), under transformers' argument names.
+
+    With `varlen`, CUDA takes one variable-length flash attention for all pairs where there is a kernel for it.
+    """
+    variant = Variant(scaling, dropout, sliding_window, softcap or None, s_aux)
+    if packed is None:
+        if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and query.shape[2] > 1:
+            # The stand-in for a mask that comes with `packed`, without it: every token would see every other.
+            raise ConfigError(f"{type(module).__name__} was not told of the packed row: set data.layout to padded")
+        if variant.softcap is None and variant.sinks is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+            )
+        if attention_mask is None:
+            attention_mask = _band(query, query.shape[2], key.shape[2], None)
+        return _explicit(query, key, value, attention_mask, variant).transpose(1, 2), None
+    unknown = [name for name in ("position_bias", "cache") if others.get(name) is not None]
+    if unknown or others.get("is_causal") is False:
+        raise ConfigError(f"{type(module).__name__} uses {unknown or 'is_causal=False'}: set data.layout to padded")
+    kernel = varlen_kernel(query, variant) if varlen else None
+    if kernel is not None:
+        return attend_at_once(query, key, value, packed, variant, kernel), None
+    return attend_by_pair(query, key, value, packed, variant), None
+
+
+def attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, variant: Variant, kernel: Kernel
+) -> Tensor:
+    """(1, N, H, D) from one variable-length call; the keys of shared beginnings are copied for each sequence.
+
+    `kernel` aligns each sequence's causal mask with its last key, as flash attention does.
+    """
+    size = value.shape[-1]
+    value = pad(value, (0, query.shape[-1] - size))  # latent attention's values are shorter than its keys
+    keys, values = (part[0].transpose(0, 1).index_select(0, packed.key_index) for part in (key, value))
+    return kernel(query[0].transpose(0, 1), keys, values, packed, variant)[None, ..., :size]
+
+
+def attend_by_pair(query: Tensor, key: Tensor, value: Tensor, packed: Packed, variant: Variant) -> Tensor:
+    """(1, N, H, D) from scaled_dot_product_attention: long pairs one by one, short ones together in padded rows."""
+    short = _short_pairs(packed, query.device)
+    done: list[Tensor] = []
+    if short.count < len(packed.spans):
+        # One split of the row, since the gradient of each single slice would be a whole row of zeros.
+        lengths = [part for _, shared, chosen, rejected in packed.spans for part in (shared + chosen, rejected)]
+        q, k, v = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+        for first, span in zip(range(0, len(lengths), 2), packed.spans, strict=True):
+            if is_short(span):
+                continue
+            done.append(_causal(q[first], k[first], v[first], variant))
+            if span[3]:
+                keys, values = (torch.cat([part[first][:, :, : span[1]], part[first + 1]], dim=2) for part in (k, v))
+                done.append(_causal(q[first + 1], keys, values, variant))
+    rows = [part.transpose(1, 2)[0] for part in done]
+    if short.index is not None:
+        wide = [tensor[0].transpose(0, 1)[short.index].transpose(1, 2) for tensor in (query, key, value)]
+        rows.append(_causal(wide[0], wide[1], wide[2], variant).transpose(1, 2).flatten(0, 1))
+    result = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return (result if short.order is None else result.index_select(0, short.order))[None]
+
+
+def is_short(span: Span) -> bool:
+    """True if a call of its own would cost a pair more than it computes."""
+    _, shared, chosen, rejected = span
+    return shared + max(chosen, rejected) <= SHORT
+
+
+@dataclass(frozen=True)
+class ShortPairs:
+    """The short pairs of a row, as padded rows of one sequence each; padding follows, so that causality masks it."""
+
+    count: int
+    index: Tensor | None  # (rows, T) int64, position in the packed row
+    order: Tensor | None  # (N,) int64, where a position's result stands: long pairs one by one, then `index`
+
+
+@lru_cache(maxsize=4)
+def _short_pairs(packed: Packed, device: torch.device) -> ShortPairs:
+    """Found once a batch, not in every layer."""
+    short = [span for span in packed.spans if is_short(span)]
+    if not short:
+        return ShortPairs(0, None, None)
+    width = max(shared + max(chosen, rejected) for _, shared, chosen, rejected in short)
+    start, shared, chosen, rejected = packed.spans[-1]
+    order = np.empty(start + shared + chosen + rejected, dtype=np.int64)
+    at = 0
+    for start, shared, chosen, rejected in (span for span in packed.spans if not is_short(span)):
+        size = shared + chosen + rejected
+        order[start : start + size] = np.arange(at, at + size)
+        at += size
+    rows: list[np.ndarray] = []
+    for start, shared, chosen, rejected in short:
+        end = start + shared + chosen
+        order[start:end] = at + len(rows) * width + np.arange(shared + chosen)
+        rows.append(np.r_[start:end, np.full(width - shared - chosen, start)])
+        if rejected:
+            order[end : end + rejected] = at + len(rows) * width + np.arange(shared, shared + rejected)
+            padding = np.full(width - shared - rejected, start)
+            rows.append(np.r_[start : start + shared, end : end + rejected, padding])
+    index, places = (torch.from_numpy(part).to(device) for part in (np.stack(rows), order))
+    return ShortPairs(len(short), index, places)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+    """(B, H, Q, D): each query sees the keys up to its own, the last query the last key; K >= Q keys."""
+    queries, keys = query.shape[2], key.shape[2]
+    plain = variant.softcap is None and variant.sinks is None
+    window = variant.window if variant.window is not None and variant.window < keys else None
+    if plain and window is None and queries == keys:
+        return _sdpa(query, key, value, variant, is_causal=True)
+    blocks = []
+    for start in range(0, queries, ROWS):
+        count = min(ROWS, queries - start)
+        end = keys - queries + start + count
+        first = 0 if window is None else max(0, end - count + 1 - window)
+        block = query[:, :, start : start + count], key[:, :, first:end], value[:, :, first:end]
+        mask = _band(query, count, end - first, window)
+        blocks.append(_sdpa(*block, variant, attn_mask=mask) if plain else _explicit(*block, mask, variant))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, variant: Variant, **mask: Any) -> Tensor:
+    options: dict[str, Any] = {"dropout_p": variant.dropout, "scale": variant.scale}
+    return scaled_dot_product_attention(query, key, value, **mask, **options, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, variant: Variant) -> Tensor:
+    """(B, H, Q, D) with all scores in memory, for what no kernel of torch's has: soft-capping and sinks.
+
+    `mask` is bool, true where a key is seen, or added; (Q, K) or (B, 1, Q, K). Sources: Gemma 2 (arXiv 2408.00118) and
+    gpt-oss (arXiv 2508.10925), whose softmax has one logit more for each head, without a value.
+    """
+    groups, size = key.shape[1], query.shape[-1]
+    grouped = query.unflatten(1, (groups, -1))
+    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * (size**-0.5 if variant.scale is None else variant.scale)
+    if variant.softcap is not None:
+        scores = variant.softcap * torch.tanh(scores / variant.softcap)
+    mask = mask if mask.dim() == 2 else mask.unsqueeze(1)
+    # Not -inf: a row of padding may see nothing at all, and its NaN would spread.
+    hidden = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+    if variant.sinks is not None:
+        sinks = variant.sinks.view(1, groups, -1, 1, 1).expand(len(query), -1, -1, scores.shape[3], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
+    return (dropout(shares, variant.dropout) @ value.unsqueeze(2)).flatten(1, 2)
+
+
+def _band(like: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
+    """(queries, keys) to add to scores, 0 or -inf: the last query sees the last `window` keys, or all."""
+    rows, before = (max(64, 1 << (size - 1).bit_length()) for size in (queries, max(1, keys - queries)))
+    cut = before - (keys - queries)
+    return _wide_band(rows, before, window, like.dtype, like.device)[:queries, cut : cut + keys]
+
+
+@lru_cache(maxsize=4)
+def _wide_band(rows: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    distance = torch.arange(before, before + rows, device=device)[:, None] - torch.arange(before + rows, device=device)
+    seen = (distance >= 0) & (distance < (before + rows if window is None else window))
+    return torch.zeros(rows, before + rows, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Variant], Tensor]
+"""(N, H, D), (K, G, D), (K, G, D), the row and the variant -> (N, H, D)"""
+
+
+def varlen_kernel(query: Tensor, variant: Variant) -> Kernel | None:
+    """The flash attention kernel that takes all pairs at once, or None where none can."""
+    can = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    if not can or query.shape[-1] % 8 or variant.sinks is not None or variant.dropout:
+        return None
+    flash, torch_varlen = _varlen_functions()
+    if flash is not None:
+        return partial(_flash_varlen, flash)
+    return None if torch_varlen is None or variant.softcap is not None else partial(_torch_varlen, torch_varlen)
+
+
+@lru_cache(maxsize=1)
+def _varlen_functions() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+    """`flash_attn_varlen_func` of flash-attn 3 or 2, and torch's `varlen_attn`, where installed."""
+    flash = None
+    for name in ("flash_attn", "flash_attn_interface"):  # the later one, flash-attn 3, wins
+        with suppress(ImportError):
+            flash = importlib.import_module(name).flash_attn_varlen_func
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return flash, None
+    known = "window_size" in inspect.signature(varlen_attn).parameters  # 2.10 had is_causal in its place
+    return flash, varlen_attn if known else None
+
+
+def _flash_varlen(
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, packed: Packed, variant: Variant
+) -> Tensor:
+    result = function(
+        query,
+        key,
+        value,
+        cu_seqlens_q=packed.query_starts,
+        cu_seqlens_k=packed.key_starts,
+        max_seqlen_q=packed.longest_query,
+        max_seqlen_k=packed.longest_key,
+        softmax_scale=variant.scale,
+        causal=True,
+        window_size=(-1, -1) if variant.window is None else (variant.window - 1, 0),
+        softcap=variant.softcap or 0.0,
+    )
+    return result[0] if isinstance(result, tuple) else result  # flash-attn 3 gave the normalizers too
+
+
+def _torch_varlen(
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, packed: Packed, variant: Variant
+) -> Tensor:
+    return function(
+        query,
+        key,
+        value,
+        packed.query_starts,
+        packed.key_starts,
+        packed.longest_query,
+        packed.longest_key,
+        scale=variant.scale,
+        window_size=(-1 if variant.window is None else variant.window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+for _name, _varlen in (("dsdpo", True), ("dsdpo_sdpa", False)):
+    AttentionInterface.register(_name, partial(attention, varlen=_varlen))
+    AttentionMaskInterface.register(_name, sdpa_mask)
