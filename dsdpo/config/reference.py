@@ -26,6 +26,8 @@ class ReferenceConfig(Section):
     """DeepSpeed JSON of the reference engine (stage 0 or 3); null: derived from the policy's."""
     score_tokens: PositiveInt = 32768
     """Tokens in one scoring forward pass on one rank; a longer pair goes alone."""
+    look_ahead_steps: PositiveInt = 1
+    """Optimizer steps whose pairs are scored together, never beyond a sync; pays if score_tokens holds them all."""
     sync_ref_model: bool = False
     """TR-DPO: move the reference towards the policy as training goes (arXiv 2404.09656)."""
     ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -61,6 +63,11 @@ class ReferenceConfig(Section):
                     f"reference.{name} {getattr(self, name)} has no effect while reference.sync_ref_model is false: "
                     "set that to true, or leave it out"
                 )
+        if self.look_ahead_steps > 1 and self.strategy in ("precomputed", "policy_snapshot"):
+            raise ValueError(
+                f"reference.look_ahead_steps {self.look_ahead_steps} has no effect with reference.strategy "
+                f"{self.strategy}, which scores further ahead by itself: leave it out, or set strategy to separate"
+            )
         if self.strategy != "precomputed" and self.store is not None:
             raise ValueError(
                 f"reference.store {self.store} has no effect with reference.strategy {self.strategy}: set that to "

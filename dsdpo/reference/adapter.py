@@ -40,6 +40,9 @@ class AdapterReference(Reference):
         finally:
             self.policy.train(was_training)
 
+    def scorer(self) -> tuple[Any, str | None]:
+        return self.policy.module.lm, self.adapter
+
     def save(self, folder: Path) -> None:
         if self.adapter is not None:
             save_reference_adapter(self.policy.module.lm, folder / "adapter.safetensors")

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsdpo.data.batch import PreferenceBatch
@@ -110,14 +111,51 @@ class MovingAverage:
                 parts[name] = self.averages.get(name, shard).detach().cpu().clone()
         return parts
 
-    def restore(self, parts: dict[str, Tensor]) -> None:
-        """Take up what `state` returned on this rank."""
+    @torch.no_grad()
+    def restore(self, saved: SavedParts) -> None:
+        """Take up what `state` returned, on ranks that may have been more or fewer and cut the parameters otherwise."""
         release_gathered(self.engine)
         for name, _, target in self.matches:
-            with writable_shard(target) as (shard, _start):
+            with writable_shard(target) as (shard, start):
+                part = saved.read(name, start, shard.numel())
                 if name in self.averages:
-                    self.averages[name].copy_(parts[name])
-                shard.copy_(parts[name])
+                    self.averages[name].copy_(part)
+                shard.copy_(part)
+
+
+class SavedParts:
+    """The parts that all ranks of a checkpoint saved, of which any stretch can be read whatever the cut."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[int, Any] = {}  # by rank, opened when first needed
+        self._open = ExitStack()
+
+    def __enter__(self) -> SavedParts:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """(count,) elements of a parameter, `start` being the place of the first in the whole."""
+        if count == 0:
+            return torch.empty(0)
+        # Every rank but the last few has as many elements as the first; if all had the whole, the first will do.
+        size = self._slice(0, name).get_shape()[0]
+        pieces = []
+        while count:
+            owner, offset = divmod(start, size)
+            taken = min(count, size - offset)
+            pieces.append(self._slice(owner, name)[offset : offset + taken])
+            start, count = start + taken, count - taken
+        return torch.cat(pieces)
+
+    def _slice(self, of_rank: int, name: str) -> Any:
+        if of_rank not in self._files:
+            path = self.folder / f"rank-{of_rank}.safetensors"
+            self._files[of_rank] = self._open.enter_context(safe_open(path, framework="pt"))
+        return self._files[of_rank].get_slice(name)
 
 
 def match_parameters(sources: Mapping[str, Any], reference: nn.Module) -> list[Match]:
@@ -152,6 +190,9 @@ class MovingReference(Reference):
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         return self.inner.score(window)
 
+    def scorer(self) -> tuple[Any, str | None] | None:
+        return self.inner.scorer()
+
     def after_step(self, step: int) -> None:
         self.age += 1
         if step % self.every:
@@ -159,28 +200,25 @@ class MovingReference(Reference):
         started = time.perf_counter()
         received = self.average.move()
         self.syncs, self.age = self.syncs + 1, 0
-        self.last_sync = {"time/sync_s": time.perf_counter() - started, "reference/sync_bytes": float(received)}
+        self.last_sync = {"time/last_sync_s": time.perf_counter() - started, "reference/sync_bytes": float(received)}
 
     def metrics(self) -> dict[str, float]:
         return {"reference/syncs": float(self.syncs), "reference/age_steps": float(self.age), **self.last_sync}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"syncs": self.syncs, "age": self.age, "world_size": world_size()}
+        facts: dict[str, Any] = {"syncs": self.syncs, "age": self.age, "world_size": world_size()}
+        facts["sync_bytes"] = self.last_sync.get("reference/sync_bytes")
         save_file(self.average.state(), folder / f"rank-{rank()}.safetensors", metadata={"moving": json.dumps(facts)})
 
     def load(self, folder: Path) -> None:
-        path = folder / f"rank-{rank()}.safetensors"
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(folder / "rank-0.safetensors", framework="pt") as file:
                 facts = json.loads(file.metadata()["moving"])
-            parts = load_file(path)
+            with SavedParts(folder) as parts:
+                self.average.restore(parts)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: the moving reference cannot be read: {error}") from error
-        if facts["world_size"] != world_size():
-            raise CheckpointError(
-                f"{folder}: {facts['world_size']} ranks saved the moving reference, and there are {world_size()}; "
-                "start as many"
-            )
-        self.average.restore(parts)
+            raise CheckpointError(f"{folder}: the moving reference cannot be read: {error}") from error
         self.syncs, self.age = facts["syncs"], facts["age"]
+        if facts.get("sync_bytes") is not None:
+            self.last_sync = {"reference/sync_bytes": facts["sync_bytes"]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.window import Window
 from dsdpo.distributed import rank, world_size
 from dsdpo.engine.build import device
+from dsdpo.engine.lora import POLICY
 from dsdpo.errors import CheckpointError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_window
@@ -47,17 +48,14 @@ class SnapshotReference(Reference):
         self._training, self._held_out, self._evaluates_after = training, held_out, evaluates_after
         self._ids: torch.Tensor | None = None  # (M,) int64, ascending; None before the first snapshot
         self._logps: PairLogps  # (M,) each, in their order
-        self.syncs, self.age, self.seconds = 0, 0, 0.0
+        self.syncs, self.age, self.seconds, self._step = 0, 0, 0.0, 0
 
     def take(self, step: int) -> None:
         """Score with the policy as it is after `step` all that is asked for before the next snapshot. Collective."""
         started = time.perf_counter()
-        windows: Iterator[Sequence[PreferenceBatch]] = (
-            window.batches for window in islice(self._training(step), self.every)
-        )
+        self._step = step
         # An evaluation after the same step as the next snapshot is answered by that one.
-        if any(self._evaluates_after(later) for later in range(step, step + self.every)):
-            windows = chain(windows, self._held_out())
+        windows = self._asked(step, until=step + self.every, first_evaluation=step)
         ids, logps = [], []
         self.policy.eval()
         for window in windows:
@@ -71,6 +69,12 @@ class SnapshotReference(Reference):
         self._logps = PairLogps(*(torch.cat(parts)[order] for parts in fields))
         self.age, self.seconds = 0, time.perf_counter() - started
 
+    def _asked(self, step: int, *, until: int, first_evaluation: int) -> Iterator[Sequence[PreferenceBatch]]:
+        """The windows of this rank that training after `step` and evaluations want before the step `until` is done."""
+        yield from (window.batches for window in islice(self._training(step), until - step))
+        if any(self._evaluates_after(later) for later in range(first_evaluation, until)):
+            yield from self._held_out()
+
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         if self._ids is None:  # the start of a run that was not resumed
             self.take(0)
@@ -82,8 +86,11 @@ class SnapshotReference(Reference):
         rows = torch.searchsorted(self._ids, batch.pair_ids)
         return PairLogps(*(field[rows] for field in vars(self._logps).values()))
 
+    def scorer(self) -> tuple[Any, str | None]:
+        return self.policy.module.lm, POLICY
+
     def after_step(self, step: int) -> None:
-        self.age += 1
+        self.age, self._step = self.age + 1, step
         if step % self.every == 0:
             self.syncs += 1
             self.take(step)
@@ -92,25 +99,43 @@ class SnapshotReference(Reference):
         assert self._ids is not None
         folder.mkdir(parents=True, exist_ok=True)
         table = {name: field.cpu() for name, field in vars(self._logps).items()} | {"ids": self._ids.cpu()}
-        facts = {"syncs": str(self.syncs), "age": str(self.age), "world_size": str(world_size())}
-        save_file(table, folder / f"rank-{rank()}.safetensors", metadata=facts)
+        facts = {"syncs": self.syncs, "age": self.age, "step": self._step, "world_size": world_size()}
+        metadata = {name: str(value) for name, value in facts.items()}
+        save_file(table, folder / f"rank-{rank()}.safetensors", metadata=metadata)
 
     def load(self, folder: Path) -> None:
-        path = folder / f"rank-{rank()}.safetensors"
+        """Take up what every rank saved: other ranks, or other micro-batches, ask for other pairs than this one did."""
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata()
-            table = {name: tensor.to(device()) for name, tensor in load_file(path).items()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: the snapshot cannot be read: {error}") from error
-        self._ids = table.pop("ids")
-        self._logps = PairLogps(**table)
-        self.syncs, self.age = int(facts["syncs"]), int(facts["age"])
+            with safe_open(folder / "rank-0.safetensors", framework="pt") as file:
+                facts = {name: int(value) for name, value in file.metadata().items()}
+            # This rank's own first: of a pair that was scored twice it goes on with the answer that it has given.
+            ranks = sorted(range(facts["world_size"]), key=lambda other: other != rank())
+            tables = [load_file(folder / f"rank-{other}.safetensors") for other in ranks]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: the snapshot cannot be read: {error}") from error
+        table = {name: torch.cat([part[name] for part in tables]).to(device()) for name in tables[0]}
+        self._ids, order = table.pop("ids").sort(stable=True)
+        self._logps = PairLogps(**{name: values[order] for name, values in table.items()})
+        self.syncs, self.age, self._step = facts["syncs"], facts["age"], facts["step"]
+        self._check_complete(folder)
+
+    def _check_complete(self, folder: Path) -> None:
+        """Raise `CheckpointError` if a pair will be asked for of which the snapshot says nothing."""
+        until = self._step - self._step % self.every + self.every
+        assert self._ids is not None
+        for window in self._asked(self._step, until=until, first_evaluation=self._step + 1):
+            ids = torch.cat([batch.pair_ids for batch in window])
+            absent = ids[(ids >= 0) & ~torch.isin(ids, self._ids)]
+            if len(absent):
+                raise CheckpointError(
+                    f"{folder}: the snapshot has nothing on pair {int(absent[0])}, which is wanted before the next: "
+                    "resume with the data, batch.pairs_per_step, evaluation and ref_model_sync_steps that it had"
+                )
 
     def metrics(self) -> dict[str, float]:
         return {
             "reference/syncs": float(self.syncs),
             "reference/age_steps": float(self.age),
             "reference/sync_bytes": 0.0,
-            "time/sync_s": self.seconds,
+            "time/last_sync_s": self.seconds,
         }

@@ -42,7 +42,8 @@ def logps_of_plain_model(plan: Any, weights: dict[str, torch.Tensor], batch: Any
     from dsdpo.engine.build import DTYPES
     from dsdpo.objective.logps import ResponseScorer, pair_logps
 
-    lm = AutoModelForCausalLM.from_pretrained(plan.run.model.path, dtype=DTYPES[plan.run.model.dtype])
+    options = {"dtype": DTYPES[plan.run.model.dtype], "attn_implementation": "dsdpo"}
+    lm = AutoModelForCausalLM.from_pretrained(plan.run.model.path, **options)
     scorer = ResponseScorer(lm)
     scorer.load_state_dict(weights, strict=False)
     with torch.no_grad():
@@ -54,9 +55,7 @@ def updates(policy: Any, plan: Any, steps: int) -> Iterator[None]:
     """Some optimizer updates that move every weight."""
     from dsdpo.objective.logps import pair_logps
 
-    for window in plan.train.steps(
-        torch.device("cpu"), consumed_pairs=0, steps=steps, pairs_per_step=8, seed=0, shuffle=True
-    ):
+    for window in plan.train.steps(consumed_pairs=0, steps=steps, pairs_per_step=8, seed=0, shuffle=True):
         for part in window.batches:
             policy.backward(-pair_logps(policy, part).chosen.sum(), scale_wrt_gas=False)
         policy.step()
