@@ -9,9 +9,11 @@ from dsdpo.commands.identity import identify_reference
 from dsdpo.commands.precompute import precompute
 from dsdpo.commands.prepare import Plan, reference_model
 from dsdpo.engine.build import build_policy, build_reference, device, warm_up
+from dsdpo.engine.check import check_layout
 from dsdpo.engine.lora import POLICY, adapter_pairs, merged_parameters
 from dsdpo.engine.ops import prepare_ops
 from dsdpo.reference.adapter import AdapterReference
+from dsdpo.reference.ahead import LookAhead
 from dsdpo.reference.base import Reference
 from dsdpo.reference.moving import Match, MovingAverage, MovingReference, match_parameters
 from dsdpo.reference.separate import SeparateReference
@@ -30,22 +32,24 @@ def build_engines(plan: Plan) -> tuple[Any, Reference]:
         case "policy_snapshot":
             return policy, snapshot_reference(plan, policy)
         case "adapter":
-            return policy, adapter_reference(plan, policy)
+            return policy, looking_ahead(plan, adapter_reference(plan, policy))
         case _:
-            return policy, separate_reference(plan, policy)
+            return policy, looking_ahead(plan, separate_reference(plan, policy))
 
 
 def warm_policy(plan: Plan) -> Any:
     """The policy engine, after one pass that changes nothing. Collective."""
     policy = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
     warm_up(policy, plan.train.largest_batch(device()))
+    check_layout(policy, plan.train, dtype=plan.run.model.dtype)
     return policy
 
 
 def separate_reference(plan: Plan, policy: Any) -> Reference:
     """A frozen or moving reference in an engine of its own. Collective."""
     model = reference_model(plan.run)
-    engine = build_reference(model, plan.reference_config)
+    engine = build_reference(model, plan.reference_config, layout=plan.run.data.layout)
+    check_layout(engine, plan.train, dtype=plan.run.model.dtype)
     reference = SeparateReference(engine, score_tokens=plan.run.reference.score_tokens)
     reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     if not plan.run.reference.sync_ref_model:
@@ -72,15 +76,23 @@ def moving(plan: Plan, reference: Reference, matches: list[Match], engine: Any) 
     return MovingReference(reference, average, every=settings.ref_model_sync_steps)
 
 
+def looking_ahead(plan: Plan, reference: Reference) -> Reference:
+    """The reference, asked for as many steps at a time as the run says."""
+    settings = plan.run.reference
+    if settings.look_ahead_steps == 1:
+        return reference
+    sync_every = settings.ref_model_sync_steps if settings.sync_ref_model else None
+    return LookAhead(reference, steps=settings.look_ahead_steps, sync_every=sync_every)
+
+
 def snapshot_reference(plan: Plan, policy: Any) -> SnapshotReference:
     """The policy's own log-probs of the steps to come, taken at each sync. Collective."""
-    held_out = plan.evaluation
     due = Due.of(plan.run, plan.total_steps)
     reference = SnapshotReference(
         policy,
         training=lambda step: plan.training_windows(device(), step),
-        held_out=lambda: held_out.whole_pass(device()) if held_out else (),
-        evaluates_after=lambda step: held_out is not None and step <= plan.total_steps and due.evaluate(step),
+        held_out=lambda: plan.held_out_windows(device()),
+        evaluates_after=lambda step: plan.evaluation is not None and step <= plan.total_steps and due.evaluate(step),
         every=plan.run.reference.ref_model_sync_steps,
         score_tokens=plan.run.reference.score_tokens,
     )

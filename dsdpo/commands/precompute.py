@@ -34,12 +34,14 @@ def main(argv: list[str]) -> int:
 
     from dsdpo.commands.prepare import prepare
     from dsdpo.engine.ops import prepare_ops
+    from dsdpo.training.peers import watched_ranks
 
     quiet_libraries(verbose=flags.verbose)
     started = time.monotonic()
     plan = prepare(run, run_file=flags.run, writes_output=False)
     prepare_ops(plan.reference_config)
-    precompute(plan, shard_rows=flags.shard_pairs)
+    with watched_ranks(lost_after=run.distributed.lost_after):
+        precompute(plan, shard_rows=flags.shard_pairs)
     say(f"done in {time.monotonic() - started:.0f} s; dsdpo train with the same settings takes it from there")
     return 0
 
@@ -49,6 +51,7 @@ def precompute(plan: Plan, *, shard_rows: int | None = None) -> PrecomputedRefer
     from dsdpo.commands.identity import identify_reference
     from dsdpo.commands.prepare import reference_model, store_folder
     from dsdpo.engine.build import build_reference
+    from dsdpo.engine.check import check_layout
     from dsdpo.engine.free import destroy_engine, used_memory
     from dsdpo.engine.lora import POLICY
     from dsdpo.reference.precomputed import PrecomputedReference, Scorer, open_store_on_ranks
@@ -57,7 +60,8 @@ def precompute(plan: Plan, *, shard_rows: int | None = None) -> PrecomputedRefer
     run = plan.run
     before = used_memory()
     model = reference_model(run)
-    engine = build_reference(model, plan.reference_config)
+    engine = build_reference(model, plan.reference_config, layout=run.data.layout)
+    check_layout(engine, plan.train, dtype=run.model.dtype)
     identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     folder = open_store_on_ranks(store_folder(run), identity)
     say(f"reference log-probs are kept in {folder}")

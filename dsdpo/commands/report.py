@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def describe_plan(plan: Plan) -> str:
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
         ("steps", f"{plan.total_steps:,} of {run.batch.pairs_per_step} pairs, {plan.train.world_size} ranks"),
         ("first step", f"{first.pairs} pairs, {first.tokens:,} tokens, micro-batches a rank: {len(first.batches)}"),
+        ("layout", f"padded: {plan.why_padded}" if plan.why_padded else "packed: no padding, shared beginnings once"),
         ("output", run.output_dir),
         *(("note", text) for text in remarks(plan)),
     ]
@@ -103,5 +105,19 @@ def describe_results(folder: Path) -> str:
         if rows:
             lines.append(f"{title:>20}{'step ' + str(rows[0]['step']):>12}{'step ' + str(rows[-1]['step']):>12}")
             lines += [f"{name:>20}{rows[0][prefix + name]:>12.4f}{rows[-1][prefix + name]:>12.4f}" for name in SHOWN]
+    lines += ["", f"speed    {describe_speed(train)}"] if train else []
     lines += ["", f"model    {folder / 'model'}", f"metrics  {folder / 'metrics.jsonl'}"]
     return "\n".join(lines)
+
+
+def describe_speed(train: list[dict[str, float]]) -> str:
+    """Throughput of the middle training row, and the most memory that a rank held."""
+
+    def middle(name: str) -> float:
+        return median(row[name] for row in train)
+
+    mfu = f" ({middle('perf/mfu'):.0%} of the devices' peak)" if "perf/mfu" in train[0] else ""
+    return (
+        f"{middle('perf/pairs_per_s'):,.1f} pairs/s, {middle('perf/tokens_per_s'):,.0f} tokens/s{mfu}, "
+        f"{max(row['memory/peak_gib'] for row in train):.1f} GiB a rank at most"
+    )

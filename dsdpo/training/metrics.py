@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,14 +35,21 @@ class Meter:
         """Go on from what `state` gave."""
         self._sums = dict(sums)
 
-    def read(self) -> dict[str, float]:
-        """The means, and start again from nothing. Collective; the only wait for the device."""
-        if not self._sums:
+    def read(self, own: Mapping[str, float] | None = None, *, device: torch.device | str = "cpu") -> dict[str, float]:
+        """The means, and start again from nothing. Collective; the only wait for the device.
+
+        With them come the means over ranks of this rank's `own` values, which have the same names on all ranks and
+        travel over `device`.
+        """
+        own = own or {}
+        names = [*self._sums, *own]
+        if not names:
             return {}
-        table = torch.stack(list(self._sums.values()))
+        values = torch.tensor([[value, 1.0] for value in own.values()], dtype=torch.float64, device=device)
+        table = torch.stack([*self._sums.values(), *values])
         if world_size() > 1:
             dist.all_reduce(table)
-        names, self._sums = list(self._sums), {}
+        self._sums = {}
         return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True)}
 
 

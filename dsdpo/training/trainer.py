@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -15,10 +13,13 @@ from dsdpo.config.run import RunConfig
 from dsdpo.data.window import Window
 from dsdpo.distributed import rank, world_size
 from dsdpo.objective.logps import pair_logps
-from dsdpo.objective.losses import LossFn
+from dsdpo.objective.losses import LossFn, LossOutput
 from dsdpo.reference.base import Reference
 from dsdpo.training.checkpoint import TrainState
 from dsdpo.training.metrics import Meter, pair_metrics
+from dsdpo.training.nonfinite import marked
+from dsdpo.training.perf import Perf, Phase, untimed
+from dsdpo.training.saver import Saver
 from dsdpo.training.tracking import Tracker
 
 
@@ -65,89 +66,78 @@ def train(
     due: Due,
     tracker: Tracker,
     meter: Meter,
+    perf: Perf,
     evaluate: Callable[[], None],
-    save: Callable[[], None],
+    save: Saver,
+    skipped: Callable[[int, Window, list[LossOutput]], None],
     stop: Callable[[], str | None],
 ) -> str | None:
     """Run optimizer steps until `windows` ends or `stop` gives a reason, which is returned. Collective.
 
     `policy` is a DeepSpeed engine around a `ResponseScorer`; `evaluate` and `save` are called when due, and `save` also
-    before stopping. `state` is left behind the last step.
+    before stopping. A step that could not be taken is handed to `skipped`. `state` is left behind the last step.
     """
-    speed = Speed()
     with Progress(state.step, due.total_steps) as progress:
-        for window in windows:
+        for window in perf.each("data", reference.looking_ahead(windows, state.step)):
             learning_rate = policy.get_lr()[0]
-            train_step(policy, reference, loss_fn, window, meter)
+            counted = meter.state()
+            outputs = train_step(policy, reference, loss_fn, window, meter, phase=perf.phase)
+            taken = policy.was_step_applied()
+            if not taken:
+                meter.restore(counted)
+                skipped(state.step + 1, window, outputs)
             state.step += 1
             state.consumed_pairs += window.pairs
-            reference.after_step(state.step)
-            speed.count(window)
+            with perf.phase("sync"):
+                reference.after_step(state.step)
+            tracker.log_pairs(state.step, window.pair_ids)
+            perf.count(window)
             if due.log(state.step):
-                metrics = meter.read()
-                metrics |= {"grad_norm": float(policy.get_global_grad_norm() or 0.0), "learning_rate": learning_rate}
-                metrics |= {"epoch": window.epoch, **speed.read(), **reference.metrics()}
-                tracker.log(state.step, metrics)
+                with perf.phase("log"):
+                    metrics = perf.read(meter)
+                    metrics |= {"grad_norm": float(policy.get_global_grad_norm() or 0.0)} if taken else {}
+                    metrics |= {"learning_rate": learning_rate, "train/skipped_steps": policy.skipped_steps}
+                    metrics |= {"epoch": window.epoch, **reference.metrics()}
+                    tracker.log(state.step, metrics)
                 progress.show(metrics)
             progress.advance()
             if due.evaluate(state.step):
-                with speed.paused():
+                with perf.phase("evaluate"):
                     evaluate()
-            reason = stop() if state.step < due.total_steps else None
-            if due.checkpoint(state.step) or reason:
-                with speed.paused():
-                    save()
+            with perf.phase("other"):
+                reason = stop() if state.step < due.total_steps else None
+            if due.checkpoint(state.step) or save.owed(state.step) or reason:
+                with perf.phase("save"):
+                    save(state.step, last=bool(reason) or state.step == due.total_steps)
             if reason:
                 return reason
     return None
 
 
-def train_step(policy: Any, reference: Reference, loss_fn: LossFn, window: Window, meter: Meter) -> None:
-    """One optimizer update on the mean loss of the window's pairs, however they are batched. Collective."""
+def train_step(
+    policy: Any, reference: Reference, loss_fn: LossFn, window: Window, meter: Meter, *, phase: Phase = untimed
+) -> list[LossOutput]:
+    """One optimizer update on the mean loss of the window's pairs, however they are batched. Collective.
+
+    Returns what came out for this rank's micro-batches, detached. The update is left out on all ranks where a loss or
+    gradient is not finite.
+    """
+    outputs = []
     # DeepSpeed averages gradients over ranks; each rank contributes the sum over its own share of the pairs.
     scale = world_size() / window.pairs
-    for batch, reference_logps in zip(window.batches, reference.score(window.batches), strict=True):
-        policy_logps = pair_logps(policy, batch)
-        output = loss_fn(policy_logps, reference_logps)
-        weight = (batch.pair_ids >= 0).to(output.losses.dtype)
-        policy.backward((output.losses * weight).sum() * scale, scale_wrt_gas=False)
-        meter.add(pair_metrics(output, policy_logps, reference_logps), weight)
-    policy.step()
-
-
-class Speed:
-    """Throughput of all ranks together since the last reading, evaluation and saving left out."""
-
-    def __init__(self) -> None:
-        self._restart()
-
-    def _restart(self) -> None:
-        self._started = time.perf_counter()
-        self._steps = self._pairs = self._tokens = 0
-
-    def count(self, window: Window) -> None:
-        """Take note of a finished step."""
-        self._steps += 1
-        self._pairs += window.pairs
-        self._tokens += window.tokens
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """A block whose time does not count."""
-        entered = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - entered
-
-    def read(self) -> dict[str, float]:
-        """`perf/...` and `time/...` metrics, and start again."""
-        seconds = time.perf_counter() - self._started
-        metrics = {
-            "perf/pairs_per_s": self._pairs / seconds,
-            "perf/tokens_per_s": self._tokens / seconds,
-            "time/step_s": seconds / max(1, self._steps),
-        }
-        self._restart()
-        return metrics
+    with phase("reference"):
+        answers = reference.score(window.batches)
+    with phase("forward_backward"):
+        for batch, reference_logps in zip(window.batches, answers, strict=True):
+            policy_logps = pair_logps(policy, batch)
+            output = loss_fn(policy_logps, reference_logps)
+            weight = (batch.pair_ids >= 0).to(output.losses.dtype)
+            policy.backward(marked((output.losses * weight).sum() * scale, output, weight), scale_wrt_gas=False)
+            meter.add(pair_metrics(output, policy_logps, reference_logps), weight)
+            outputs.append(replace(output, losses=output.losses.detach()))
+    with phase("optimizer"):
+        policy.step()
+    return outputs
 
 
 class Progress:
@@ -175,9 +165,12 @@ class Progress:
         self._bar.update()
 
     def show(self, metrics: dict[str, float]) -> None:
-        """Put the latest metrics behind the bar."""
+        """Put the latest metrics behind the bar, if any step was taken."""
+        if "loss" not in metrics:
+            return
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.4f}, accuracy {metrics['rewards/accuracies']:.2f}, "
-            f"margin {metrics['rewards/margins']:.3f}, {metrics['perf/pairs_per_s']:.1f} pairs/s",
+            f"margin {metrics['rewards/margins']:.3f}, {metrics['perf/pairs_per_s']:.1f} pairs/s"
+            + (f", {metrics['perf/mfu']:.0%} MFU" if "perf/mfu" in metrics else ""),
             refresh=False,
         )

@@ -18,7 +18,8 @@ SHARES = [
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_mean_over_pairs_with_one_all_reduce(world_size: int) -> None:
     for means, calls, emptied in run_ranks(world_size, read_here):
-        assert means == {"a": 3.0, "b": -3.0}
+        # `own` is 1 on rank 0 and 2 on rank 1.
+        assert means == {"a": 3.0, "b": -3.0, "own": (world_size + 1) / 2}
         assert calls == world_size - 1
         assert emptied == {}
 
@@ -40,7 +41,7 @@ def read_here() -> tuple[dict[str, float], int, dict[str, float]]:
 
     dist.all_reduce = counting
     try:
-        means = meter.read()
+        means = meter.read({"own": dist.get_rank() + 1.0})
     finally:
         dist.all_reduce = collective
     return means, calls, meter.read()

@@ -1,0 +1,217 @@
+"""How fast a run is, how near to what its devices can do, and where the rest of the time goes."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from dsdpo.data.window import Window
+from dsdpo.distributed import max_over_ranks, world_size
+from dsdpo.engine.gathers import GATHERED
+from dsdpo.training.metrics import Meter
+
+T = TypeVar("T")
+Phase = Callable[[str], AbstractContextManager[None]]
+
+MODEL_PHASES = ("reference", "forward_backward")
+PHASES = ("data", *MODEL_PHASES, "optimizer", "sync", "log", "other")  # of a step
+ASIDE = ("evaluate", "save")
+
+# Dense 16-bit matrix products in TFLOP/s, as the makers' data sheets have them, by words of CUDA's name of the device;
+# the first that fits counts.
+PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A10": 125.0,
+    "A30": 165.0,
+    "A40": 149.7,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX 4090": 165.2,
+    "MI300X": 1307.0,
+    "V100": 125.0,
+}
+
+
+def peak_tflops(name: str) -> float | None:
+    """What a device of that name can do at most, None where that is not known."""
+    return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def untimed(phase: str) -> AbstractContextManager[None]:
+    """A phase that nobody measures."""
+    return nullcontext()
+
+
+class Laps:
+    """How much a reading that only grows has grown in each phase."""
+
+    def __init__(self, read: Callable[[], float]) -> None:
+        self._read = read
+        self._last = read()
+        self._sums: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """Everything since the last mark belongs to `phase`."""
+        now = self._read()
+        self._sums[phase] = self._sums.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """The sums of all phases since the last taking."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+class DeviceLaps:
+    """The same for seconds on a CUDA device's own clock: marks are queued like kernels, and only taking waits.
+
+    On the host's clock a phase would end when its kernels are queued, and all of a step's time stand where the host
+    happens to wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._last = _event()
+        self._marks: list[tuple[str, torch.cuda.Event]] = []
+
+    def mark(self, phase: str) -> None:
+        self._marks.append((phase, _event()))
+
+    def take(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        if self._marks:
+            self._marks[-1][1].synchronize()
+        for phase, event in self._marks:
+            sums[phase] = sums.get(phase, 0.0) + self._last.elapsed_time(event) / 1000.0
+            self._last = event
+        self._marks = []
+        return sums
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class Perf:
+    """Figures of the steps since the last reading. What happens between two phases counts to the second."""
+
+    def __init__(
+        self, device: torch.device, *, step_flops: Callable[[np.ndarray], float], peak: float | None = None
+    ) -> None:
+        """`step_flops`: operations a step on pairs of these lengths needs; `peak`: TFLOP/s of one device, if known."""
+        self._device, self._step_flops = device, step_flops
+        if peak is None and device.type == "cuda":
+            peak = peak_tflops(torch.cuda.get_device_name(device))
+        self._peak = peak
+        self._seconds: Laps | DeviceLaps = DeviceLaps() if device.type == "cuda" else Laps(time.perf_counter)
+        self._gathers = Laps(lambda: GATHERED.parameters)
+        self._gathered_bytes = Laps(lambda: GATHERED.bytes)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._steps = self._pairs = self._tokens = self._computed = self._padding = self._heaviest = self._load = 0
+        self._flops = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A block whose time and gathers count to the phase `name`."""
+        yield
+        for laps in (self._seconds, self._gathers, self._gathered_bytes):
+            laps.mark(name)
+
+    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The items; the time to get one counts to the phase `name`."""
+        iterator = iter(items)
+        while True:
+            with self.phase(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def count(self, window: Window) -> None:
+        """Take note of a finished step."""
+        self._steps += 1
+        self._pairs += window.pairs
+        self._tokens += window.tokens
+        self._computed += sum(batch.num_tokens for batch in window.batches)
+        self._padding += window.padding
+        self._heaviest += max(window.loads)
+        self._load += sum(window.loads)
+        self._flops += self._step_flops(window.lengths)
+
+    def read(self, meter: Meter) -> dict[str, float]:
+        """The meter's means and the figures of the steps beside them, and start again. Collective."""
+        seconds = self._seconds.take()
+        # Times are means over ranks: a rank that waits for its data makes the others wait in their next collective.
+        own = {phase: seconds.get(phase, 0.0) for phase in (*PHASES, *ASIDE)}
+        own |= {"computed": float(self._computed), "padding": float(self._padding)}
+        means = meter.read(own, device=self._device)
+        own = {name: means.pop(name) for name in own}
+        peak_memory_gib = max_over_ranks(peak_memory(self._device), self._device) / 2**30
+        figures = {**self._speed(own), **self._gathered(), "memory/peak_gib": peak_memory_gib}
+        self._restart()
+        return means | figures
+
+    def _speed(self, own: dict[str, float]) -> dict[str, float]:
+        """Throughput and where the time goes, from means over ranks."""
+        total, ranks = sum(own[phase] for phase in PHASES), world_size()
+        tflops = self._flops / total / ranks / 1e12
+        return {
+            "perf/pairs_per_s": self._pairs / total,
+            "perf/tokens_per_s": self._tokens / total,
+            "perf/tokens_per_s_per_device": self._tokens / total / ranks,
+            "perf/tflops_per_device": tflops,
+            **({"perf/mfu": tflops / self._peak} if self._peak else {}),
+            "perf/overhead_share": 1.0 - sum(own[phase] for phase in MODEL_PHASES) / total,
+            "perf/padding_share": own["padding"] / own["computed"],
+            "perf/sharing_ratio": self._tokens / (own["computed"] * ranks),
+            "perf/imbalance": self._heaviest * ranks / self._load,
+            "time/step_s": total / self._steps,
+            **{f"time/{phase}_s": own[phase] / self._steps for phase in PHASES},
+            **{f"time/{phase}_s": own[phase] for phase in ASIDE if own[phase]},
+        }
+
+    def _gathered(self) -> dict[str, float]:
+        """What ZeRO-3 gathered on this rank per step, and on every other alike."""
+        parameters, sizes = self._gathers.take(), self._gathered_bytes.take()
+        in_steps = [phase for phase in PHASES if phase in parameters]
+        return {
+            "comm/gathers": sum(parameters[phase] for phase in in_steps) / self._steps,
+            "comm/gathered_gib": sum(sizes[phase] for phase in in_steps) / self._steps / 2**30,
+            "comm/reference_gathers": parameters.get("reference", 0.0) / self._steps,
+            "comm/reference_gathered_gib": sizes.get("reference", 0.0) / self._steps / 2**30,
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at a time: of a CUDA device's memory, else of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
