@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 
-from dsdpo.errors import DsdpoError
+from dsdpo.errors import DsdpoError, LostRankError, TrainingError
 
 COMMANDS = {
     "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
@@ -14,12 +15,13 @@ COMMANDS = {
     "demo": "make a small model and data set, train on two ranks and show what happened",
     "plot": "draw the metrics of a run: dsdpo plot RUN_FOLDER",
 }
-BAD_INPUT = 2  # exit code
+BAD_INPUT = 2  # exit codes
+FAILED = 1
 HEAD_START_S = 8.0  # of rank 0, when ranks find a mistake before they are connected
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 2 the input is wrong (and said so on rank 0)."""
+    """Run a command; the exit code: 0 done, 1 training failed, 2 the input is wrong (and said so on rank 0)."""
     from dsdpo.commands.console import is_main, launched_rank
 
     argv = sys.argv[1:] if argv is None else argv
@@ -35,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         code = importlib.import_module(f"dsdpo.commands.{name}").main(rest)
         leave_process_group()
         return code
+    except LostRankError as error:
+        print(f"dsdpo (rank {launched_rank()}): {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(FAILED)  # what is left of the process group would hang or abort an ordinary exit
     except DsdpoError as error:
         # Once connected, ranks agree on errors. Before that this rank may be the only one to see the mistake: it gives
         # rank 0 the time to say it (whereupon launchers end every rank) and speaks only if nothing came of that.
@@ -43,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"dsdpo (rank {launched_rank()}): {error}", file=sys.stderr, flush=True)
         elif is_main():
             print(f"dsdpo: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
+        return FAILED if isinstance(error, TrainingError) else BAD_INPUT
 
 
 def in_process_group() -> bool:

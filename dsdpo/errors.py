@@ -19,3 +19,11 @@ class CacheError(DsdpoError):
 
 class CheckpointError(DsdpoError):
     """A checkpoint cannot be written, or is not what the run asks for."""
+
+
+class TrainingError(DsdpoError):
+    """The run cannot go on: its numbers are not finite, or a rank is lost. The message says what to do."""
+
+
+class LostRankError(TrainingError):
+    """Another rank is gone; every rank that is left raises this for itself."""

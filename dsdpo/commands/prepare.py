@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ import torch
 
 from dsdpo.commands.console import say
 from dsdpo.config.run import ModelConfig, RunConfig, SourceConfig
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.data.packing import LayoutName, MicroBatchBudget
 from dsdpo.data.pairs import Pairs, open_pairs
-from dsdpo.data.plan import MicroBatchBudget, steps_per_epoch
+from dsdpo.data.plan import steps_per_epoch
+from dsdpo.data.prefetch import prefetch
 from dsdpo.data.sources import DefaultSplit
 from dsdpo.data.tokenize import cache_folder, prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
@@ -24,6 +27,7 @@ from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, wor
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config
 from dsdpo.errors import ConfigError, DataError
+from dsdpo.objective.packable import packed_refusal
 
 # What a run writes into its output folder.
 RUN_FILES = (
@@ -33,6 +37,8 @@ RUN_FILES = (
     "environment.json",
     "identity.json",
     "metrics.jsonl",
+    "pairs.jsonl",
+    "nonfinite.jsonl",
     "metrics.png",
     "wandb_run_id",
     "wandb",
@@ -54,19 +60,24 @@ class Plan:
     train: Windows
     evaluation: Windows | None
     total_steps: int
+    why_padded: str | None  # None: batches are packed
 
-    def training_windows(self, device: torch.device, step: int = 0) -> Iterator[Window]:
-        """This rank's windows of the steps after `step`."""
+    def training_windows(self, device: torch.device, step: int = 0) -> Generator[Window, None, None]:
+        """This rank's windows of the steps after `step`, made ahead of time."""
         size, pairs = self.run.batch.pairs_per_step, len(self.train.pairs)
         epochs, steps_into_epoch = divmod(step, steps_per_epoch(pairs, size))
-        return self.train.steps(
-            device,
+        windows = self.train.steps(
             consumed_pairs=epochs * pairs + steps_into_epoch * size,
             steps=self.total_steps - step,
             pairs_per_step=self.run.batch.pairs_per_step,
             seed=self.run.train.seed,
             shuffle=self.run.data.shuffle,
         )
+        return prefetch(windows, device, depth=1 + self.run.reference.look_ahead_steps)
+
+    def held_out_windows(self, device: torch.device) -> Iterable[tuple[PreferenceBatch, ...]]:
+        """This rank's windows of one evaluation, made ahead of time; none without held-out data."""
+        return prefetch(self.evaluation.whole_pass(), device) if self.evaluation else ()
 
 
 def prepare(run: RunConfig, *, run_file: str | Path = "the run", writes_output: bool = True) -> Plan:
@@ -75,9 +86,11 @@ def prepare(run: RunConfig, *, run_file: str | Path = "the run", writes_output: 
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
     on all ranks alike.
     """
-    model = check_model(run.model, key="model.path")
+    models = {"model.path": check_model(run.model, key="model.path")}
     if run.reference.path or run.reference.revision:
-        check_model(reference_model(run), key="reference.path")
+        models["reference.path"] = check_model(reference_model(run), key="reference.path")
+    layout, why_padded = choose_layout(run, models)
+    model = models["model.path"].get_text_config()
     check_adapter(run)
     if writes_output:
         check_output_folder(run)
@@ -100,15 +113,32 @@ def prepare(run: RunConfig, *, run_file: str | Path = "the run", writes_output: 
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
     check_fresh_adapter(run.model)
     # The smaller part first: its mistakes are not worth waiting for the larger one.
-    evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model) if run.data.eval else None
-    train = prepare_windows(run, run.data.train, "train", tokenizer, model)
+    evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model, layout) if run.data.eval else None
+    train = prepare_windows(run, run.data.train, "train", tokenizer, model, layout)
     if evaluation is not None:
         evaluation = replace(evaluation, first_pair_id=len(train.pairs))
     total_steps = run.total_steps(len(train.pairs))
     policy_config, reference_config = resolve_configs(
         run, run_file, hidden_size=hidden_size, total_steps=total_steps, ranks=world_size()
     )
-    return Plan(run, policy_config, reference_config, tokenizer, train, evaluation, total_steps)
+    return Plan(run, policy_config, reference_config, tokenizer, train, evaluation, total_steps, why_padded)
+
+
+def choose_layout(run: RunConfig, models: dict[str, Any]) -> tuple[LayoutName, str | None]:
+    """The layout of all batches, and why it is not the packed one. `models`: settings to Hugging Face configurations.
+
+    Policy and reference get the same batches, so both must be able to take them. Raises `ConfigError` where packed is
+    asked for and cannot be.
+    """
+    if run.data.layout == "padded":
+        return "padded", "data.layout asks for it"
+    for key, config in models.items():
+        refusal = packed_refusal(config, run.model.attn_implementation)
+        if refusal and run.data.layout == "packed":
+            raise ConfigError(f"data.layout: packed, but {refusal} ({key}); set data.layout to auto or padded")
+        if refusal:
+            return "padded", refusal
+    return "packed", None
 
 
 def store_folder(run: RunConfig) -> Path:
@@ -177,15 +207,22 @@ def read_named_json(path: str, *, key: str) -> dict[str, Any]:
 
 
 def check_model(model: ModelConfig, *, key: str) -> Any:
-    """The model's (text) configuration. Raises `ConfigError` if there is no such model, or no weights beside it."""
+    """The model's configuration. Raises `ConfigError` if there is no such model, or no weights beside it."""
     from transformers import AutoConfig
 
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{key}: {folder} has no config.json; give a Hugging Face model folder or Hub id")
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            raise ConfigError(f"{key}: {folder} has no weights (*.safetensors); give the folder of a whole model")
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        if not any(folder.glob("*.safetensors")) and not (pickled and model.allow_pickle):
+            if not pickled:
+                raise ConfigError(f"{key}: {folder} has no weights (*.safetensors); give the folder of a whole model")
+            raise ConfigError(
+                f"{key}: {folder} has its weights only as pytorch_model.bin, a pickle, which can run code when it is "
+                "read; save the model again as safetensors (save_pretrained of transformers does), or set "
+                "model.allow_pickle to true if you trust where it came from"
+            )
     elif folder.is_file() or model.path.startswith((".", "/", "~")):
         raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
     try:
@@ -196,7 +233,7 @@ def check_model(model: ModelConfig, *, key: str) -> Any:
         first_line = str(error).strip().splitlines()[0]
         what = "" if folder.is_dir() else " is no folder here and"
         raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {first_line}") from error
-    return config.get_text_config()
+    return config
 
 
 def check_output_folder(run: RunConfig) -> None:
@@ -231,7 +268,12 @@ def make_output_folder(run: RunConfig, *, keep: bool) -> Path:
 
 
 def prepare_windows(
-    run: RunConfig, sources: list[SourceConfig], split: DefaultSplit, tokenizer: Any, model: Any
+    run: RunConfig,
+    sources: list[SourceConfig],
+    split: DefaultSplit,
+    tokenizer: Any,
+    model: Any,
+    layout: LayoutName,
 ) -> Windows:
     """The token pairs of some sources, prepared by one rank of each node and opened by all. Collective."""
     folder = None
@@ -244,6 +286,7 @@ def prepare_windows(
     return Windows(
         pairs=pairs,
         budget=MicroBatchBudget(tokens=run.batch.tokens_per_micro_batch, pairs=run.batch.pairs_per_micro_batch),
+        layout=layout,
         pad_token_id=tokenizer.pad_token_id,
         rank=rank(),
         world_size=world_size(),

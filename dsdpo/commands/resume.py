@@ -12,10 +12,11 @@ from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
 from dsdpo.reference.base import Reference
-from dsdpo.training.checkpoint import TrainState, load_checkpoint
+from dsdpo.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, writing
 from dsdpo.training.metrics import Meter
+from dsdpo.training.pruning import Keep
 from dsdpo.training.resume import check_identity, check_settings, find_checkpoint
-from dsdpo.training.tracking import drop_rows_after
+from dsdpo.training.tracking import Tracker, drop_rows_after
 
 
 def checkpoint_to_resume(plan: Plan) -> Path | None:
@@ -49,6 +50,19 @@ def checkpoint_record(plan: Plan) -> dict[str, Any]:
     }
 
 
+def save(plan: Plan, folder: Path, state: TrainState, *, tracker: Tracker, **parts: Any) -> None:
+    """Write a checkpoint of the run as it stands, and delete those that are no longer kept. Collective.
+
+    `parts` are `save_checkpoint`'s. Raises `CheckpointError`.
+    """
+    settings, checkpoints = plan.run.checkpoint, folder / "checkpoints"
+    with all_or_none(), writing(checkpoints):
+        tracker.sync()
+    keep = Keep(last=settings.keep_last, best=settings.keep_best, metric=settings.best_metric)
+    record = checkpoint_record(plan) | {"evaluation": tracker.evaluation_of(state.step)}
+    save_checkpoint(checkpoints, state, record=record, keep=keep, **parts)
+
+
 def begin(
     checkpoint: Path | None, plan: Plan, folder: Path, *, policy: Any, reference: Reference, meter: Meter
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -63,7 +77,8 @@ def begin(
     others = check_identity(checkpoint, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
     for line in others:
         say(f"another reference than {checkpoint.name}'s, as checkpoint.allow_other_reference permits: {line}")
-    state = load_checkpoint(checkpoint, policy=policy, reference=reference, meter=meter)
+    seed = plan.run.train.seed
+    state = load_checkpoint(checkpoint, policy=policy, reference=reference, meter=meter, seed=seed)
     with all_or_none():
         if rank() == 0:
             drop_rows_after(folder, state.step)

@@ -6,6 +6,8 @@ import json
 import platform
 import re
 import sys
+from contextlib import closing
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,22 +36,29 @@ def main(argv: list[str]) -> int:
     quiet_libraries(verbose=flags.verbose)
     plan = prepare(run, run_file=flags.run)
     say(describe_plan(plan))
-    return 0 if flags.dry_run else train(plan)
+    if flags.dry_run:
+        return 0
+    from dsdpo.training.peers import watched_ranks
+
+    with watched_ranks(lost_after=run.distributed.lost_after):
+        return train(plan)
 
 
 def train(plan: Plan) -> int:
     """Build both engines, train, evaluate, save and export; the exit code. Collective."""
     from dsdpo.commands.engines import build_engines
+    from dsdpo.commands.performance import measured
     from dsdpo.commands.prepare import make_output_folder
     from dsdpo.commands.report import describe_results
-    from dsdpo.commands.resume import begin, checkpoint_record, checkpoint_to_resume
+    from dsdpo.commands.resume import begin, checkpoint_to_resume, save
     from dsdpo.engine.build import device
     from dsdpo.objective.losses import make_loss
     from dsdpo.training import trainer
-    from dsdpo.training.checkpoint import save_checkpoint
     from dsdpo.training.evaluate import evaluate
     from dsdpo.training.export import export_model
     from dsdpo.training.metrics import Meter
+    from dsdpo.training.nonfinite import record_skipped
+    from dsdpo.training.saver import Saver
     from dsdpo.training.stop import StopRequest, record_stop
     from dsdpo.training.tracking import Tracker
 
@@ -65,49 +74,50 @@ def train(plan: Plan) -> int:
 
     def evaluate_now() -> None:
         if plan.evaluation is not None:
-            tracker.log(state.step, evaluate(policy, reference, loss_fn, plan.evaluation.whole_pass(device())))
+            tracker.log(state.step, evaluate(policy, reference, loss_fn, plan.held_out_windows(device())))
 
-    def save_now() -> None:
-        parts = {"policy": policy, "reference": reference, "meter": meter, "record": checkpoint_record(plan)}
-        save_checkpoint(folder / "checkpoints", state, keep_last=run.checkpoint.keep_last, **parts)
-
+    parts = {"tracker": tracker, "policy": policy, "reference": reference, "meter": meter}
+    saver = Saver(partial(save, plan, folder, state, **parts), run.checkpoint)
     if state.step == 0 and due.evaluate(0):
         evaluate_now()
-    with stop:
+    with stop, closing(plan.training_windows(device(), state.step)) as windows:
         reason = trainer.train(
             policy,
             reference,
             loss_fn,
-            plan.training_windows(device(), state.step),
+            windows,
             state=state,
             due=due,
             tracker=tracker,
             meter=meter,
+            perf=measured(run, policy, reference),
             evaluate=evaluate_now,
-            save=save_now,
+            save=saver,
+            skipped=partial(record_skipped, folder, run),
             stop=stop.reason,
         )
-    if reason:
-        say(record_stop(folder, reason=reason, step=state.step))
-        tracker.close()
-        return STOPPED
-    export_model(policy, plan.tokenizer, run, folder / "model", metrics=tracker.last_evaluation)
+    if reason is None:
+        export_model(policy, plan.tokenizer, run, folder / "model", metrics=tracker.last_evaluation)
+    saver.settle()
+    ended = record_stop(folder, reason=reason, step=state.step) if reason else describe_results(folder)
     tracker.close()
-    say(describe_results(folder))
-    return 0
+    say(ended)
+    return STOPPED if reason else 0
 
 
 def record_settings(plan: Plan, folder: Path) -> None:
     """Write the resolved settings, both DeepSpeed configs and the environment into the run folder. Collective."""
+    import torch
+
     from dsdpo.distributed import all_or_none, rank, world_size
 
-    packages = ("torch", "deepspeed", "transformers", "peft", "datasets", "dsdpo")
+    packages = ("deepspeed", "transformers", "peft", "datasets", "dsdpo")
     environment: dict[str, Any] = {
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "world_size": world_size(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"torch": torch.__version__} | {name: version(name) for name in packages},  # with its CUDA build
     }
     with all_or_none():
         if rank() == 0:

@@ -28,6 +28,9 @@ Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 
+NonFinite = Literal["stop", "skip"]
+BestMetric = Literal["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"]
+
 # transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
 POLYNOMIAL_END = 1e-7
 
@@ -45,16 +48,29 @@ class ModelConfig(Section):
     """transformers' name of the attention (sdpa, eager, flash_attention_2, ...); auto lets transformers choose."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third more compute for far less memory."""
+    activation_offloading: bool = False
+    """Keep what gradient checkpointing does not recompute, each block's input, in pinned host memory."""
     lora: LoraConfig | None = None
     """Train an adapter in place of all weights: peft.LoraConfig's fields, or {path: adapter folder}."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    allow_pickle: bool = False
+    """Also take weights from pytorch_model.bin where there are no *.safetensors; reading a pickle can run code."""
     tokenizer: PathText | None = None
     """Folder or Hub id of another tokenizer; null: the model's own."""
     chat_template: PathText | None = None
     """Jinja file used as chat template; null: the tokenizer's own."""
     pad_token: str | None = None
     """Token to pad with, for a tokenizer without one; null: the tokenizer's own."""
+
+    @model_validator(mode="after")
+    def _offloads_little(self) -> ModelConfig:
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError(
+                "model.activation_offloading true without model.gradient_checkpointing would move every activation to "
+                "the host and back: set model.gradient_checkpointing to true, or leave activation_offloading out"
+            )
+        return self
 
 
 class SourceConfig(Section):
@@ -94,8 +110,9 @@ class DataConfig(Section):
     """Longest prompt plus one response, in tokens; longer ones are truncated."""
     shuffle: bool = True
     """Draw a new order from train.seed each epoch; false keeps the order of the rows."""
-    layout: Literal["auto", "padded"] = "auto"
-    """How pairs stand in a batch; auto takes the cheapest one that is exact for the model."""
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """packed: one row without padding, what a pair's responses both begin with once. padded: a row each. auto: packed
+    if the models can take it."""
     strict: bool = False
     """Stop at the first bad row instead of dropping bad rows with a warning."""
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -178,7 +195,8 @@ class BatchConfig(Section):
     pairs_per_step: PositiveInt = 64
     """Pairs per optimizer step over all ranks together, whatever their number."""
     tokens_per_micro_batch: PositiveInt = 16384
-    """Token budget, padding included, of one forward/backward on one rank; a longer pair goes alone."""
+    """Token budget of one forward/backward on one rank, as data.layout lays them out: packed, both responses and their
+    prompt once; padded, padding included. A longer pair goes alone."""
     pairs_per_micro_batch: PositiveInt | None = None
     """Fixed number of pairs of one forward/backward on one rank, in place of the token budget."""
 
@@ -201,6 +219,8 @@ class TrainConfig(Section):
     """Optimizer steps, in place of num_train_epochs; -1: as many as the epochs take."""
     seed: NonNegativeInt = 42
     """Decides data order, weighted samples and every other random choice."""
+    on_nonfinite: NonFinite = "stop"
+    """A step whose loss or gradient is NaN or infinite is never taken: stop the run there, or skip it and go on."""
 
     @model_validator(mode="after")
     def _trains(self) -> TrainConfig:
@@ -224,7 +244,15 @@ class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 100
     """Optimizer steps between checkpoints; 0: none."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints to keep; older ones are deleted."""
+    """Newest checkpoints to keep; older ones are deleted once a newer one is whole."""
+    keep_best: NonNegativeInt = 0
+    """Besides, keep as many with the best best_metric; needs an evaluation at each checkpoint."""
+    best_metric: BestMetric = "eval/loss"
+    """The held-out metric of keep_best: a lower loss, a higher accuracy or margin is better."""
+    save_attempts: PositiveInt = 5
+    """Failures to save in a row, as on a full disk, before the run ends; training goes on between attempts."""
+    save_pause: timedelta = timedelta(seconds=30)
+    """Time between attempts to save after the last step or before stopping, as HH:MM:SS or seconds."""
     resume: Annotated[str | None, Field(min_length=1)] = None
     """auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or one's path."""
     allow_changes: tuple[str, ...] = ()
@@ -266,6 +294,10 @@ class TrackingConfig(Section):
     """Optimizer steps between rows of metrics.jsonl, each averaged over those steps."""
     wandb: WandbConfig | None = None
     """Also log to Weights & Biases; null: no."""
+    peak_tflops: PositiveFloat | None = None
+    """What one device can do at most, in TFLOP/s of 16-bit matrix products, for perf/mfu; null: known by its name."""
+    pairs: bool = True
+    """Write each step's pair ids to pairs.jsonl."""
 
 
 class DistributedConfig(Section):
@@ -273,6 +305,8 @@ class DistributedConfig(Section):
 
     timeout_minutes: PositiveFloat = 30
     """Minutes a collective may wait for the other ranks before the run fails."""
+    lost_after: timedelta = timedelta(minutes=3)
+    """Time without a sign of life, as HH:MM:SS or seconds, after which a rank is taken for lost and the others end."""
 
 
 class RunConfig(Section):
@@ -320,6 +354,16 @@ class RunConfig(Section):
             raise ValueError(
                 "reference.sync_ref_model moves the reference's adapter, of which reference.adapter base has none: set "
                 "reference.adapter to initial"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> RunConfig:
+        saved, evaluated = self.checkpoint.every_steps, self.evaluation.every_steps
+        if self.checkpoint.keep_best and not (self.data.eval and evaluated and saved and saved % evaluated == 0):
+            raise ValueError(
+                f"checkpoint.keep_best {self.checkpoint.keep_best} needs an evaluation at each checkpoint: set "
+                f"data.eval, and checkpoint.every_steps ({saved}) to a multiple of evaluation.every_steps ({evaluated})"
             )
         return self
 

@@ -66,23 +66,61 @@ def write_index(
     folder: Path, *, starts: np.ndarray, lengths: np.ndarray, origins: np.ndarray, report: DropReport
 ) -> None:
     """Writes everything beside `tokens.bin`, in the shapes of `Pairs`."""
+    num_tokens = (folder / "tokens.bin").stat().st_size // TOKEN.itemsize
+    np.save(folder / "starts.npy", starts.astype(np.int64))
+    np.save(folder / "lengths.npy", lengths.astype(np.int32))
+    np.save(folder / "origins.npy", origins.astype(np.int64))
+    facts: dict[str, Any] = {
+        "digest": _digest(folder, starts, lengths),
+        "origins": _array_digest(origins),
+        "pairs": len(lengths),
+        "tokens": num_tokens,
+        "report": report.to_json(),
+    }
+    facts["facts"] = _facts_digest(facts)
+    (folder / "pairs.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the prepared pairs in `folder`, or None. Reads all of it."""
+    try:
+        pairs = open_pairs(folder)
+        facts: dict[str, Any] = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
+    except CacheError as error:
+        return str(error)
+    if facts.get("facts") != _facts_digest(facts):
+        return f"{folder / 'pairs.json'} is not what was written"
+    if facts["digest"] != _digest(folder, pairs.starts, pairs.lengths):
+        return f"{folder}: tokens, starts or lengths are not what was written"
+    if facts["origins"] != _array_digest(pairs.origins):
+        return f"{folder / 'origins.npy'} is not what was written"
+    return None
+
+
+def _digest(folder: Path, starts: np.ndarray, lengths: np.ndarray) -> str:
+    """Of token ids and order."""
     digest = hashlib.sha256()
     with (folder / "tokens.bin").open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
-        num_tokens = file.tell() // TOKEN.itemsize
     for name, values in (("starts", starts), ("lengths", lengths)):
         digest.update(f"{name}{values.shape}".encode())
         digest.update(np.ascontiguousarray(values, dtype="<i8").data)
-    np.save(folder / "starts.npy", starts.astype(np.int64))
-    np.save(folder / "lengths.npy", lengths.astype(np.int32))
-    np.save(folder / "origins.npy", origins.astype(np.int64))
-    facts = {"digest": digest.hexdigest(), "pairs": len(lengths), "tokens": num_tokens, "report": report.to_json()}
-    (folder / "pairs.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    return digest.hexdigest()
+
+
+def _array_digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<i8").data).hexdigest()
+
+
+def _facts_digest(facts: dict[str, Any]) -> str:
+    """Of everything in pairs.json but itself."""
+    others = {key: value for key, value in facts.items() if key != "facts"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def open_pairs(folder: Path) -> Pairs:
-    """The pairs that `prepare_pairs` left in `folder`. Raises CacheError where the folder is damaged."""
+    """The pairs that `prepare_pairs` left in `folder`. Raises CacheError where a file is missing or cut off."""
     try:
         facts: dict[str, Any] = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "tokens.bin", dtype=TOKEN, mode="r")

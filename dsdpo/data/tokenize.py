@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,12 +26,14 @@ from tqdm import tqdm
 from dsdpo.config.run import DataConfig, SourceConfig
 from dsdpo.data.encode import Encoded, Encoder, encode_examples, make_encoder
 from dsdpo.data.examples import to_example
-from dsdpo.data.pairs import Pairs, open_pairs, write_index, write_tokens
+from dsdpo.data.pairs import Pairs, damage, open_pairs, write_index, write_tokens
 from dsdpo.data.report import BadRow, DropReport, check_report, collect_problems
 from dsdpo.data.sources import SECTIONS, DefaultSplit, Source, find_sources, read_rows, uses_of_rows
 from dsdpo.errors import DataError
 
 __all__ = ["Pairs", "cache_folder", "open_pairs", "prepare_pairs", "template_digest", "tokenizer_digest"]
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # of the code that decides ids and order: raise it when they change for the same input
 BATCH_ROWS = 1000
@@ -73,11 +76,16 @@ def prepare_pairs(
 ) -> Path:
     """The folder with the sources' token pairs, made now unless it is there; safe to call from several processes.
 
+    Pairs on disk that are not what was written are made again, with a warning.
     `default_split` is read where a source with splits names none; `seed` draws the fractional part of weights.
     Raises DataError for data that cannot be used: missing, unreadable, or more bad rows than `data` allows.
     """
     found = find_sources(sources, default_split)
     folder = cache_folder(data) / f"pairs-{_key(found, tokenizer, data.max_length, seed)}"
+    wrong = damage(folder) if folder.is_dir() else None
+    if wrong:
+        log.warning("%s: the prepared pairs are made again", wrong)
+        _discard(folder)
     if not folder.is_dir():
         _check_writable(folder.parent)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent, ignore_cleanup_errors=True) as made:
@@ -284,6 +292,15 @@ def _bad_rows(table: datasets.Dataset, sources: list[Source]) -> Iterator[tuple[
 def _flat(lists: pa.ChunkedArray) -> np.ndarray:
     """All numbers of a column of lists, one after the other."""
     return np.asarray(lists.combine_chunks().flatten().to_numpy(zero_copy_only=False), dtype=np.int32)
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a folder of prepared pairs, which is out of the way at once."""
+    with tempfile.TemporaryDirectory(prefix=".damaged-", dir=folder.parent, ignore_cleanup_errors=True) as away:
+        try:
+            os.rename(folder, Path(away) / "pairs")
+        except FileNotFoundError:
+            return  # another process was first
 
 
 def _publish(made: Path, folder: Path) -> None:

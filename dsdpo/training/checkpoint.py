@@ -27,6 +27,8 @@ from dsdpo.engine.saving import TAG, load_engine, save_engine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter
+from dsdpo.training.pruning import Keep, remove, superseded, sweep
+from dsdpo.training.seal import sealed, unsealed
 
 STATE, MANIFEST = "state.json", "manifest.json"
 
@@ -47,18 +49,41 @@ def save_checkpoint(
     reference: Reference,
     meter: Meter,
     record: dict[str, Any],
-    keep_last: int,
+    keep: Keep,
 ) -> Path:
-    """Write `folder/step-000100`, then prune. Collective. `record` goes into `state.json`.
+    """Write `folder/step-000100`, then delete those that `keep` does not keep. Collective.
 
-    Everything goes to `step-000100.partial`, is flushed to the disk, and gets its name by rename after all ranks have
-    finished. DeepSpeed 0.19 would move its own `latest` before that, hence `save_latest=False`.
+    `record` goes into `state.json`. Everything goes to `step-000100.partial`, is flushed to the disk, and gets its name
+    by rename after all ranks have finished. DeepSpeed 0.19 would move its own `latest` before that, hence
+    `save_latest=False`. Raises `CheckpointError` where the disk fails, and gives back the room that was taken.
     """
     final = folder / f"step-{state.step:06d}"
     partial = final.with_suffix(".partial")
-    with all_or_none(), writing(partial):
+    try:
+        _write(partial, state, policy=policy, reference=reference, meter=meter, record=record)
+        with all_or_none(), writing(partial):
+            if rank() == 0:
+                _flush_all(partial)
+                remove(final)  # of a run that went on from an earlier one
+                partial.rename(final)
+                _flush_one(folder)
+                for old in superseded(whole_checkpoints(folder), keep):
+                    remove(old)
+    except CheckpointError:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
+        barrier()
+        raise
+    return final
+
+
+def _write(
+    partial: Path, state: TrainState, *, policy: Any, reference: Reference, meter: Meter, record: dict[str, Any]
+) -> None:
+    """Everything of a checkpoint, its state last. Collective."""
+    with all_or_none(), writing(partial):
+        if rank() == 0:
+            sweep(partial.parent)
             (partial / TAG).mkdir(parents=True)
     # One agreement each: a rank whose disk is full must not miss the collectives of what is saved next.
     with all_or_none(), writing(partial):
@@ -66,7 +91,7 @@ def save_checkpoint(
     with all_or_none(), writing(partial):
         reference.save(partial / "reference")
     with all_or_none(), writing(partial):
-        save_file(rank_state(meter), rank_file(partial))
+        save_file(rank_state(meter), rank_file(partial, rank()))
     barrier()
     with all_or_none(), writing(partial):
         if rank() == 0 and reference.identity is not None:
@@ -75,15 +100,8 @@ def save_checkpoint(
     with all_or_none(), writing(partial):
         if rank() == 0:
             progress = {**asdict(state), "world_size": world_size(), "dsdpo": dsdpo.__version__, **record}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            (partial / STATE).write_text(json.dumps(progress, indent=2) + "\n")
-            _flush(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            for old in whole_checkpoints(folder)[:-keep_last]:
-                shutil.rmtree(old)
-    return final
+            (partial / MANIFEST).write_text(sealed(manifest))
+            (partial / STATE).write_text(sealed(progress))
 
 
 @contextmanager
@@ -95,19 +113,28 @@ def writing(partial: Path) -> Iterator[None]:
         raise CheckpointError(f"{partial}: {error}; the checkpoint was not written, earlier ones are intact") from error
 
 
-def load_checkpoint(path: Path, *, policy: Any, reference: Reference, meter: Meter) -> TrainState:
-    """Put everything back as `save_checkpoint` found it. Collective. For a checkpoint that `damage` finds whole."""
+def load_checkpoint(path: Path, *, policy: Any, reference: Reference, meter: Meter, seed: int) -> TrainState:
+    """Put everything back as `save_checkpoint` found it. Collective. For a checkpoint that `damage` finds whole.
+
+    Another number of ranks deals out anew what was counted, and draws its random numbers from `seed`, the step and the
+    rank.
+    """
     load_engine(policy, path)
+    progress = read_state(path)
     with all_or_none():
         reference.load(path / "reference")
-        restore_rank_state(load_file(rank_file(path)), meter)
-    progress = read_state(path)
+        if progress["world_size"] == world_size():
+            restore_rank_state(load_file(rank_file(path, rank())), meter)
+        else:
+            key = hashlib.sha256(f"{seed}/{progress['step']}/{rank()}".encode())
+            torch.manual_seed(int.from_bytes(key.digest()[:7], "big"))
+            restore_meter(dealt_sums(path, progress["world_size"]), meter)
     return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"])
 
 
-def rank_file(folder: Path) -> Path:
-    """Where this rank keeps what no other rank has."""
-    return folder / f"rank-{rank()}.safetensors"
+def rank_file(folder: Path, of_rank: int) -> Path:
+    """Where a rank keeps what no other rank has."""
+    return folder / f"rank-{of_rank}.safetensors"
 
 
 def rank_state(meter: Meter) -> dict[str, torch.Tensor]:
@@ -124,9 +151,30 @@ def restore_rank_state(state: dict[str, torch.Tensor], meter: Meter) -> None:
     torch.set_rng_state(state["rng/cpu"])
     if "rng/cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["rng/cuda"])
+    restore_meter(meter_sums(state), meter)
+
+
+def meter_sums(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `rank_state` says was counted."""
+    return {name.removeprefix("meter/"): sums for name, sums in state.items() if name.startswith("meter/")}
+
+
+def restore_meter(sums: dict[str, torch.Tensor], meter: Meter) -> None:
+    """Have the meter go on from these sums, on the device it counts on."""
     device = torch.device("cuda") if torch.cuda.is_initialized() else torch.device("cpu")
-    names = [name for name in state if name.startswith("meter/")]
-    meter.restore({name.removeprefix("meter/"): state[name].to(device) for name in names})
+    meter.restore({name: value.to(device) for name, value in sums.items()})
+
+
+def dealt_sums(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """This rank's share of what `ranks` ranks had counted: over all of today's ranks the sums are the same.
+
+    Every rank gets every name, in the same order, as the meter's all-reduce needs.
+    """
+    total = {name: torch.zeros_like(sums) for name, sums in meter_sums(load_file(rank_file(folder, 0))).items()}
+    for old in range(rank(), ranks, world_size()):
+        counted = meter_sums(load_file(rank_file(folder, old)))
+        total = {name: sums + counted[name] for name, sums in total.items()}
+    return total
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -148,7 +196,7 @@ def damage(path: Path) -> str | None:
     wrong, manifest = "", {}
     try:
         read_state(path)
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = unsealed((path / MANIFEST).read_text())
     except CheckpointError as error:
         wrong = str(error)
     except (OSError, ValueError) as error:
@@ -166,7 +214,7 @@ def damage(path: Path) -> str | None:
 def read_state(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's `state.json`."""
     try:
-        content = json.loads((path / STATE).read_text())
+        content = unsealed((path / STATE).read_text())
         return content | {"step": int(content["step"]), "consumed_pairs": int(content["consumed_pairs"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {STATE} cannot be read: {error}") from error
@@ -178,10 +226,15 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if (path / STATE).exists()), key=lambda path: int(path.name[5:]))
 
 
-def _flush(folder: Path) -> None:
+def _flush_all(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    """Have a folder's names, or a file's content, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

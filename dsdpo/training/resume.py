@@ -34,7 +34,9 @@ MATHEMATICS = (
     "reference.ref_model_sync_steps",
     "optimizer",
     "batch.pairs_per_step",
-    "train",
+    "train.num_train_epochs",
+    "train.max_steps",
+    "train.seed",
 )
 
 
@@ -72,8 +74,8 @@ def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
 def check_settings(path: Path, run: RunConfig, *, stage: int, data: str) -> list[str]:
     """A line for each setting that has changed since the checkpoint.
 
-    Raises `CheckpointError` for those that change what is learned, unless `checkpoint.allow_changes` names them, and
-    for another number of ranks or another ZeRO stage. `data` is the digest of the training pairs.
+    Raises `CheckpointError` for those that change what is learned, unless `checkpoint.allow_changes` names them. The
+    number of ranks and the ZeRO stage do not. `data` is the digest of the training pairs.
     """
     state = read_state(path)
     before, now = dict(flat(state["settings"])), dict(flat(run.model_dump(mode="json")))
@@ -93,9 +95,10 @@ def check_settings(path: Path, run: RunConfig, *, stage: int, data: str) -> list
             + "\n  ".join(refused)
             + "\nput them back, or name those that you mean to change in checkpoint.allow_changes"
         )
-    for name, then, here in (("ranks", state["world_size"], world_size()), ("ZeRO stage", state["stage"], stage)):
-        if then != here:
-            raise CheckpointError(f"{path} was saved with {name}: {then}, but this run has {name}: {here}; take {then}")
+    if state["world_size"] != world_size():
+        lines.append(f"ranks were {state['world_size']} and are {world_size()}")
+    if state["stage"] != stage:
+        lines.append(f"ZeRO stage was {state['stage']} and is {stage}")
     return [line for line in lines if not line.startswith(("checkpoint.", "overwrite_output_dir"))]
 
 

@@ -1,30 +1,32 @@
-"""Where metrics go: `metrics.jsonl` in the run folder is the record, W&B a mirror that may fail."""
+"""Where metrics go: `metrics.jsonl` in the run folder is the record, W&B a mirror that may fail.
+
+`pairs.jsonl` beside it has the pair ids of every step.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsdpo.config.run import RunConfig
 from dsdpo.distributed import rank
+from dsdpo.training.nonfinite import RECORD as NONFINITE
+from dsdpo.training.rows import RowFile, drop_rows
 
 log = logging.getLogger(__name__)
+
+METRICS, PAIRS = "metrics.jsonl", "pairs.jsonl"
 
 START_TIMEOUT_S = 60.0  # to reach W&B's server; its own default is 90 s
 
 
 def drop_rows_after(folder: Path, step: int) -> None:
-    """Take the rows of later steps out of `metrics.jsonl`: a resumed run writes them again. On rank 0."""
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # The last row may have been cut off by what ended the run.
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        whole = path.with_suffix(".partial")
-        whole.write_text("".join(kept), encoding="utf-8")
-        whole.replace(path)
+    """Take the rows of later steps out of a run's records: a resumed run writes them again. On rank 0."""
+    for name in (METRICS, PAIRS, NONFINITE):
+        drop_rows(folder / name, after=step)
 
 
 class Tracker:
@@ -33,32 +35,51 @@ class Tracker:
     def __init__(self, run: RunConfig, folder: Path, *, facts: dict[str, Any] | None = None) -> None:
         """`facts` go to W&B beside the settings."""
         self.last_evaluation: dict[str, float] = {}
+        self._evaluated_at = -1
         self._active = rank() == 0
         self._wandb: Any = None
         if self._active:
-            self._record = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._record = RowFile(folder / METRICS)
+            self._pairs = RowFile(folder / PAIRS) if run.tracking.pairs else None
             if run.tracking.wandb is not None:
                 self._wandb = _start_wandb(run, folder, facts or {})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One row: `step` first, then the metrics as they are named."""
         if "eval/loss" in metrics:
-            self.last_evaluation = metrics
+            self.last_evaluation, self._evaluated_at = metrics, step
         if not self._active:
             return
-        self._record.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._record.flush()
+        self._record.write({"step": step, **metrics})
         if self._wandb is not None:
             try:
                 self._wandb.log(metrics, step=step)
             except Exception as error:
                 self._give_up_on_wandb(error)
 
+    def log_pairs(self, step: int, pair_ids: np.ndarray) -> None:
+        """The pairs (G,) of all ranks that a step used."""
+        if self._active and self._pairs is not None:
+            self._pairs.write({"step": step, "pair_ids": pair_ids.tolist()})
+
+    def evaluation_of(self, step: int) -> dict[str, float]:
+        """The held-out metrics if they were taken after this very step, else nothing."""
+        return self.last_evaluation if step == self._evaluated_at else {}
+
+    def sync(self) -> None:
+        """Have every row on the disk itself, before a checkpoint says that its step is done. Raises OSError."""
+        if self._active:
+            self._record.sync()
+            if self._pairs is not None:
+                self._pairs.sync()
+
     def close(self) -> None:
-        """Finish the record and the mirror."""
+        """Finish the records and the mirror."""
         if not self._active:
             return
         self._record.close()
+        if self._pairs is not None:
+            self._pairs.close()
         if self._wandb is not None:
             try:
                 self._wandb.finish()

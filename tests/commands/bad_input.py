@@ -135,6 +135,11 @@ MODEL = [
     Case("damaged config.json", ("model.path", "config.json' is not a valid JSON"), model={"config.json": "{"}),
     Case("model without weights", ("model.path", "has no weights"), model={"model.safetensors": None}),
     Case(
+        "weights in a pickle",
+        ("model.path", "pytorch_model.bin, a pickle", "model.allow_pickle"),
+        model={"model.safetensors": None, "pytorch_model.bin": "x"},
+    ),
+    Case(
         "no tokenizer",
         ("model.path", "no tokenizer", "model.tokenizer"),
         model={"tokenizer.json": None, "tokenizer_config.json": None},

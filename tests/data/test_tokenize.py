@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dsdpo.config.run import DataConfig
 from dsdpo.data.encode import BadRow, Encoded, encode_examples, make_encoder
 from dsdpo.data.pairs import Pairs
 from dsdpo.data.tokenize import open_pairs, prepare_pairs, template_digest, tokenizer_digest
-from dsdpo.errors import CacheError, DataError
+from dsdpo.errors import DataError
 from tests.data.helpers import TEMPLATE, assistant, letter_tokenizer, text_rows, user, words, write_jsonl
 
 
@@ -236,17 +236,37 @@ def test_digest_is_of_tokens_and_order_alone(tmp_path: Path) -> None:
     assert prepared(tmp_path, turned).digest != digest
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "pairs.json"])
-def test_damaged_cache_is_named(tmp_path: Path, name: str) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 // 4 * 4])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "lengths.npy", "origins.npy", "pairs.json"])
+def test_damaged_pairs_are_noticed_and_made_again(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
-    prepared(tmp_path, path)
+    made = prepared(tmp_path, path)
     (folder,) = (tmp_path / "dsdpo").iterdir()
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2 // 4 * 4])
-    with pytest.raises(CacheError, match="Delete the folder"):
+    good = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for harm in (cut, flip, Path.unlink):
+        harm(folder / name)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            again = prepared(tmp_path, path)
+        assert "made again" in caplog.text
+        assert str(folder) in caplog.text
+        assert again.digest == made.digest
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == good
+        assert list((tmp_path / "dsdpo").iterdir()) == [folder]
+    cut(folder / name)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl does not exist"):  # before anything is deleted
         prepared(tmp_path, path)
-    shutil.rmtree(folder)
-    assert len(prepared(tmp_path, path)) == 5
+    assert folder.is_dir()
 
 
 def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dsdpo.errors import CheckpointError
 from dsdpo.training.checkpoint import TrainState, save_checkpoint, whole_checkpoints
 from dsdpo.training.metrics import Meter
+from dsdpo.training.pruning import Keep
 from tests.engines import planned, policy_of, reference_of, train_steps
 from tests.ranks import run_ranks
 from tests.runs import POLICIES, demo_inputs, settings
@@ -30,7 +31,7 @@ def save(plan: Any, policy: Any, folder: str, step: int, keep_last: int = 2) -> 
     reference = SeparateReference(reference_of(plan), score_tokens=1000)
     state = TrainState(step=step, consumed_pairs=8 * step)
     parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
-    return save_checkpoint(Path(folder), state, keep_last=keep_last, **parts)
+    return save_checkpoint(Path(folder), state, keep=Keep(last=keep_last), **parts)
 
 
 def test_newest_are_kept_and_half_written_ones_ignored(inputs: Path, tmp_path: Path) -> None:
@@ -65,6 +66,7 @@ def test_full_disk_on_one_rank_fails_on_all(broken: int, room: int, inputs: Path
         assert "step-000002.partial" in message
         assert "earlier ones are intact" in message
     assert [path.name for path in whole_checkpoints(folder)] == ["step-000001", "step-000003"]
+    assert list(folder.glob("*.partial")) == [], "what a failed save wrote takes up room"
 
 
 def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int, room: int) -> str:
@@ -76,7 +78,7 @@ def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int, room: i
     if dist.get_rank() == broken:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        save(plan, policy, folder, 2)
+        save(plan, policy, folder, 2, keep_last=1)
     except CheckpointError as error:
         message = str(error)
     finally:

@@ -12,33 +12,29 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import RankError, run_ranks
-from tests.runs import demo_inputs, metrics, settings, train_here
+from tests.runs import POLICIES, demo_inputs, metrics, settings, train_here, write_json
 
-TIMES = ("time/", "perf/", "memory/")
-MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 3}
-CASES: dict[str, dict[str, Any]] = {
-    "separate-zero1": {"policy_zero": "zero1"},
-    "separate-zero2": {"policy_zero": "zero2"},
-    "separate-zero3": {},
-    "precomputed-zero3": {"reference": {"strategy": "precomputed"}},
-    "lora-dropout-zero3": {
-        "model": {"lora": {"r": 4, "lora_dropout": 0.2}},
-        "reference": {"strategy": "adapter"},
-        "reference_zero": None,
-    },
-    "moving-adapter-zero2": {
-        "policy_zero": "zero2",
-        "model": {"lora": {"r": 4}},
-        "reference": {"strategy": "adapter", **MOVES},
-        "reference_zero": None,
-    },
-    "moving-local-zero3": {"reference": {**MOVES, "ref_model_mixup_alpha": 0.3}},
-    "moving-bf16-zero3": {"model": {"dtype": "bfloat16"}, "reference": {**MOVES, "ref_model_mixup_alpha": 0.3}},
-    "moving-gathered-zero3": {"reference": MOVES, "reference_zero": "zero0"},
-    "snapshot-zero3": {
+TIMES = ("time/", "perf/", "memory/", "comm/")
+MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.3}
+LORA = {"model": {"lora": {"r": 4, "lora_dropout": 0.2}}, "reference_zero": None}
+# Each strategy under every stage of the policy.
+KINDS: dict[str, dict[str, Any]] = {
+    "separate": {},
+    "adapter": {**LORA, "reference": {"strategy": "adapter"}},
+    "precomputed": {"reference": {"strategy": "precomputed"}},
+    "moving-local": {"reference": MOVES},
+    # In bfloat16 the optimizer alone has the policy's float32 values, in parts that are not the reference's.
+    "moving-gathered": {"reference": MOVES, "reference_zero": "zero0", "model": {"dtype": "bfloat16"}},
+    "snapshot": {
         "reference": {**MOVES, "strategy": "policy_snapshot", "ref_model_mixup_alpha": 1.0},
         "reference_zero": None,
     },
+}
+CASES: dict[str, dict[str, Any]] = {
+    **{f"{kind}-{stage}": {**case, "policy_zero": stage} for kind, case in KINDS.items() for stage in POLICIES},
+    "moving-adapter-zero2": {**LORA, "policy_zero": "zero2", "reference": {"strategy": "adapter", **MOVES}},
+    "looking-ahead-zero3": {"reference": {"look_ahead_steps": 4}},
+    "moving-bf16-zero3": {"model": {"dtype": "bfloat16"}, "reference": MOVES},
 }
 
 
@@ -47,17 +43,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def run_of(folder: Path, inputs: Path, **case: Any) -> dict[str, Any]:
-    """Eight steps, a checkpoint every fifth, metrics averaged over three, an evaluation every fourth."""
+def run_of(folder: Path, inputs: Path, *, policy_zero: str = "zero3", **case: Any) -> dict[str, Any]:
+    """Four steps, a checkpoint every second; metrics averaged over three, syncs and evaluations every third."""
+    folder.mkdir(exist_ok=True)
+    # As in the shipped configs, which makes it another optimizer of DeepSpeed's at stage 1 in bfloat16.
+    policy = {**POLICIES[policy_zero], "data_types": {"grad_accum_dtype": "fp32"}}
     return settings(
         folder,
         inputs,
         **{
             "data": {"eval": str(inputs / "test.jsonl")},
-            "train": {"max_steps": 8},
-            "checkpoint": {"every_steps": 5},
-            "evaluation": {"every_steps": 4, "at_start": False},
+            "train": {"max_steps": 4},
+            "checkpoint": {"every_steps": 2},
+            "evaluation": {"every_steps": 3, "at_start": False},
             "tracking": {"every_steps": 3},
+            "deepspeed": write_json(folder / "run.json", policy),
             **case,
         },
     )
@@ -78,9 +78,9 @@ def test_resumed_equals_uninterrupted(case: str, inputs: Path, tmp_path: Path) -
     run_ranks(2, train_here, whole)
     folder = Path(whole["output_dir"])
     expected_rows, expected = what_was_computed(metrics(folder)), weights(folder)
-    # Back to where a kill after the checkpoint of step 5 would have left it, a row cut off in its middle included.
+    # Back to where a kill after the checkpoint of step 2 would have left it, a row cut off in its middle included.
     shutil.rmtree(folder / "model")
-    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     run_ranks(2, train_here, {**whole, "checkpoint": {**whole["checkpoint"], "resume": "auto"}})
@@ -88,6 +88,11 @@ def test_resumed_equals_uninterrupted(case: str, inputs: Path, tmp_path: Path) -
     found = weights(folder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def trained(run: dict[str, Any]) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl that tell of training."""
+    return [row for row in metrics(Path(run["output_dir"])) if "loss" in row]
 
 
 def resumed(run: dict[str, Any], **checkpoint: Any) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def test_damaged_checkpoints_are_passed_over_and_never_deleted(inputs: Path, tmp
     content[len(content) // 2] ^= 1
     shard.write_bytes(bytes(content))
     run_ranks(2, train_here, resumed(run))
-    assert [row["step"] for row in metrics(Path(run["output_dir"])) if "loss" in row] == [1, 3]
+    assert [row["step"] for row in trained(run)] == [1, 3]
     for path in checkpoints.iterdir():
         (path / "manifest.json").write_text("{")
     with pytest.raises(RankError, match=r"no checkpoint is whole(.|\n)*step-000003(.|\n)*step-000002"):
@@ -119,9 +124,17 @@ def test_another_run_is_refused_by_the_names_of_what_differs(inputs: Path, tmp_p
     other = resumed({**run, "loss": {"beta": 0.5}, "tracking": {"every_steps": 1}})
     with pytest.raises(RankError, match=r"loss.beta was 0.1 and is 0.5\nput them back"):
         run_ranks(2, train_here, other)
-    run_ranks(2, train_here, {**other, "checkpoint": {**other["checkpoint"], "allow_changes": ["loss.beta"]}})
-    with pytest.raises(RankError, match="was saved with ranks: 2, but this run has ranks: 1"):
-        run_ranks(1, train_here, resumed(run))
+    changed = {"learning_rate": 4 * run["optimizer"]["learning_rate"], "adam_beta1": 0.8}
+    allowed = resumed(
+        {**other, "optimizer": changed},
+        resume=str(Path(run["output_dir"]) / "checkpoints" / "step-000001"),
+        allow_changes=["loss.beta", "optimizer"],
+    )
+    before = trained(run)[-1]
+    run_ranks(2, train_here, allowed)
+    after = trained(run)[-1]
+    assert after["step"] == before["step"] == 2
+    assert after["learning_rate"] == 4 * before["learning_rate"]
     elsewhere = resumed(run, resume=str(tmp_path / "step-000001"))
     with pytest.raises(RankError, match="is not in"):
         run_ranks(2, train_here, elsewhere)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 
-from tests.commands.processes import free_port
 from tests.ranks import run_ranks
 from tests.runs import demo_inputs, metrics, settings
 
@@ -85,54 +81,23 @@ def test_a_stop_file_and_a_deadline_stop_too(inputs: Path, tmp_path: Path) -> No
     assert stopped_record(run) == {"reason": "checkpoint.deadline", "step": 2}
 
 
-def test_sigterm_to_a_rank_under_the_launcher_loses_nothing(inputs: Path, tmp_path: Path) -> None:
-    """SIGTERM to one rank of a real launch, then --resume auto: every step once, weights as if nothing had happened."""
-    whole = settings(tmp_path / "whole", inputs, train={"max_steps": 30})
-    stopped = settings(tmp_path / "stopped", inputs, train={"max_steps": 30})
-    assert launch(whole, tmp_path).wait(240) == 0
-    folder = Path(stopped["output_dir"])
-    launcher = launch(stopped, tmp_path)
-    wait_for_rows(folder / "metrics.jsonl", 3)
-    os.kill(rank_pid(launcher.pid, 1), signal.SIGTERM)
-    assert launcher.wait(240) != 0
-    assert stopped_record(stopped)["reason"] == "SIGTERM"
-    assert launch(stopped, tmp_path, "--resume", "auto").wait(240) == 0
-    assert [row["step"] for row in metrics(folder)] == list(range(1, 31))
-    expected = load_file(Path(whole["output_dir"]) / "model" / "model.safetensors")
-    found = load_file(folder / "model" / "model.safetensors")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def test_a_clock_that_jumps_stops_nothing_and_bends_no_metric(inputs: Path, tmp_path: Path) -> None:
+    """The time of day is set a day back and a year ahead, again and again, during a run with an hour to go."""
+    run = settings(tmp_path, inputs, checkpoint={"every_steps": 2, "deadline": 3600})
+    assert run_ranks(2, exit_code_while_the_clock_jumps, run) == [0, 0]
+    rows = metrics(Path(run["output_dir"]))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    timed = [value for row in rows for name, value in row.items() if name.startswith(("time/", "perf/"))]
+    assert len(timed) >= 12
+    assert all(0 <= value < 1e6 for value in timed)
+    assert 0 < rows[-1]["time/step_s"] < 600
 
 
-def launch(run: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """The run on two ranks under the deepspeed launcher."""
-    path = folder / f"{Path(run['output_dir']).parent.name}.yaml"
-    path.write_text(yaml.safe_dump(run))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", f"--master_port={free_port()}"]
-    return subprocess.Popen([*command, "--module", "dsdpo", "train", str(path), *arguments], stdout=subprocess.DEVNULL)
-
-
-def wait_for_rows(path: Path, count: int) -> None:
-    until = time.monotonic() + 200
-    while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert time.monotonic() < until, "the run did not get going"
-        time.sleep(0.05)
-
-
-def rank_pid(ancestor: int, local_rank: int) -> int:
-    """The process of a local rank below a launcher."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_text().split("\0")
-            if f"--local_rank={local_rank}" in words and "dsdpo" in words and descends(int(process.name), ancestor):
-                return int(process.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no rank {local_rank} below {ancestor}")
-
-
-def descends(pid: int, ancestor: int) -> bool:
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    return False
+def exit_code_while_the_clock_jumps(run: dict[str, Any]) -> int:
+    """Train on this rank with a `time.time` that is set whenever it is read."""
+    original, jumps = time.time, itertools.cycle((-86_400.0, 31_536_000.0, 0.0))
+    time.time = lambda: original() + next(jumps)
+    try:
+        return exit_code(run)
+    finally:
+        time.time = original

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from dsdpo.config.run import RunConfig
 from dsdpo.training import tracking
 from dsdpo.training.tracking import Tracker
+from tests.commands.processes import finish
 
 
 def run_in(folder: Path, wandb: dict[str, Any] | None) -> RunConfig:
@@ -49,9 +52,11 @@ def test_offline_wandb_writes_every_row_under_the_folders_name(tmp_path: Path) -
     tracker.close()
     run_id = (folder / "wandb_run_id").read_text().strip()
     (file,) = folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
-    content = file.read_bytes()
-    for expected in (b"my-run", b"0.123456789", b"0.0987654321"):
-        assert expected in content
+    expected = (b"my-run", b"0.123456789", b"0.0987654321")
+    deadline = time.monotonic() + 60  # W&B's own process writes the last of it after it has said that all is well
+    while not all(part in file.read_bytes() for part in expected):
+        assert time.monotonic() < deadline, file.read_bytes()
+        time.sleep(0.2)
 
 
 def test_unreachable_wandb_warns_and_the_record_goes_on(
@@ -81,3 +86,32 @@ def test_wandb_that_fails_in_the_middle_warns_once(tmp_path: Path, caplog: pytes
         tracker.close()
     assert caplog.text.count("W&B failed") == 1
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+SERVICE_KILLED = """
+import logging, os, signal, sys
+from pathlib import Path
+from dsdpo.training.tracking import Tracker
+from tests.kill_test import family
+from tests.training.test_tracking import run_in
+
+logging.basicConfig(level=logging.WARNING)
+folder = Path(sys.argv[1])
+tracker = Tracker(run_in(folder, {"mode": "offline"}), folder)
+tracker.log(1, {"loss": 0.5})
+service = family(os.getpid())[1:]
+for pid in service:
+    os.kill(pid, signal.SIGKILL)
+for step in range(2, 20):
+    tracker.log(step, {"loss": 0.5})
+tracker.close()
+print("killed", len(service))
+"""
+
+
+def test_training_outlives_wandbs_own_process(tmp_path: Path) -> None:
+    answer = finish([sys.executable, "-c", SERVICE_KILLED, str(tmp_path)], limit_s=240)
+    assert answer.returncode == 0
+    assert int(answer.stdout.split("killed ")[1]) > 0
+    assert answer.stderr.count("W&B failed") == 1
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 20))

@@ -1,0 +1,82 @@
+"""Steps that cannot be taken, because a loss or a gradient is not finite: found before anything has changed.
+
+`marked` gives a loss that is not finite a gradient of NaN. DeepSpeed takes no step on a gradient whose norm is not
+finite (0.19, at stages 1 to 3 in every precision; `engine/deepspeed_keys.py` refuses what would switch that off), and
+all ranks learn it from the sum over ranks that makes the norm. So the check costs no collective and no wait.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsdpo.config.run import RunConfig
+from dsdpo.data.window import Window
+from dsdpo.distributed import all_or_none, gather_objects, rank
+from dsdpo.errors import TrainingError
+from dsdpo.objective.losses import LossOutput
+
+log = logging.getLogger(__name__)
+
+RECORD = "nonfinite.jsonl"
+
+
+def marked(loss: Tensor, output: LossOutput, weight: Tensor) -> Tensor:
+    """`loss` () with a gradient of NaN where a loss or reward (B,) of a pair that counts is not finite; no wait.
+
+    A loss may be infinite with a finite gradient, and a reference of minus infinity leaves the loss at 0.
+    """
+    values = torch.stack([output.losses.detach(), output.chosen_rewards, output.rejected_rewards])
+    sound = (torch.isfinite(values) | (weight == 0)).all()
+    return loss * torch.where(sound, 1.0, math.nan)
+
+
+def record_skipped(folder: Path, run: RunConfig, step: int, window: Window, outputs: Sequence[LossOutput]) -> None:
+    """Note a step that was not taken in `folder`/nonfinite.jsonl, and end the run if it asks for that. Collective.
+
+    `outputs` are those of this rank's micro-batches. Raises `TrainingError`. In float16 a step whose losses are all
+    finite is left out by design, to go on with a lower loss scale: then there is nothing to note.
+    """
+    rule = run.train.on_nonfinite
+    found = {}
+    for batch, output in zip(window.batches, outputs, strict=True):
+        values = torch.stack([output.losses.detach(), output.chosen_rewards, output.rejected_rewards]).T.tolist()
+        for pair_id, (loss, chosen, rejected) in zip(batch.pair_ids.tolist(), values, strict=True):
+            if pair_id >= 0 and not all(map(math.isfinite, (loss, chosen, rejected))):
+                found[pair_id] = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected}
+    pairs = {pair_id: values for part in gather_objects(found) for pair_id, values in part.items()}
+    if run.model.dtype == "float16" and not pairs:
+        return
+    what = f"the loss of {named(sorted(pairs))}" if pairs else "the gradient, with every loss finite,"
+    with all_or_none():
+        if rank() == 0:
+            row = {
+                "step": step,
+                "action": rule,
+                "found": "loss" if pairs else "gradient",
+                # As text: JSON has no NaN.
+                "losses": {pair: {name: str(value) for name, value in row.items()} for pair, row in pairs.items()},
+                "pair_ids": window.pair_ids.tolist(),
+            }
+            with (folder / RECORD).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    if rule == "stop":
+        raise TrainingError(
+            f"step {step}: {what} is not finite. No weight was changed, earlier checkpoints are intact, and "
+            f"{folder / RECORD} has the step's pairs. Mend or remove the pairs, lower optimizer.learning_rate, or go "
+            "on with --resume auto --train.on_nonfinite skip, which leaves such steps out"
+        )
+    if rank() == 0:
+        log.warning("step %d is skipped: %s is not finite; see %s", step, what, folder / RECORD)
+
+
+def named(pair_ids: Sequence[int]) -> str:
+    """The pairs in a few words."""
+    shown = ", ".join(map(str, pair_ids[:8]))
+    return f"pair {shown}" if len(pair_ids) == 1 else f"pairs {shown}" + (" ..." if len(pair_ids) > 8 else "")

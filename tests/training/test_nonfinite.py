@@ -1,0 +1,200 @@
+"""A loss or gradient that is not finite: the step is not taken, said, and either the end or left out."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsdpo.objective.losses import LossOutput
+from dsdpo.training.nonfinite import marked
+from tests.engines import planned, policy_of
+from tests.ranks import run_ranks
+from tests.runs import CPU, POLICIES, demo_inputs, metrics, settings, train_here, write_json
+from tests.tiny import random_batch
+
+ZERO2_OFFLOAD = {
+    "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 10000, "offload_optimizer": CPU}
+}
+FLOAT32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}  # at stage 1, another optimizer of DeepSpeed's
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero1": ("float32", POLICIES["zero1"]),
+    "zero2": ("float32", POLICIES["zero2"]),
+    "zero3": ("float32", POLICIES["zero3"]),
+    "zero2_offload": ("float32", ZERO2_OFFLOAD),
+    "zero3_offload": ("float32", POLICIES["zero3_offload"]),
+    "zero1-bf16-fp32-gradients": ("bfloat16", {**POLICIES["zero1"], **FLOAT32_GRADIENTS}),
+    "zero2-bf16": ("bfloat16", POLICIES["zero2"]),
+    "zero3-bf16": ("bfloat16", POLICIES["zero3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_weights_and_optimizer_states_stay_as_they_are(inputs: Path, tmp_path: Path) -> None:
+    """In every stage and precision: a step with a NaN on one rank leaves no trace in what is trained after it."""
+    runs = {}
+    for name, (dtype, config) in CASES.items():
+        run = settings(
+            tmp_path / name, inputs, reference_zero=None, model={"dtype": dtype}, optimizer={"learning_rate": 0.01}
+        )
+        runs[name] = {**run, "deepspeed": write_json(tmp_path / name / "policy.json", config)}
+    for outcomes in run_ranks(2, with_and_without_a_bad_step, runs):
+        for name, (taken, unmoved, same, moved) in outcomes.items():
+            assert taken == [True, False, False, True], name
+            assert unmoved, f"{name}: a bad step changed the weights"
+            assert same, f"{name}: training went on otherwise than without the bad steps"
+            assert moved, f"{name}: nothing was trained"
+
+
+def with_and_without_a_bad_step(
+    runs: dict[str, dict[str, Any]],
+) -> dict[str, tuple[list[bool], bool, bool, bool]]:
+    """By case: which of four steps were taken; whether the bad ones moved the weights, and left any trace at all."""
+    outcomes = {}
+    good = [random_batch(4, seed=seed, vocab=60) for seed in range(2)]
+    for name, run in runs.items():
+        plan = planned({**run, "optimizer": {**run["optimizer"], "lr_scheduler_type": "constant"}})
+        policy, clean = policy_of(plan), policy_of(plan)
+        start = weights_of(policy)
+        taken = [one_step(policy, good[0])]
+        before = weights_of(policy)
+        taken += [one_step(policy, good[1], loss_factor=math.nan), one_step(policy, good[1], gradient_factor=math.inf)]
+        after = weights_of(policy)
+        taken.append(one_step(policy, good[1]))
+        for batch in good:
+            one_step(clean, batch)
+        end = weights_of(policy)
+        outcomes[name] = (taken, equal(before, after), equal(end, weights_of(clean)), not equal(start, before))
+    return outcomes
+
+
+def one_step(policy: Any, batch: Any, *, loss_factor: float = 1.0, gradient_factor: float = 1.0) -> bool:
+    """An optimizer step of two micro-batches, the second one on rank 1 spoilt by the factors; whether it was taken."""
+    from dsdpo.objective.logps import pair_logps
+
+    for micro in range(2):
+        logps = pair_logps(policy, batch)
+        losses = torch.nn.functional.softplus(logps.rejected - logps.chosen)
+        if micro == 1 and torch.distributed.get_rank() == 1:
+            losses = losses * loss_factor
+            if gradient_factor != 1.0:
+                losses.register_hook(lambda gradient: gradient * gradient_factor)
+        rewards = torch.zeros_like(losses)
+        output = LossOutput(losses, rewards, rewards)
+        policy.backward(marked(losses.mean(), output, torch.ones(len(losses))), scale_wrt_gas=False)
+    policy.step()
+    return bool(policy.was_step_applied())
+
+
+def weights_of(policy: Any) -> dict[str, torch.Tensor]:
+    from dsdpo.engine.shards import whole_state_dict
+
+    state = whole_state_dict(policy.module, keep=True)
+    assert state is not None
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("where", ["losses", "chosen_rewards", "rejected_rewards"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_reaches_the_gradient(where: str, value: float) -> None:
+    """Also where the loss is finite, as with an infinitely unlikely reference; a filler pair's values do not count."""
+    for weight, spoils in ((torch.tensor([1.0, 1.0]), True), (torch.tensor([1.0, 0.0]), False)):
+        parameter = torch.ones(2, requires_grad=True)
+        fields = {name: torch.zeros(2) for name in ("losses", "chosen_rewards", "rejected_rewards")}
+        fields[where][1] = value
+        marked(parameter.sum(), LossOutput(**fields), weight).backward()
+        assert parameter.grad is not None
+        assert bool(parameter.grad.isnan().all()) == spoils
+        assert bool(parameter.grad.isfinite().all()) != spoils
+
+
+def test_stop_names_the_pairs_and_skip_goes_on_from_there(inputs: Path, tmp_path: Path) -> None:
+    """A word whose embedding is NaN, in the rows of one pair: as broken weights or data would do it."""
+    run, bad_pair = run_with_a_bad_pair(tmp_path, inputs)
+    folder = Path(run["output_dir"])
+    (code, said), (other_code, other_said) = run_ranks(2, end_of_training, write_json(tmp_path / "run.yaml", run))
+    assert code == other_code == 1
+    assert f"the loss of pair {bad_pair} is not finite" in said
+    assert "--train.on_nonfinite skip" in said
+    assert other_said == "", "one message for all ranks"
+    (row,) = rows(folder / "nonfinite.jsonl")
+    step = row["step"]
+    assert row["action"] == "stop"
+    assert row["found"] == "loss"
+    assert set(row["losses"]) == {str(bad_pair)}
+    assert row["losses"][str(bad_pair)]["loss"] == "nan"
+    assert len(row["pair_ids"]) == 8
+    assert bad_pair in row["pair_ids"]
+    assert [done["step"] for done in metrics(folder)] == list(range(1, step))
+    assert not (folder / "model").exists()
+
+    resumed = {**run, "checkpoint": {**run["checkpoint"], "resume": "auto"}}
+    run_ranks(2, train_here, {**resumed, "train": {**run["train"], "on_nonfinite": "skip"}})
+    assert [row["action"] for row in rows(folder / "nonfinite.jsonl")] == ["skip"], "the stopped step was run again"
+    done = metrics(folder)
+    assert [row["step"] for row in done] == list(range(1, 9))
+    assert [row["train/skipped_steps"] for row in done] == [int(row["step"] >= step) for row in done]
+    assert "loss" not in done[step - 1], "nothing was learned in that step"
+    assert all(math.isfinite(value) for row in done for value in row.values())
+    assert [row["step"] for row in rows(folder / "pairs.jsonl")] == list(range(1, 9))
+
+
+def run_with_a_bad_pair(tmp_path: Path, inputs: Path) -> tuple[dict[str, Any], int]:
+    """Eight steps of eight pairs, of which one, not in the first two steps, has a word of NaN; and that pair's id."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dsdpo.data.plan import epoch_order
+
+    lines = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()[:64]]
+    bad_pair = int(epoch_order(64, seed=42, epoch=0, shuffle=True)[-20])
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    tokenizer.add_tokens(["zzz"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    untied = type(model)(model.config.__class__(**{**model.config.to_dict(), "tie_word_embeddings": False}))
+    untied.load_state_dict({**model.state_dict(), "lm_head.weight": model.lm_head.weight.detach().clone()})
+    with torch.no_grad():
+        untied.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("zzz")] = math.nan
+    untied.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines[bad_pair] = {"prompt": "zzz", "chosen": "zzz zzz", "rejected": "zzz"}
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = settings(
+        tmp_path,
+        inputs,
+        model={"path": str(tmp_path / "model")},
+        data={"train": str(data), "cache_dir": str(tmp_path / "cache")},
+        train={"max_steps": 8},
+        checkpoint={"every_steps": 1},
+    )
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    return run, bad_pair
+
+
+def end_of_training(run_file: str) -> tuple[int, str]:
+    """The command's exit code on this rank, and what it says of errors."""
+    from dsdpo.__main__ import main
+
+    with redirect_stderr(io.StringIO()) as said:
+        code = main(["train", run_file])
+    return code, "".join(line for line in said.getvalue().splitlines() if line.startswith("dsdpo"))
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

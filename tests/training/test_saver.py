@@ -1,0 +1,143 @@
+"""A disk that is full, for real: training goes on, earlier checkpoints stay, and the save is made up for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsdpo.config.run import CheckpointConfig
+from dsdpo.errors import CheckpointError
+from dsdpo.training.checkpoint import whole_checkpoints
+from dsdpo.training.rows import RowFile
+from dsdpo.training.saver import Saver
+from tests.disks import empty, fill, small_disk
+from tests.ranks import run_ranks
+from tests.runs import demo_inputs, metrics, settings, train_here
+
+STEP = 2  # micro-batches on a rank
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run_on(disk: Path, folder: Path, inputs: Path, **checkpoint: Any) -> dict[str, Any]:
+    """Eight steps in a run folder on the disk, a checkpoint every third."""
+    run = settings(folder, inputs, train={"max_steps": 8}, checkpoint={"every_steps": 3, "keep_last": 3, **checkpoint})
+    return {**run, "output_dir": str(disk / "run")}
+
+
+def test_a_full_disk_costs_no_step_and_no_checkpoint(inputs: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=20_000) as disk:
+        run = run_on(disk, tmp_path, inputs)
+        # Full from the sixth step on, when a checkpoint is due, until the seventh has been trained on.
+        warnings = run_ranks(2, train_on_a_full_disk, run, str(disk), 500, 5 * STEP + 1, 6 * STEP + 1)
+        found = [path.name for path in whole_checkpoints(disk / "run" / "checkpoints")]
+        assert found == ["step-000003", "step-000007", "step-000008"]
+        assert "NOT SAVED" in warnings[0][0]
+        assert "step-000006.partial" in warnings[0][0]
+        assert "earlier ones are intact" in warnings[0][0]
+        assert "tried again after step 7" in warnings[0][0]
+        assert "saved after step 7" in warnings[0][1]
+        assert not list((disk / "run" / "checkpoints").glob("*.partial"))
+        assert [row["step"] for row in metrics(disk / "run")] == list(range(1, 9))
+        resumed = {**run, "train": {"max_steps": 8}, "checkpoint": {**run["checkpoint"], "resume": "auto"}}
+        run_ranks(2, train_here, resumed)
+
+
+def test_a_last_save_that_fails_still_exports_the_model(inputs: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=20_000) as disk:
+        run = run_on(disk, tmp_path, inputs, save_attempts=2, save_pause=0)
+        # Room for the exported model but for no checkpoint, from the last step on.
+        outcome = run_ranks(2, train_on_a_full_disk, run, str(disk), 700, 7 * STEP + 1, None)
+        for lines in outcome:
+            assert "step-000008.partial" in lines[-1], "all ranks end with the error"
+        assert [path.name for path in whole_checkpoints(disk / "run" / "checkpoints")] == ["step-000003", "step-000006"]
+        assert "Given up" in outcome[0][-2]
+        assert load_file(disk / "run" / "model" / "model.safetensors")
+
+
+def train_on_a_full_disk(
+    run: dict[str, Any], disk: str, leaving_kib: int, full_at: int, empty_at: int | None
+) -> list[str]:
+    """Train while rank 0 fills the disk before one backward pass, counted from 1, and empties it before another.
+
+    What is warned about, and the error at the end, if any.
+    """
+    calls = 0
+    original = torch.Tensor.backward
+
+    def backward(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if torch.distributed.get_rank() == 0:
+            if calls == full_at + 1:  # the first one is the warm-up's
+                fill(Path(disk), leaving_kib=leaving_kib)
+            if calls == (empty_at or -2) + 1:
+                empty(Path(disk))
+        return original(*arguments, **options)
+
+    said = Messages()
+    logger = logging.getLogger("dsdpo.training.saver")
+    logger.addHandler(said)
+    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    try:
+        train_here(run)
+    except CheckpointError as error:
+        said.lines.append(str(error))
+    finally:
+        torch.Tensor.backward = original  # type: ignore[method-assign]
+        logger.removeHandler(said)
+    return said.lines
+
+
+class Messages(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_attempts_are_further_and_further_apart_and_end() -> None:
+    """Failing for ever after step 10: attempts after steps 10, 11, 13, 17, of which the fourth is the last."""
+    tried: list[int] = []
+
+    def write() -> None:
+        tried.append(step)
+        raise CheckpointError("the disk is full")
+
+    saver = Saver(write, CheckpointConfig(save_attempts=4))
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        for step in range(10, 100):
+            if step == 10 or saver.owed(step):
+                saver(step, last=False)
+    assert tried == [10, 11, 13, 17]
+
+
+def test_rows_wait_for_room_and_none_is_cut_or_doubled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "disk", kib=64) as disk:
+        file = RowFile(disk / "metrics.jsonl")
+        fill(disk, leaving_kib=8)
+        with caplog.at_level(logging.WARNING):
+            for step in range(1, 31):
+                file.write({"step": step, "text": "x" * 600})
+        assert caplog.text.count("rows wait in memory") == 1
+        with pytest.raises(OSError, match="No space left"):
+            file.sync()
+        empty(disk)
+        file.sync()
+        file.write({"step": 31})
+        file.close()
+        lines = (disk / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 32))
