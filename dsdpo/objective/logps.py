@@ -21,7 +21,9 @@ from dsdpo.data.batch import Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
 
-CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
+# Of float32 logits alive at once: large products suit a GPU, and what fits its caches suits a CPU, which takes no more
+# time for 16 MiB than for 256 and a fifth less where memory comes fresh from the system.
+CHUNK_BYTES, CHUNK_BYTES_ON_CPU = 256 * 2**20, 16 * 2**20
 LOGPS_VERSION = 1  # raise it when the same weights and tokens come to give other log-probs: stored ones become unusable
 
 # What other batches, layouts, kernels and machines may make of the same log-prob, per nat and response token.
@@ -137,7 +139,8 @@ class ChunkedHead(nn.Linear):
         """Log-prob (N,) float32 of `targets` (N,) after `hidden` (N, H), in chunks of `chunk` tokens."""
         if targets is None:
             return super().forward(hidden)
-        chunk = chunk or max(1, CHUNK_BYTES // (4 * self.out_features))
+        live = CHUNK_BYTES_ON_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
+        chunk = chunk or max(1, live // (4 * self.out_features))
         return _ChunkedLogp.apply(hidden, self.weight, self.bias, targets, self.transform, chunk)
 
 

@@ -30,7 +30,7 @@ def test_equals_whole_logits(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 def test_gradients_equal_whole_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 97 * 5)  # chunks of 5 tokens
+    monkeypatch.setattr(module, "CHUNK_BYTES_ON_CPU", 4 * 97 * 5)  # chunks of 5 tokens
     pairs = random_pairs(3, seed=2)
     weights = torch.tensor([0.5, -2.0, 1.0])
     plain, ours = tiny_lm(family), tiny_lm(family)
@@ -83,7 +83,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_never_a_whole_matrix_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     vocab, hidden = 1009, 8
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * vocab * 10)  # chunks of 10 tokens
+    monkeypatch.setattr(module, "CHUNK_BYTES_ON_CPU", 4 * vocab * 10)  # chunks of 10 tokens
     scorer = ResponseScorer(tiny_lm(vocab_size=vocab, hidden_size=hidden, head_dim=2))
     batch = random_batch(8, longest=40)
     assert len(batch.targets) > 150
