@@ -159,7 +159,7 @@ def test_training_finds_what_was_scored(inputs: Path, tmp_path: Path) -> None:
 )
 def test_contradictions(changes: list[str], said: str, inputs: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, inputs)
-    answer = finish([*DSDPO, "precompute", str(run), *changes], limit_s=120)
+    answer = finish([*DSDPO, "precompute", str(run), *changes], limit_s=300)
     assert answer.returncode == 2
     assert said in answer.stderr
     assert "Traceback" not in answer.stderr

@@ -22,7 +22,7 @@ from tests.commands.test_bad_input import command_here
 from tests.ranks import run_ranks
 from tests.runs import demo_inputs, losses, metrics, settings, train_on, write_json
 
-LIMIT_S = 200
+LIMIT_S = 400
 TRL_NAMES = {
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *("logps/chosen", "logps/rejected"),

@@ -179,7 +179,9 @@ def check_export(folder: Path, inputs: Path, lora: dict[str, Any], policy: str) 
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = lora_run(folder, inputs, lora, policy_zero=policy, export={"merge_adapter": True})
+    # Padded, as transformers' own attention takes it.
+    padded = {"layout": "padded"}
+    run = lora_run(folder, inputs, lora, policy_zero=policy, export={"merge_adapter": True}, data=padded)
     [(batch, expected, moved), _] = run_ranks(2, train_and_export_here, run)
     assert moved > 1e-2, "the policy is still the reference"
     model, merged = folder / "run" / "model", folder / "run" / "merged"

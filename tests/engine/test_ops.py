@@ -15,7 +15,7 @@ import pytest
 from dsdpo.engine.ops import _processes_in, build_folder, remove_stale_lock
 from tests.ranks import restart, run_ranks
 
-LIMIT_S = 120
+LIMIT_S = 300
 
 
 def locked(folder: Path) -> Path:
