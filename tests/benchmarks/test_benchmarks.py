@@ -1,0 +1,109 @@
+"""The benchmarks run, take turns, count what they say they count, and their page shows the results that are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import report
+from benchmarks.common import RESULTS
+from benchmarks.compare import loss_difference, speedups
+from benchmarks.inputs import mixed_lengths, random_rows, same_lengths
+from benchmarks.packing import OURS, PADDED, SORTED, in_fours
+from benchmarks.processes import Side, run_sides
+from tests.conftest import ROOT
+
+
+def run_benchmark(name: str, out: Path, *options: str) -> dict[str, Any]:
+    """The result file of a benchmark's own command."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options, "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    for table in result["tables"]:
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+        assert all(" | ".join(row) in done.stdout for row in table["rows"]), "the table is printed too"
+    assert str(ROOT) not in result["command"]
+    assert result["machine"]["cores"]
+    assert result["versions"]["torch"]
+    return result
+
+
+def test_packing_counts_positions(tmp_path: Path) -> None:
+    result = run_benchmark("packing", tmp_path / "packing.json", "--rounds", "2", "--steps", "2")
+    measured = result["measured"]
+    assert len(measured) == 8
+    for ratios in measured.values():
+        assert len(ratios) == 2
+        for ratio in ratios:
+            # No plan computes less than the useful tokens, but for the last one of each response.
+            assert 0.97 < ratio[OURS] < ratio[SORTED] < ratio[PADDED]
+
+
+def test_micro_batches_of_four_are_dealt_in_turn() -> None:
+    dealt = in_fours(np.arange(16), 2)
+    assert dealt == (((0, 1, 2, 3), (8, 9, 10, 11)), ((4, 5, 6, 7), (12, 13, 14, 15)))
+
+
+def test_precompute_is_timed_against_its_forwards(tmp_path: Path) -> None:
+    options = ("--tiny", "--pairs", "64", "--rounds", "2", "--ranks", "1")
+    result = run_benchmark("precompute", tmp_path / "precompute.json", *options)
+    [rank] = result["measured"]["1 ranks"]
+    assert rank["pairs"] == 64
+    assert len(rank["rounds"]) == 2
+    for passes in rank["rounds"]:
+        assert set(passes) == {"precompute", "bare"}
+        assert all(clock > 0 for times in passes.values() for clock in times.values())
+
+
+def test_sides_take_turns(tmp_path: Path) -> None:
+    rounds, steps, warmup = 2, 2, 1
+    total = warmup + rounds * steps
+    sides = [
+        Side(
+            name, "tests.benchmarks.steps", (str(seconds), str(total), str(tmp_path / f"{name}.json")), tmp_path / name
+        )
+        for name, seconds in (("slow", 0.4), ("fast", 0.1))
+    ]
+    measured = run_sides(sides, rounds=rounds, steps=steps, warmup=warmup)
+    slow, fast = (json.loads((tmp_path / f"{name}.json").read_text())[warmup:] for name in ("slow", "fast"))
+    for begins, ends in slow:
+        assert all(other_ends < begins or other_begins > ends for other_begins, other_ends in fast)
+    assert measured["slow"].losses == [1.0 / step for step in range(1, total + 1)]
+    assert loss_difference(measured["slow"], measured["fast"]) == 0.0
+    assert len(speedups(measured["slow"], measured["fast"], "wall_s")) == rounds
+    assert all(turn["wall_s"] >= steps * 0.4 for turn in measured["slow"].turns)
+    assert all(turn["cpu_s"] < turn["wall_s"] for turn in measured["slow"].turns), "asleep is no CPU time"
+
+
+def test_a_side_that_fails_is_reported(tmp_path: Path) -> None:
+    broken = Side("broken", "tests.benchmarks.steps", ("no number", "1", str(tmp_path / "x")), tmp_path / "broken")
+    with pytest.raises(RuntimeError, match=r"(?s)broken: ended with code 1.*no number"):
+        run_sides([broken], rounds=1, steps=1)
+
+
+def test_rows_have_the_lengths_asked_for() -> None:
+    lengths = np.concatenate([same_lengths(2, 5, 3), mixed_lengths(3, prompt=20, response=9, longest=40)])
+    assert ((lengths[:, 0] + lengths[:, 1:].max(1)) <= 40).all()
+    for row, (prompt, chosen, rejected) in zip(random_rows(lengths, 64), lengths.tolist(), strict=True):
+        assert len(row["prompt"].split()) == prompt
+        assert len(row["chosen"].split()) == chosen - 1  # the end of text is put after it
+        assert len(row["rejected"].split()) == rejected - 1
+
+
+def test_the_page_shows_the_results_that_are_kept() -> None:
+    page = report.README.read_text(encoding="utf-8")
+    assert report.with_results(page) == page, "run python -m benchmarks.report"
+    for path in RESULTS.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert path.stem.startswith(result["benchmark"]), "a script's parts may be kept apart, as in vs_trl_one.json"
+        assert f"`{result['command']}`" in page
