@@ -210,6 +210,7 @@ def train_and_export_here(run: dict[str, Any]) -> tuple[Any, torch.Tensor, float
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.export import export_model
     from dsdpo.training.metrics import Meter
+    from dsdpo.training.pruning import Keep
     from dsdpo.training.trainer import train_step
 
     policy, reference, windows = build_here(run)
@@ -243,6 +244,7 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.checkpoint import TrainState, save_checkpoint
     from dsdpo.training.metrics import Meter
+    from dsdpo.training.pruning import Keep
     from dsdpo.training.trainer import train_step
 
     loss_fn = make_loss("sigmoid", beta=0.1, label_smoothing=0.0)
@@ -258,7 +260,7 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     policy, reference, windows = build_here(run)
     steps(policy, reference, windows[:2])
     parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
-    path = save_checkpoint(Path(folder), TrainState(2, 16), keep_last=1, **parts)
+    path = save_checkpoint(Path(folder), TrainState(2, 16), keep=Keep(last=1), **parts)
     whole = steps(policy, reference, windows[2:])
     barrier()
     fresh, fresh_reference, windows = build_here(run)
@@ -285,6 +287,7 @@ def master_here(run: dict[str, Any]) -> tuple[set[str], float]:
 
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.metrics import Meter
+    from dsdpo.training.pruning import Keep
     from dsdpo.training.trainer import train_step
 
     policy, reference, [window] = build_here(run)
