@@ -96,6 +96,7 @@ from tests.kill_test import family
 from tests.training.test_tracking import run_in
 
 logging.basicConfig(level=logging.WARNING)
+os.environ.pop("WANDB_SERVICE", None)  # that of the tests before this one, if any
 folder = Path(sys.argv[1])
 tracker = Tracker(run_in(folder, {"mode": "offline"}), folder)
 tracker.log(1, {"loss": 0.5})
