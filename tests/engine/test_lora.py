@@ -210,7 +210,6 @@ def train_and_export_here(run: dict[str, Any]) -> tuple[Any, torch.Tensor, float
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.export import export_model
     from dsdpo.training.metrics import Meter
-    from dsdpo.training.pruning import Keep
     from dsdpo.training.trainer import train_step
 
     policy, reference, windows = build_here(run)
@@ -287,7 +286,6 @@ def master_here(run: dict[str, Any]) -> tuple[set[str], float]:
 
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.metrics import Meter
-    from dsdpo.training.pruning import Keep
     from dsdpo.training.trainer import train_step
 
     policy, reference, [window] = build_here(run)
