@@ -184,9 +184,12 @@ def checksums(folder: Path) -> dict[str, str]:
     with all_or_none():
         for name in names[rank() :: world_size()]:
             digest = hashlib.sha256()
-            with (folder / name).open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
+            try:
+                with (folder / name).open("rb") as file:
+                    while chunk := file.read(1 << 24):
+                        digest.update(chunk)
+            except OSError as error:
+                raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
             mine[name] = digest.hexdigest()
     return {name: digest for part in gather_objects(mine) for name, digest in part.items()}
 

@@ -95,6 +95,12 @@ def check_settings(path: Path, run: RunConfig, *, stage: int, data: str) -> list
             + "\n  ".join(refused)
             + "\nput them back, or name those that you mean to change in checkpoint.allow_changes"
         )
+    decays = before["optimizer.weight_decay"], run.optimizer.weight_decay
+    if bool(decays[0]) != bool(decays[1]):
+        raise CheckpointError(
+            f"{path}: optimizer.weight_decay was {decays[0]} and is {decays[1]}, but states are kept by "
+            "groups of parameters, which are others without decay: it must be zero in both or in neither"
+        )
     if state["world_size"] != world_size():
         lines.append(f"ranks were {state['world_size']} and are {world_size()}")
     if state["stage"] != stage:

@@ -37,6 +37,8 @@ class Saver:
         raised. The `last` save has no step to come: it makes its attempts at once, with pauses, and leaves the error to
         `settle`, so that what was trained can still be exported.
         """
+        if last:
+            self._failed = 0
         while True:
             error = self._attempt()
             if error is None:

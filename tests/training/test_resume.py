@@ -124,6 +124,9 @@ def test_another_run_is_refused_by_the_names_of_what_differs(inputs: Path, tmp_p
     other = resumed({**run, "loss": {"beta": 0.5}, "tracking": {"every_steps": 1}})
     with pytest.raises(RankError, match=r"loss.beta was 0.1 and is 0.5\nput them back"):
         run_ranks(2, train_here, other)
+    decayed = resumed({**run, "optimizer": {"weight_decay": 0.1}}, allow_changes=["optimizer"])
+    with pytest.raises(RankError, match=r"weight_decay was 0.0 and is 0.1(.|\n)*zero in both or in neither"):
+        run_ranks(2, train_here, decayed)
     changed = {"learning_rate": 4 * run["optimizer"]["learning_rate"], "adam_beta1": 0.8}
     allowed = resumed(
         {**other, "optimizer": changed},
