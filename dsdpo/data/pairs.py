@@ -2,13 +2,16 @@
 
 A folder holds `tokens.bin` (int32, little-endian: prompt, chosen, rejected of each distinct row), `starts.npy` (where
 each pair's tokens begin; a row used more than once is stored once), `lengths.npy`, `origins.npy` and `pairs.json`.
+Beside them `checked.json` says which state of these files was last found to be what was written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from dsdpo.data.report import DropReport
 from dsdpo.errors import CacheError
 
 TOKEN = np.dtype("<i4")
+FILES = ("tokens.bin", "starts.npy", "lengths.npy", "origins.npy", "pairs.json")
+CHECKED = "checked.json"
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,28 @@ def write_index(
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the prepared pairs in `folder`, or None. Reads all of it."""
+    """What is wrong with the prepared pairs in `folder`, or None.
+
+    Reads all of it, unless no file's size or time of modification has changed since it was last found whole.
+    """
+    try:
+        state = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in FILES}
+    except OSError as error:
+        return f"{folder}: prepared pairs cannot be read ({error})"
+    with suppress(OSError, ValueError):
+        if json.loads((folder / CHECKED).read_text(encoding="utf-8")) == state:
+            return None
+    wrong = _damage(folder)
+    if wrong is None:
+        with suppress(OSError):  # a folder that may only be read is read whole each time
+            partial = folder / f".{CHECKED}-{os.getpid()}"
+            partial.write_text(json.dumps(state), encoding="utf-8")
+            partial.replace(folder / CHECKED)
+    return wrong
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong, from reading all of it."""
     try:
         pairs = open_pairs(folder)
         facts: dict[str, Any] = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))

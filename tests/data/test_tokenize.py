@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dsdpo.config.run import DataConfig
 from dsdpo.data.encode import BadRow, Encoded, encode_examples, make_encoder
-from dsdpo.data.pairs import Pairs
+from dsdpo.data.pairs import FILES, Pairs, damage
 from dsdpo.data.tokenize import open_pairs, prepare_pairs, template_digest, tokenizer_digest
 from dsdpo.errors import DataError
 from tests.data.helpers import TEMPLATE, assistant, letter_tokenizer, text_rows, user, words, write_jsonl
@@ -246,12 +246,12 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "lengths.npy", "origins.npy", "pairs.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_damaged_pairs_are_noticed_and_made_again(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
     made = prepared(tmp_path, path)
     (folder,) = (tmp_path / "dsdpo").iterdir()
-    good = {file.name: file.read_bytes() for file in folder.iterdir()}
+    good = {file: (folder / file).read_bytes() for file in FILES}
     for harm in (cut, flip, Path.unlink):
         harm(folder / name)
         caplog.clear()
@@ -260,13 +260,28 @@ def test_damaged_pairs_are_noticed_and_made_again(tmp_path: Path, name: str, cap
         assert "made again" in caplog.text
         assert str(folder) in caplog.text
         assert again.digest == made.digest
-        assert {file.name: file.read_bytes() for file in folder.iterdir()} == good
+        assert {file: (folder / file).read_bytes() for file in FILES} == good
         assert list((tmp_path / "dsdpo").iterdir()) == [folder]
     cut(folder / name)
     path.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl does not exist"):  # before anything is deleted
         prepared(tmp_path, path)
     assert folder.is_dir()
+
+
+def test_pairs_are_read_whole_only_where_a_file_has_changed(tmp_path: Path) -> None:
+    prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", text_rows(5)))
+    (folder,) = (tmp_path / "dsdpo").iterdir()
+    tokens = folder / "tokens.bin"
+    os.utime(tokens, (0, 0))
+    assert damage(folder) is None  # and takes note of the files as they are
+    unchanged = tokens.stat()
+    flip(tokens)
+    assert "not what was written" in (damage(folder) or "")
+    os.utime(tokens, ns=(unchanged.st_atime_ns, unchanged.st_mtime_ns))
+    assert damage(folder) is None  # shows that the file was not read
+    os.utime(tokens)
+    assert "not what was written" in (damage(folder) or "")
 
 
 def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
