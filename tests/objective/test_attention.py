@@ -71,7 +71,7 @@ def assert_equal(packed: tuple[Tensor, Tensor], padded: tuple[Tensor, Tensor]) -
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_equals_padded(name: str, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHORT", SIZES[sizes][0])
-    monkeypatch.setattr(module, "ROWS", SIZES[sizes][1])
+    monkeypatch.setattr(module, "ROWS_ON_CPU", SIZES[sizes][1])
     family, changes = FAMILIES[name]
     pairs = pairs_of_all_kinds()
     plain = tiny_lm(family, **changes)
