@@ -41,10 +41,12 @@ REFERENCES: dict[str, dict[str, Any]] = {
 
 @cache
 def demo_inputs(folder: Path) -> Path:
-    """The demo's model, tokenizer and rows in `folder`."""
+    """The demo's model, tokenizer and rows in `folder`; `few.jsonl` has the first held-out rows."""
     from dsdpo.commands.demo import make_inputs
 
     make_inputs(folder)
+    held_out = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(held_out[:6]))
     return folder
 
 

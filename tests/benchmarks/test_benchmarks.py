@@ -65,6 +65,15 @@ def test_precompute_is_timed_against_its_forwards(tmp_path: Path) -> None:
         assert all(clock > 0 for times in passes.values() for clock in times.values())
 
 
+def test_the_bare_loop_takes_the_steps_of_the_run(tmp_path: Path) -> None:
+    options = ("--tiny", "--ranks", "1", "--rounds", "2", "--steps", "2", "--pairs-per-step", "8")
+    result = run_benchmark("overhead", tmp_path / "overhead.json", *options)
+    whole, bare = (result["measured"]["1 ranks"][name] for name in ("dsdpo train", "bare loop"))
+    assert len(whole["turns"]) == len(bare["turns"]) == 2
+    assert bare["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert len(set(bare["losses"])) > 2
+
+
 def test_sides_take_turns(tmp_path: Path) -> None:
     rounds, steps, warmup = 2, 2, 1
     total = warmup + rounds * steps

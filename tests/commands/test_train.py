@@ -111,7 +111,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
     run = settings(
         folder,
         inputs,
-        data={"eval": str(inputs / "test.jsonl")},
+        data={"eval": str(inputs / "few.jsonl")},
         evaluation={"every_steps": 2},
         checkpoint={"every_steps": 1, "keep_last": 2},
         tracking={"wandb": {"mode": "offline", "tags": ["test"]}},

@@ -33,7 +33,7 @@ KINDS = {
     "offload2": OFFLOAD_2,
 }
 SOURCES = ["zero1", "zero3", "zero3_offload", "robin"]
-TARGETS = {1: ["zero1", "zero3_offload"], 2: ["zero3", "offload2"], 3: ["robin", "sub_groups"]}
+TARGETS = {1: ["zero1", "zero3_offload"], 2: ["zero3", "offload2", "robin"], 3: ["sub_groups"]}
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(folder: Path, inputs: Path, case: dict[str, Any], look_ahead_steps: int) -> list[dict[str, float]]:
     reference = {**case.get("reference", {}), "look_ahead_steps": look_ahead_steps}
     steps = {"train": {"max_steps": STEPS}, "evaluation": {"every_steps": 2, "at_start": False}}
-    held_out = inputs / "held_out.jsonl"
-    held_out.write_text("".join((inputs / "test.jsonl").read_text().splitlines(keepends=True)[:4]))
-    data = {"eval": str(held_out)}
+    data = {"eval": str(inputs / "few.jsonl")}
     return train_on(2, settings(folder, inputs, **{**steps, "data": data, **case, "reference": reference}))
 
 

@@ -280,7 +280,7 @@ def test_snapshot_gives_the_numbers_of_a_copied_reference(inputs: Path, tmp_path
     """α = 1: no reference weights, and the same losses, training and held-out, as an engine that is overwritten."""
     moves = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3}
     shared = {
-        "data": {"eval": str(inputs / "test.jsonl")},
+        "data": {"eval": str(inputs / "few.jsonl")},
         "train": {"max_steps": 7},
         "evaluation": {"every_steps": 2},
     }

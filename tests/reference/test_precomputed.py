@@ -112,7 +112,7 @@ def test_same_losses_as_separate(
 
 def test_held_out_pairs_have_their_own_rows(inputs: Path, tmp_path: Path) -> None:
     """Pair ids of training and held-out data do not mix: evaluation agrees with a reference engine's."""
-    data = {"eval": str(inputs / "test.jsonl")}
+    data = {"eval": str(inputs / "few.jsonl")}
     rows = {}
     for strategy in ("separate", "precomputed"):
         run = settings(tmp_path / strategy, inputs, data=data, reference={"strategy": strategy})

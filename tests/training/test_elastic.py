@@ -51,7 +51,7 @@ def run_of(folder: Path, inputs: Path, policy_zero: str, own_zero: str, **case: 
         inputs,
         policy_zero=policy_zero,
         **{
-            "data": {"eval": str(inputs / "test.jsonl")},
+            "data": {"eval": str(inputs / "few.jsonl")},
             "train": {"max_steps": 6},
             "checkpoint": {"every_steps": 2, "keep_last": 9, "resume": "auto"},
             "evaluation": {"every_steps": 4, "at_start": False},

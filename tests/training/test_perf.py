@@ -110,12 +110,10 @@ def train_and_count(run: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("micro_batches", "layout"), [(1, "padded"), (4, "auto"), (8, "auto")])
 def test_a_run_says_where_it_stands(micro_batches: int, layout: str, inputs: Path, tmp_path: Path) -> None:
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text("".join((inputs / "test.jsonl").read_text().splitlines(keepends=True)[:4]))
     run = settings(
         tmp_path,
         inputs,
-        data={"layout": layout, "eval": str(held_out)},
+        data={"layout": layout, "eval": str(inputs / "few.jsonl")},
         batch={"pairs_per_step": 16, "pairs_per_micro_batch": 8 // micro_batches},
         train={"max_steps": 3},
         evaluation={"every_steps": 2, "at_start": False},

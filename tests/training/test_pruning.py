@@ -51,7 +51,7 @@ def test_a_run_keeps_its_best_checkpoints(tmp_path: Path) -> None:
     run = settings(
         tmp_path,
         inputs,
-        data={"eval": str(inputs / "test.jsonl")},
+        data={"eval": str(inputs / "few.jsonl")},
         optimizer={"learning_rate": 0.1},
         train={"max_steps": 6},
         evaluation={"every_steps": 1},

@@ -52,7 +52,7 @@ def run_of(folder: Path, inputs: Path, *, policy_zero: str = "zero3", **case: An
         folder,
         inputs,
         **{
-            "data": {"eval": str(inputs / "test.jsonl")},
+            "data": {"eval": str(inputs / "few.jsonl")},
             "train": {"max_steps": 4},
             "checkpoint": {"every_steps": 2},
             "evaluation": {"every_steps": 3, "at_start": False},
