@@ -1,8 +1,8 @@
 """TRL's DPOTrainer and dsdpo side by side: the same model, pairs, order, pairs per step, precision and ZeRO settings.
 
 One process: four shapes of random tokens on a small Llama, against TRL as it runs on a CPU, against TRL as it runs on
-CUDA (where only response positions go through the head), and against dsdpo's own padded layout. Two ranks: ZeRO-3 with
-each reference strategy, on made pairs or on --model and --data.
+CUDA (where only response positions go through the head), and against dsdpo's own padded layout; then --data in steps
+of 8 pairs. Two ranks: ZeRO-3 with each reference strategy, on made pairs or on --model and --data.
 
     pip install -c constraints.txt -e '.[bench]'; python -m benchmarks.vs_trl [--model FOLDER --data FILE.jsonl]
 """
@@ -10,7 +10,7 @@ each reference strategy, on made pairs or on --model and --data.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,28 @@ SHAPES: dict[str, tuple[int, int, int, str, str]] = {
     "64+448": (64, 448, 2, "1.3", "1.2"),
     "mixed": (384, 160, 4, "2.8", "2"),
 }
+ORDINARY = 8  # pairs per step of --data in one process
 STRATEGIES = ("separate", "precomputed", "LoRA", "TR-DPO")
 
 
 def main() -> None:
     """Measure and report."""
     options = parser("vs_trl", "dsdpo against TRL's DPOTrainer.")
-    options.add_argument("--model", type=Path, help="model folder for the two-rank part; default: made on the spot")
-    options.add_argument("--data", type=Path, help="JSONL file for the two-rank part; default: made on the spot")
+    options.add_argument(
+        "--model", type=Path, help="model folder for --data and the two-rank part; default: made on the spot"
+    )
+    options.add_argument(
+        "--data", type=Path, help="JSONL file, in one process a case of its own; default: made on the spot"
+    )
     options.add_argument("--pairs-per-step", type=int, default=32, help="of the two-rank part")
     options.add_argument("--trl-micro-batch", type=int, default=4, help="TRL's per_device_train_batch_size there")
     options.add_argument(
         "--micro-batch-tokens", type=int, default=4096, help="dsdpo's batch.tokens_per_micro_batch there"
     )
     options.add_argument("--starts", type=int, default=None, help="fresh processes there; default: one per round")
-    options.add_argument("--max-length", type=int, default=512, help="data.max_length there")
+    options.add_argument("--max-length", type=int, default=512, help="data.max_length of given rows")
     options.add_argument("--parts", nargs="+", default=["one", "two"], choices=["one", "two"], help="what to measure")
-    options.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    options.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     options.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     options.add_argument("--quick-memory", action="store_true", help="take memory from the timed runs: rougher")
     options.add_argument("--dtype", default=default_dtype(), choices=["float32", "bfloat16"])
@@ -72,11 +77,39 @@ def main() -> None:
     report.write()
 
 
+@dataclass(frozen=True)
+class Case:
+    """One comparison in one process."""
+
+    name: str
+    task: Task
+    targets: tuple[str, str, str]  # over TRL on a CPU, over its compact head, over our padded layout
+
+
 def one_process(report: Report, given: argparse.Namespace, folder: Path) -> None:
-    """Shapes of pairs in one process."""
+    """Shapes of made pairs, and --data where it is given, in one process."""
     folder.mkdir(parents=True)
-    model = make_model(folder / "model", MIDDLE)
+    cases = made_cases(given, folder)
+    if given.data:
+        cases.append(given_case(given, folder))
     rows = []
+    for case in cases:
+        sides = shape_sides(case.task)
+        measured = run_sides(sides, rounds=given.rounds, steps=given.steps, warmup=WARMUP)
+        memory = None if given.quick_memory else measure_memory(sides, steps=given.steps, warmup=WARMUP)
+        report.measured(f"one process, {case.name}", raw(measured, memory))
+        others = ("TRL on CPU", "TRL compact head", "dsdpo padded")
+        for other, target in zip(others, case.targets, strict=True):
+            pair = Pair(case.name, other, "dsdpo packed", target)
+            rows.append(pair_row(pair, measured, memory, pairs_per_turn=case.task.pairs_per_step * given.steps))
+    title = "One process: prompt + response tokens of each pair"
+    report_pairs(report, title, rows, exact_memory=not given.quick_memory)
+
+
+def made_cases(given: argparse.Namespace, folder: Path) -> list[Case]:
+    """Pairs of random tokens in SHAPES, on a small Llama."""
+    model = make_model(folder / "model", MIDDLE)
+    cases = []
     for shape in given.shapes:
         prompt, response, pairs, over_cpu, over_compact = SHAPES[shape]
         max_steps = WARMUP + given.rounds * given.steps
@@ -94,26 +127,36 @@ def one_process(report: Report, given: argparse.Namespace, folder: Path) -> None
             zero=ZERO1,
             dtype=given.dtype,
         )
-        sides = shape_sides(task)
-        measured = run_sides(sides, rounds=given.rounds, steps=given.steps, warmup=WARMUP)
-        memory = None if given.quick_memory else measure_memory(sides, steps=given.steps, warmup=WARMUP)
-        report.measured(f"one process, {shape}", raw(measured, memory))
         tokens, flops = token_ratio(lengths, pairs), flop_ratio(lengths, pairs, model)
-        wanted = [
-            Pair(shape, "TRL on CPU", "dsdpo packed", f"≥ {over_cpu}x"),
-            Pair(shape, "TRL compact head", "dsdpo packed", f"≥ {over_compact}x"),
-            Pair(shape, "dsdpo padded", "dsdpo packed", f"≥ {0.95 * tokens:.2f}x; all arithmetic {flops:.2f}x"),
-        ]
-        rows += [pair_row(pair, measured, memory, pairs_per_turn=pairs * given.steps) for pair in wanted]
-    title = "One process: prompt + response tokens of each pair"
-    report_pairs(report, title, rows, exact_memory=not given.quick_memory)
+        over_padded = f"≥ {0.95 * tokens:.2f}x; all arithmetic {flops:.2f}x"
+        cases.append(Case(shape, task, (f"≥ {over_cpu}x", f"≥ {over_compact}x", over_padded)))
+    return cases
+
+
+def given_case(given: argparse.Namespace, folder: Path) -> Case:
+    """The given rows, and the given model if there is one, in steps of an ordinary size."""
+    own = folder / "given"
+    own.mkdir()
+    max_steps = WARMUP + given.rounds * given.steps
+    model, data = model_and_rows(own, model=given.model, data=given.data, rows=ORDINARY * max_steps)
+    task = Task(
+        model=model,
+        data=data,
+        folder=own,
+        pairs_per_step=ORDINARY,
+        max_steps=max_steps,
+        zero=ZERO1,
+        max_length=given.max_length,
+        dtype=given.dtype,
+    )
+    return Case(f"{given.data.name}, {ORDINARY} pairs", task, ("≥ 2.5x", "", ""))
 
 
 def shape_sides(task: Task) -> list[Side]:
     """Both of TRL's ways and both of our layouts."""
     whole_step = {"pairs_per_micro_batch": task.pairs_per_step}
     stage0 = task.folder / "reference.json"
-    stage0.parent.mkdir(parents=True)
+    stage0.parent.mkdir(parents=True, exist_ok=True)
     stage0.write_text('{"zero_optimization": {"stage": 0}}')
     reference = {"strategy": "separate", "deepspeed": str(stage0)}
     return [
