@@ -24,7 +24,7 @@ from dsdpo.objective.attention import NAMES
 # Of float32 logits alive at once: large products suit a GPU, and what fits its caches suits a CPU, which takes no more
 # time for 16 MiB than for 256 and a fifth less where memory comes fresh from the system.
 CHUNK_BYTES, CHUNK_BYTES_ON_CPU = 256 * 2**20, 16 * 2**20
-LOGPS_VERSION = 1  # raise it when the same weights and tokens come to give other log-probs: stored ones become unusable
+LOGPS_VERSION = 2  # raise it when the same weights and tokens come to give other log-probs: stored ones become unusable
 
 # What other batches, layouts, kernels and machines may make of the same log-prob, per nat and response token.
 ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5}
@@ -78,7 +78,7 @@ class ResponseScorer(nn.Module):
             hidden = decoder(**inputs, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.score_at)
         logps = self.lm.get_output_embeddings()(hidden, batch.targets)
-        # Thousands of nats in float32 would be good to 5e-4, and on CUDA tokens are added in an order of chance.
+        # Added up in float32, 3,000 tokens of the same log-prob lose half a nat, and on CUDA their order is chance.
         summed = torch.zeros(2 * len(batch.pair_ids), dtype=torch.float64, device=logps.device)
         return summed.index_add(0, batch.response, logps.double()).float()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsdpo.data.batch import collate_padded
+from dsdpo.data.pairs import Pair
 from dsdpo.errors import ConfigError
 from dsdpo.objective import logps as module
 from dsdpo.objective.logps import ChunkedHead, LogitTransform, ResponseScorer, pair_logps
@@ -56,6 +58,20 @@ def test_any_chunk_size_gives_the_same(chunk: int) -> None:
     torch.testing.assert_close(ours, expected)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad)
+
+
+def test_long_responses_lose_nothing_in_the_sum() -> None:
+    """A head of zeros gives every token the same log-prob; 3,000 of them, added in float32, lose half a nat."""
+    lm = tiny_lm(hidden_size=8, head_dim=2, max_position_embeddings=4096)
+    torch.nn.init.zeros_(lm.get_output_embeddings().weight)
+    tokens = np.arange(3000) % 90 + 3
+    pair = Pair(pair_id=0, prompt=tokens[:1], chosen=tokens, rejected=tokens[:1000])
+    scored = pair_logps(ResponseScorer(lm), collate_padded([pair], pad_token_id=0))
+    token = torch.zeros(97).log_softmax(-1)[:1]
+    for found, count in ((scored.chosen, 3000), (scored.rejected, 1000)):
+        assert torch.equal(found, (count * token.double()).float())
+        in_float32 = torch.zeros(1).index_add(0, torch.zeros(count, dtype=torch.int64), token.expand(count))
+        assert not torch.equal(found, in_float32), "nothing is lost with so few tokens"
 
 
 def test_a_frozen_head_gets_no_weight_gradient() -> None:
