@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from dsdpo.config.run import DataConfig, ModelConfig
+from dsdpo.data.packing import LayoutName, MicroBatchBudget
+from dsdpo.data.pairs import Pairs, open_pairs
+from dsdpo.data.tokenize import prepare_pairs
+from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.data.window import Windows
+from dsdpo.objective.logps import ResponseScorer, pair_logps
 from tests.ranks import RankError, run_ranks
 from tests.runs import demo_inputs, losses, settings, train_on
+from tests.tiny import tiny_lm
 
 
 @pytest.fixture(scope="module")
@@ -56,56 +67,62 @@ def test_every_strategy_trains_alike_in_both_layouts(name: str, inputs: Path, tm
     assert abs(found["packed"][0] - found["packed"][3]) > 1e-4, "nothing was learned, so nothing was compared"
 
 
-def test_real_pairs(shared: Path, tmp_path: Path) -> None:
-    """All 500 held-out pairs: log-probs within 1e-5, and the gradient of every tenth pair."""
-    packed, padded = (score_real_pairs(shared, tmp_path, layout) for layout in ("packed", "padded"))
-    torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=1e-4)
-    assert (packed[1] - padded[1]).norm() < 1e-5 * padded[1].norm()
+@pytest.fixture(scope="module")
+def held_out(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """All of test.jsonl."""
+    source = {"train": str(shared / "data" / "test.jsonl"), "max_length": 512}
+    data = DataConfig.model_validate({**source, "cache_dir": str(tmp_path_factory.mktemp("prepared"))})
+    tokenizer = load_tokenizer(ModelConfig(path=str(shared / "models" / "tiny-sft")))
+    return open_pairs(prepare_pairs(data.train, tokenizer, data=data, seed=0, default_split="train"))
 
 
-def score_real_pairs(shared: Path, folder: Path, layout: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs (500, 2) by pair, and the gradient of the DPO loss over every tenth, in one process."""
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("family", ["tiny-sft", "llama with LoRA", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"])
+def test_real_pairs(family: str, held_out: Pairs, shared: Path) -> None:
+    """Log-probs, losses and gradients of all 500 held-out pairs; their tokens are folded into a tiny vocabulary."""
+    pairs = held_out if family == "tiny-sft" else replace(held_out, tokens=held_out.tokens % 94 + 3)
+    found = {}
+    for layout, attention in (("packed", "dsdpo"), ("padded", "eager" if family == "gemma2" else "sdpa")):
+        lm = language_model(family, shared)
+        lm.set_attn_implementation(attention)
+        found[layout] = score_real_pairs(pairs, lm, layout)
+    (packed, packed_gradient), (padded, padded_gradient) = found["packed"], found["padded"]
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dpo_losses(packed), dpo_losses(padded), rtol=1e-5, atol=1e-5)
+    assert (packed_gradient - padded_gradient).norm() < 1e-5 * padded_gradient.norm()
 
-    from dsdpo.config.run import RunConfig
-    from dsdpo.data.packing import MicroBatchBudget
-    from dsdpo.data.pairs import open_pairs
-    from dsdpo.data.tokenize import prepare_pairs
-    from dsdpo.data.tokenizer import load_tokenizer
-    from dsdpo.data.window import Windows
-    from dsdpo.objective.logps import ResponseScorer, pair_logps
 
-    run = RunConfig.model_validate(
-        {
-            "model": {"path": str(shared / "models" / "tiny-sft")},
-            "data": {"train": str(shared / "data" / "test.jsonl"), "max_length": 512, "cache_dir": str(folder)},
-            "deepspeed": "none.json",
-            "output_dir": str(folder),
-        }
-    )
-    tokenizer = load_tokenizer(run.model)
-    prepared = prepare_pairs(run.data.train, tokenizer, data=run.data, seed=0, default_split="train")
-    windows = Windows(
-        pairs=open_pairs(prepared),
-        budget=MicroBatchBudget(tokens=4096),
-        layout=layout,
-        pad_token_id=tokenizer.pad_token_id,
-        rank=0,
-        world_size=1,
-    )
-    lm = AutoModelForCausalLM.from_pretrained(run.model.path, dtype=torch.float32)
-    lm.set_attn_implementation("dsdpo" if layout == "packed" else "sdpa")
+def language_model(family: str, shared: Path) -> Any:
+    """A trained model, or a tiny random one of a family."""
+    if family == "tiny-sft":
+        return AutoModelForCausalLM.from_pretrained(shared / "models" / "tiny-sft", dtype=torch.float32)
+    name, _, lora = family.partition(" with ")
+    lm = tiny_lm(name, max_position_embeddings=512, scale=2.0)
+    if lora:
+        torch.manual_seed(0)
+        settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(lm, settings)  # puts its layers into `lm`
+    return lm
+
+
+def score_real_pairs(pairs: Pairs, lm: Any, layout: LayoutName) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs (N, 2) by pair, and the gradient of the DPO loss over all pairs, in one process."""
+    budget = MicroBatchBudget(tokens=4096)
+    windows = Windows(pairs=pairs, budget=budget, layout=layout, pad_token_id=0, rank=0, world_size=1)
     scorer = ResponseScorer(lm)
-    logps = torch.zeros(len(windows.pairs), 2)
-    with torch.no_grad():
-        for window in windows.whole_pass():
-            for batch in window:
-                scored = pair_logps(scorer, batch)
-                logps[batch.pair_ids] = torch.stack([scored.chosen, scored.rejected], dim=1)
-    for first in range(0, len(windows.pairs), 100):
-        scored = pair_logps(scorer, windows.batch(tuple(range(first, first + 100, 10))))
-        torch.nn.functional.softplus(-0.1 * (scored.chosen - scored.rejected)).sum().backward()
-    return logps, torch.cat([parameter.grad.flatten() for parameter in lm.parameters()])
+    logps = torch.zeros(len(pairs), 2)
+    for window in windows.whole_pass():
+        for batch in window:
+            scored = pair_logps(scorer, batch)
+            both = torch.stack([scored.chosen, scored.rejected], dim=1)
+            dpo_losses(both).sum().backward()
+            logps[batch.pair_ids] = both.detach()
+    gradients = [parameter.grad.flatten() for parameter in lm.parameters() if parameter.grad is not None]
+    return logps, torch.cat(gradients)
+
+
+def dpo_losses(logps: torch.Tensor) -> torch.Tensor:
+    """(N,) of log-probs (N, 2) against a reference that finds both responses equally likely."""
+    return torch.nn.functional.softplus(-0.1 * (logps[:, 0] - logps[:, 1]))
 
 
 def plan_here(run: dict[str, Any]) -> tuple[str, str | None]:
