@@ -51,7 +51,8 @@ def test_a_run_keeps_its_best_checkpoints(tmp_path: Path) -> None:
     run = settings(
         tmp_path,
         inputs,
-        data={"eval": str(inputs / "few.jsonl")},
+        data={"eval": str(inputs / "test.jsonl")},
+        batch={"pairs_per_micro_batch": None, "tokens_per_micro_batch": 2000},
         optimizer={"learning_rate": 0.1},
         train={"max_steps": 6},
         evaluation={"every_steps": 1},
