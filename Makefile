@@ -27,7 +27,7 @@ bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(VENV)/bin/python -m benchmarks.packing $(SHORT) --out runs/bench/packing.json
 	$(VENV)/bin/python -m benchmarks.precompute $(SHORT) --tiny --pairs 256 --out runs/bench/precompute.json
-	$(VENV)/bin/python -m benchmarks.overhead $(TINY) --out runs/bench/overhead.json
+	$(VENV)/bin/python -m benchmarks.overhead $(SHORT) --tiny --pairs-per-step 8 --out runs/bench/overhead.json
 	$(VENV)/bin/python -m benchmarks.window $(SHORT) --tiny --quick-memory --out runs/bench/window.json
 	$(VENV)/bin/python -m benchmarks.strategies $(TINY) --out runs/bench/strategies.json
 	$(VENV)/bin/python -m benchmarks.zero_configs $(TINY) --out runs/bench/zero_configs.json

@@ -30,7 +30,7 @@ COLUMNS = (
 def main() -> None:
     """Measure and report."""
     options = parser("overhead", "A training run beside its arithmetic alone.")
-    add_run_options(options)
+    add_run_options(options, memory=False)
     options.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     given = options.parse_args()
     report = Report("overhead", "What a run does beside its arithmetic", given)

@@ -39,12 +39,15 @@ def main() -> None:
     report.write()
 
 
-def add_run_options(options: argparse.ArgumentParser, *, pairs_per_step: int = 32, tokens: int = 4096) -> None:
-    """The options of benchmarks that train on two ranks."""
+def add_run_options(
+    options: argparse.ArgumentParser, *, pairs_per_step: int = 32, tokens: int = 4096, memory: bool = True
+) -> None:
+    """The options of benchmarks that train on two ranks, and measure `memory`."""
     options.add_argument("--model", type=Path, help="model folder; default: made on the spot")
     options.add_argument("--data", type=Path, help="JSONL file; default: made on the spot")
     options.add_argument("--tiny", action="store_true", help="a model and pairs that take no time, to try the script")
-    options.add_argument("--quick-memory", action="store_true", help="take memory from the timed runs: rougher")
+    if memory:
+        options.add_argument("--quick-memory", action="store_true", help="take memory from the timed runs: rougher")
     options.add_argument("--pairs-per-step", type=int, default=pairs_per_step, help="over all ranks")
     options.add_argument("--micro-batch-tokens", type=int, default=tokens, help="batch.tokens_per_micro_batch")
     options.add_argument("--max-length", type=int, default=512, help="data.max_length")

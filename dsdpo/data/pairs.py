@@ -92,9 +92,10 @@ def damage(folder: Path) -> str | None:
     Reads all of it, unless no file's size or time of modification has changed since it was last found whole.
     """
     try:
-        state = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in FILES}
+        stats = {name: (folder / name).stat() for name in FILES}
     except OSError as error:
         return f"{folder}: prepared pairs cannot be read ({error})"
+    state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     with suppress(OSError, ValueError):
         if json.loads((folder / CHECKED).read_text(encoding="utf-8")) == state:
             return None

@@ -76,7 +76,9 @@ def held_out(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return open_pairs(prepare_pairs(data.train, tokenizer, data=data, seed=0, default_split="train"))
 
 
-@pytest.mark.parametrize("family", ["tiny-sft", "llama with LoRA", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["tiny-sft", "llama", "llama with LoRA", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"]
+)
 def test_real_pairs(family: str, held_out: Pairs, shared: Path) -> None:
     """Log-probs and losses of all 500 held-out pairs; with tokens folded into a tiny vocabulary, gradients too."""
     trained = family == "tiny-sft"
