@@ -12,24 +12,24 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from benchmarks.recorder import Recorder
-from dsdpo.commands.console import quiet_libraries
-from dsdpo.commands.engines import build_engines
-from dsdpo.commands.prepare import prepare
 from dsdpo.config.load import load_run, run_parser
+from dsdpo.console import quiet_libraries
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.layout import group_by_tokens, merge
-from dsdpo.data.window import Window
+from dsdpo.data.collate import group_by_tokens, merge
+from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks, world_size
 from dsdpo.engine.build import device
 from dsdpo.reference.separate import SeparateReference
+from dsdpo.run.models import build_policy_and_reference
+from dsdpo.run.plan import plan_run
 
 
 def main(argv: list[str]) -> int:
     """Take the run's steps; the exit code."""
     run, flags = load_run(argv, run_parser("benchmarks.bare", "The arithmetic of a run alone."))
     quiet_libraries(verbose=False)
-    plan = prepare(run, run_file=flags.run)
-    policy, reference = build_engines(plan)
+    plan = plan_run(run, run_file=flags.run)
+    policy, reference = build_policy_and_reference(plan)
     assert isinstance(reference, SeparateReference)
     windows = list(plan.training_windows(device(), 0))
     merged = [passes(window, reference.score_tokens) for window in windows]
@@ -40,14 +40,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def passes(window: Window, score_tokens: int) -> list[PreferenceBatch]:
+def passes(window: StepBatches, score_tokens: int) -> list[PreferenceBatch]:
     """What the reference scores in one pass each, equally many on every rank."""
     groups = group_by_tokens(window.batches, score_tokens)
     count = max_over_ranks(len(groups), device())
     return [merge(groups[min(index, len(groups) - 1)]) for index in range(count)]
 
 
-def step(policy: Any, reference: Any, window: Window, whole: list[PreferenceBatch], *, beta: float) -> float:
+def step(policy: Any, reference: Any, window: StepBatches, whole: list[PreferenceBatch], *, beta: float) -> float:
     """Forward passes of both, the loss, the backward pass and the update; this rank's part of the loss."""
     total = torch.zeros((), device=device())
     with torch.no_grad():

@@ -17,7 +17,7 @@ from benchmarks.compare import raw, speedups
 from benchmarks.inputs import SMALL, make_model, mixed_lengths, random_rows, write_rows
 from benchmarks.processes import run_sides
 from benchmarks.sides import Task, available_ranks, default_dtype, ours
-from dsdpo.data.packing import MicroBatchBudget
+from dsdpo.data.binning import MicroBatchBudget
 from dsdpo.data.plan import MicroBatches, plan_step, step_cost
 
 # Median prompt and response tokens, and the lognormal sigma, of the mixes.

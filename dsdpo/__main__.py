@@ -22,7 +22,7 @@ HEAD_START_S = 8.0  # of rank 0, when ranks find a mistake before they are conne
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 training failed, 2 the input is wrong (and said so on rank 0)."""
-    from dsdpo.commands.console import is_main, launched_rank
+    from dsdpo.console import is_main, launched_rank
 
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher puts its own argument first.

@@ -23,11 +23,11 @@ def save_lm(folder: Path, tokenizer_from: Path, lm: Any) -> str:
 
 def planned(run: dict[str, Any]) -> Any:
     """The run's plan, with DeepSpeed's operators ready. Collective."""
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
-    from dsdpo.engine.ops import prepare_ops
+    from dsdpo.engine.quirks.compiled_ops import prepare_ops
+    from dsdpo.run.plan import plan_run
 
-    plan = prepare(RunConfig.model_validate(run), writes_output=False)
+    plan = plan_run(RunConfig.model_validate(run), writes_output=False)
     prepare_ops(plan.policy_config, plan.reference_config)
     return plan
 

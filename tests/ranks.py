@@ -101,7 +101,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     import deepspeed
     import torch
 
-    from dsdpo.engine.ops import skip_shared_memory_op
+    from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
 
     torch.set_num_threads(1)
     skip_shared_memory_op()

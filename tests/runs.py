@@ -96,11 +96,11 @@ def train_on(world_size: int, run: dict[str, Any]) -> list[dict[str, float]]:
 
 def train_here(run: dict[str, Any]) -> None:
     """Train in this process, as one of the ranks that are there."""
-    from dsdpo.commands.prepare import prepare
     from dsdpo.commands.train import train
     from dsdpo.config.run import RunConfig
+    from dsdpo.run.plan import plan_run
 
-    train(prepare(RunConfig.model_validate(run)))
+    train(plan_run(RunConfig.model_validate(run)))
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

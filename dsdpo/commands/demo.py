@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from dsdpo.commands.console import quiet_libraries
 from dsdpo.commands.plot import plot
+from dsdpo.console import quiet_libraries
 from dsdpo.errors import ConfigError
 
 Row = dict[str, list[dict[str, str]]]

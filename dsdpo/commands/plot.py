@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsdpo.commands.report import read_metrics
 from dsdpo.errors import ConfigError
+from dsdpo.run.summary import read_metrics
 
 PANELS = (
     ("loss", "loss (nats)"),

@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsdpo.commands.console import quiet_libraries, say
 from dsdpo.config.load import dump_yaml, load_run, run_parser
+from dsdpo.console import quiet_libraries, say
 
 STOPPED = 75  # exit code: saved and stopped early, to be started again with --resume auto (EX_TEMPFAIL)
 
 if TYPE_CHECKING:
-    from dsdpo.commands.prepare import Plan
+    from dsdpo.run.plan import Plan
 
 
 def main(argv: list[str]) -> int:
@@ -30,15 +30,15 @@ def main(argv: list[str]) -> int:
     run, flags = load_run(argv, parser)
 
     # torch, transformers and DeepSpeed take seconds to import, which a wrong setting need not wait for.
-    from dsdpo.commands.prepare import prepare
-    from dsdpo.commands.report import describe_plan
+    from dsdpo.run.plan import plan_run
+    from dsdpo.run.summary import describe_plan
 
     quiet_libraries(verbose=flags.verbose)
-    plan = prepare(run, run_file=flags.run)
+    plan = plan_run(run, run_file=flags.run)
     say(describe_plan(plan))
     if flags.dry_run:
         return 0
-    from dsdpo.training.peers import watched_ranks
+    from dsdpo.training.lost_ranks import watched_ranks
 
     with watched_ranks(lost_after=run.distributed.lost_after):
         return train(plan)
@@ -46,14 +46,14 @@ def main(argv: list[str]) -> int:
 
 def train(plan: Plan) -> int:
     """Build both engines, train, evaluate, save and export; the exit code. Collective."""
-    from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.performance import measured
-    from dsdpo.commands.prepare import make_output_folder
-    from dsdpo.commands.report import describe_results
-    from dsdpo.commands.resume import begin, checkpoint_to_resume, save
     from dsdpo.engine.build import device
     from dsdpo.objective.losses import make_loss
-    from dsdpo.training import trainer
+    from dsdpo.run.models import build_policy_and_reference
+    from dsdpo.run.performance import measured
+    from dsdpo.run.plan import make_output_folder
+    from dsdpo.run.resume import begin, checkpoint_to_resume, save
+    from dsdpo.run.summary import describe_results
+    from dsdpo.training import loop
     from dsdpo.training.evaluate import evaluate
     from dsdpo.training.export import export_model
     from dsdpo.training.metrics import Meter
@@ -62,12 +62,12 @@ def train(plan: Plan) -> int:
     from dsdpo.training.stop import StopRequest, record_stop
     from dsdpo.training.tracking import Tracker
 
-    run, due, meter = plan.run, trainer.Due.of(plan.run, plan.total_steps), Meter()
+    run, due, meter = plan.run, loop.Cadence.of(plan.run, plan.total_steps), Meter()
     checkpoint = checkpoint_to_resume(plan)
     folder = make_output_folder(run, keep=checkpoint is not None)
     stop = StopRequest(folder, deadline=run.checkpoint.deadline, device=device())
     record_settings(plan, folder)
-    policy, reference = build_engines(plan)
+    policy, reference = build_policy_and_reference(plan)
     state, identity = begin(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
     loss_fn = make_loss(run.loss.type, beta=run.loss.beta, label_smoothing=run.loss.label_smoothing)
     tracker = Tracker(run, folder, facts={"reference_identity": identity})
@@ -81,7 +81,7 @@ def train(plan: Plan) -> int:
     if state.step == 0 and due.evaluate(0):
         evaluate_now()
     with stop, closing(plan.training_windows(device(), state.step)) as windows:
-        reason = trainer.train(
+        reason = loop.train(
             policy,
             reference,
             loss_fn,

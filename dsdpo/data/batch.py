@@ -59,11 +59,11 @@ class PreferenceBatch:
 
     input_ids: Tensor  # (R, T) int64
     position_ids: Tensor  # (R, T) int64
-    layout: Padded | Packed  # what attention needs
+    attention: Padded | Packed  # what attention needs
     score_at: Tensor  # (N,) int64, flat position (row * T + column) whose hidden state predicts a response token
     targets: Tensor  # (N,) int64, those response tokens
     response: Tensor  # (N,) int64 in [0, 2B): chosen i -> i, rejected i -> B + i
-    pair_ids: Tensor  # (B,) int64, the run's number of the pair (see `Windows.first_pair_id`); -1 for a filler pair
+    pair_ids: Tensor  # (B,) int64, the run's number of the pair (see `BatchSource.first_pair_id`); -1 for a filler pair
 
     @property
     def num_pairs(self) -> int:
@@ -77,8 +77,10 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
         """The same on `device`, copied without waiting where memory is pinned."""
-        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "layout"}
-        return PreferenceBatch(layout=self.layout.to(device), **tensors)
+        tensors = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "attention"
+        }
+        return PreferenceBatch(attention=self.attention.to(device), **tensors)
 
 
 def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int) -> PreferenceBatch:
@@ -98,7 +100,7 @@ def collate_padded(pairs: Sequence[Pair], *, pad_token_id: int) -> PreferenceBat
     return PreferenceBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.arange(width).repeat(rows, 1),
-        layout=Padded(attention_mask=torch.from_numpy(attention_mask)),
+        attention=Padded(attention_mask=torch.from_numpy(attention_mask)),
         score_at=torch.from_numpy(np.concatenate(score_at)),
         targets=torch.from_numpy(np.concatenate(responses).astype(np.int64)),
         response=torch.from_numpy(np.repeat(np.arange(rows), [len(response) for response in responses])),
@@ -121,8 +123,8 @@ def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
     before = 0
     masks = []
     for batch in batches:
-        assert isinstance(batch.layout, Padded)
-        masks.append(batch.layout.attention_mask)
+        assert isinstance(batch.attention, Padded)
+        masks.append(batch.attention.attention_mask)
         size, old_width = batch.num_pairs, batch.input_ids.shape[1]
         # In this layout row and response have the same number, and both move alike.
         score_at.append(moved(batch.score_at // old_width, size, before, total) * width + batch.score_at % old_width)
@@ -133,7 +135,7 @@ def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
         batches[0],
         input_ids=input_ids,
         position_ids=torch.arange(width, device=input_ids.device).repeat(2 * total, 1),
-        layout=Padded(attention_mask=_stacked(masks, width)),
+        attention=Padded(attention_mask=_stacked(masks, width)),
         score_at=torch.cat(score_at),
         targets=torch.cat([batch.targets for batch in batches]),
         response=torch.cat(response),

@@ -27,8 +27,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.examples import shared_length
-from dsdpo.data.report import BadRow
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsdpo.data.report import BadRow
+from dsdpo.data.dropped_rows import BadRow
 
 FIELDS = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs")
 HH_TURN = "\n\nAssistant:"

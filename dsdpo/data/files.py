@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dsdpo.data.report import BadRow
+from dsdpo.data.dropped_rows import BadRow
 from dsdpo.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")

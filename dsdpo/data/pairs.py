@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdpo.data.report import DropReport
+from dsdpo.data.dropped_rows import DropReport
 from dsdpo.errors import CacheError
 
 TOKEN = np.dtype("<i4")

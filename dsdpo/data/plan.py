@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dsdpo.data.packing import BINNERS, COSTS, LayoutName, MicroBatchBudget
+from dsdpo.data.binning import BINNERS, COSTS, LayoutName, MicroBatchBudget
 
 MicroBatches = tuple[tuple[tuple[int, ...], ...], ...]  # [rank][micro-batch] -> pair ids; () is a filler
 

@@ -1,4 +1,4 @@
-"""Windows made ahead of time by a thread, so that the device never waits for the host to lay out a batch."""
+"""BatchSource made ahead of time by a thread, so that the device never waits for the host to lay out a batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.window import Window
+from dsdpo.data.steps import StepBatches
 
-W = TypeVar("W", Window, tuple[PreferenceBatch, ...])
+W = TypeVar("W", StepBatches, tuple[PreferenceBatch, ...])
 
 END = object()
 
@@ -62,7 +62,7 @@ def prefetch(windows: Iterable[W], device: torch.device, *, depth: int = 2) -> G
 
 def with_batches(window: W, change: Callable[[PreferenceBatch], PreferenceBatch]) -> W:
     """The window with each of its batches changed."""
-    if isinstance(window, Window):
+    if isinstance(window, StepBatches):
         return replace(window, batches=tuple(change(batch) for batch in window.batches))
     return tuple(change(batch) for batch in window)
 

@@ -24,10 +24,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from dsdpo.config.run import DataConfig, SourceConfig
+from dsdpo.data.dropped_rows import BadRow, DropReport, check_report, collect_problems
 from dsdpo.data.encode import Encoded, Encoder, encode_examples, make_encoder
 from dsdpo.data.examples import to_example
 from dsdpo.data.pairs import Pairs, damage, open_pairs, write_index, write_tokens
-from dsdpo.data.report import BadRow, DropReport, check_report, collect_problems
 from dsdpo.data.sources import SECTIONS, DefaultSplit, Source, find_sources, read_rows, uses_of_rows
 from dsdpo.errors import DataError
 

@@ -22,13 +22,13 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from dsdpo.config.run import ModelConfig, OptimizerConfig, RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import rank
-from dsdpo.engine.gathers import count_gathers_of
 from dsdpo.engine.lora import add_adapter, add_reference_adapter
-from dsdpo.engine.ops import skip_shared_memory_op
+from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
+from dsdpo.engine.quirks.gather_trace import count_gathers_of
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.logps import ResponseScorer
-from dsdpo.objective.packable import packed_refusal
+from dsdpo.objective.packed_support import packed_refusal
 
 log = logging.getLogger(__name__)
 

@@ -85,13 +85,13 @@ class ResponseScorer(nn.Module):
 
 def attention_inputs(batch: PreferenceBatch, lm: Any) -> dict[str, Any]:
     """What a model's attention is told of a batch, as arguments of the model."""
-    if isinstance(batch.layout, Padded):
-        return {"attention_mask": batch.layout.attention_mask}
+    if isinstance(batch.attention, Padded):
+        return {"attention_mask": batch.attention.attention_mask}
     name = lm.config._attn_implementation
     assert name in NAMES.values(), f"attention {name} would let all pairs of a packed row see each other"
     # transformers takes a mask of four dimensions for one made by the caller and makes none; its content is not read.
     dummy = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
-    return {"attention_mask": dummy, "packed": batch.layout}
+    return {"attention_mask": dummy, "packed": batch.attention}
 
 
 def linear_heads(head: nn.Module) -> list[nn.Module]:

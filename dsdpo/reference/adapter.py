@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.engine.gathers import SecondOrder
 from dsdpo.engine.lora import REFERENCE, AdapterSwitch, load_reference_adapter, save_reference_adapter
+from dsdpo.engine.quirks.gather_trace import SecondOrder
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
-from dsdpo.reference.base import Reference, score_window
+from dsdpo.reference.base import Reference, score_batches
 
 
 class AdapterReference(Reference):
@@ -36,7 +36,7 @@ class AdapterReference(Reference):
         self.policy.eval()
         try:
             with self._switch.use(self.adapter), self._gathers.recorded_apart():
-                return score_window(self.policy, window, score_tokens=self.score_tokens)
+                return score_batches(self.policy, window, score_tokens=self.score_tokens)
         finally:
             self.policy.train(was_training)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.layout import group_by_tokens, merge
-from dsdpo.data.window import Window
+from dsdpo.data.collate import group_by_tokens, merge
+from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks
 from dsdpo.objective.logps import PairLogps, pair_logps
 from dsdpo.reference.identity import ReferenceIdentity
@@ -28,7 +28,7 @@ class Reference(ABC):
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         """One `PairLogps` per batch, without gradient. Collective, as often on every rank."""
 
-    def looking_ahead(self, windows: Iterable[Window], step: int) -> Iterable[Window]:
+    def looking_ahead(self, windows: Iterable[StepBatches], step: int) -> Iterable[StepBatches]:
         """The windows of the steps after `step`, of which a reference may see several before it is asked."""
         return windows
 
@@ -51,7 +51,7 @@ class Reference(ABC):
 
 
 @torch.no_grad()
-def score_window(
+def score_batches(
     model: Callable[..., Tensor], window: Sequence[PreferenceBatch], *, score_tokens: int
 ) -> list[PairLogps]:
     """Log-probs of a window, in as few forward passes of at most `score_tokens` tokens as it takes. Collective.

@@ -16,16 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.packing import MicroBatchBudget
+from dsdpo.data.binning import MicroBatchBudget
 from dsdpo.data.pairs import Pairs
 from dsdpo.data.plan import plan_pass
 from dsdpo.data.prefetch import prefetch
-from dsdpo.data.window import Windows
+from dsdpo.data.steps import BatchSource
 from dsdpo.distributed import all_or_none, broadcast_array, broadcast_object, rank, sum_over_ranks
 from dsdpo.engine.build import device
 from dsdpo.errors import CacheError
 from dsdpo.objective.logps import ROUNDING, PairLogps
-from dsdpo.reference.base import Reference, score_window
+from dsdpo.reference.base import Reference, score_batches
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.store import SHARD_ROWS, LogpTable, ShardWriter, open_store, pair_keys, read_rows
 
@@ -90,7 +90,7 @@ def open_store_on_ranks(store: Path, identity: ReferenceIdentity) -> Path:
     return folder
 
 
-def fill_table(scorer: Scorer, windows: Windows, folder: Path, *, dtype: str, seed: int, name: str) -> Filled:
+def fill_table(scorer: Scorer, windows: BatchSource, folder: Path, *, dtype: str, seed: int, name: str) -> Filled:
     """Log-probs of every pair of a data set, from the store or else scored now and stored. Collective.
 
     Rank 0 alone reads, so that no rank can decide otherwise than the others; rows travel by broadcast, as other nodes
@@ -126,7 +126,7 @@ def fill_table(scorer: Scorer, windows: Windows, folder: Path, *, dtype: str, se
 
 
 def score_rows(
-    scorer: Scorer, windows: Windows, rows: np.ndarray, *, label: str, folder: Path | None = None
+    scorer: Scorer, windows: BatchSource, rows: np.ndarray, *, label: str, folder: Path | None = None
 ) -> LogpTable:
     """Log-probs of these rows of `windows.pairs`, on every rank, stored in `folder` as they come. Collective.
 
@@ -146,7 +146,7 @@ def score_rows(
             if writer is not None:
                 with all_or_none():  # a full disk on one node must not leave the others waiting in a gather
                     writer.make_room(len(ids))
-            [logps] = score_window(scorer.engine, window, score_tokens=scorer.score_tokens)
+            [logps] = score_batches(scorer.engine, window, score_tokens=scorer.score_tokens)
             if ids:
                 table[list(ids)] = _to_rows(logps)
                 if writer is not None:

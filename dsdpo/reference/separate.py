@@ -8,7 +8,7 @@ from typing import Any
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.engine.lora import POLICY
 from dsdpo.objective.logps import PairLogps
-from dsdpo.reference.base import Reference, score_window
+from dsdpo.reference.base import Reference, score_batches
 
 
 class SeparateReference(Reference):
@@ -19,7 +19,7 @@ class SeparateReference(Reference):
         self.score_tokens = score_tokens
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
-        return score_window(self.engine, window, score_tokens=self.score_tokens)
+        return score_batches(self.engine, window, score_tokens=self.score_tokens)
 
     def scorer(self) -> tuple[Any, str | None]:
         return self.engine.module.lm, POLICY

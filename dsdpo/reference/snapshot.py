@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.window import Window
+from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import rank, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.lora import POLICY
 from dsdpo.errors import CheckpointError
 from dsdpo.objective.logps import PairLogps
-from dsdpo.reference.base import Reference, score_window
+from dsdpo.reference.base import Reference, score_batches
 
 
 class SnapshotReference(Reference):
@@ -34,7 +34,7 @@ class SnapshotReference(Reference):
         self,
         policy: Any,
         *,
-        training: Callable[[int], Iterable[Window]],
+        training: Callable[[int], Iterable[StepBatches]],
         held_out: Callable[[], Iterable[Sequence[PreferenceBatch]]],
         evaluates_after: Callable[[int], bool],
         every: int,
@@ -60,7 +60,7 @@ class SnapshotReference(Reference):
         self.policy.eval()
         for window in windows:
             ids += [batch.pair_ids for batch in window]
-            logps += score_window(self.policy, window, score_tokens=self.score_tokens)
+            logps += score_batches(self.policy, window, score_tokens=self.score_tokens)
         self.policy.train()
         if not ids:  # after the last step
             return

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import dsdpo
 from dsdpo.distributed import all_or_none, barrier, gather_objects, rank, world_size
-from dsdpo.engine.saving import TAG, load_engine, save_engine
+from dsdpo.engine.quirks.checkpoint_files import TAG, load_engine, save_engine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter

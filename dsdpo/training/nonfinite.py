@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsdpo.config.run import RunConfig
-from dsdpo.data.window import Window
+from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import all_or_none, gather_objects, rank
 from dsdpo.errors import TrainingError
 from dsdpo.objective.losses import LossOutput
@@ -37,7 +37,7 @@ def marked(loss: Tensor, output: LossOutput, weight: Tensor) -> Tensor:
     return loss * torch.where(sound, 1.0, math.nan)
 
 
-def record_skipped(folder: Path, run: RunConfig, step: int, window: Window, outputs: Sequence[LossOutput]) -> None:
+def record_skipped(folder: Path, run: RunConfig, step: int, window: StepBatches, outputs: Sequence[LossOutput]) -> None:
     """Note a step that was not taken in `folder`/nonfinite.jsonl, and end the run if it asks for that. Collective.
 
     `outputs` are those of this rank's micro-batches. Raises `TrainingError`. In float16 a step whose losses are all

@@ -14,9 +14,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dsdpo.data.window import Window
+from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks, world_size
-from dsdpo.engine.gathers import GATHERED
+from dsdpo.engine.quirks.gather_trace import GATHERED
 from dsdpo.training.metrics import Meter
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ class Perf:
                     return
             yield item
 
-    def count(self, window: Window) -> None:
+    def count(self, window: StepBatches) -> None:
         """Take note of a finished step."""
         self._steps += 1
         self._pairs += window.pairs

@@ -13,8 +13,8 @@ import numpy as np
 
 from dsdpo.config.run import RunConfig
 from dsdpo.distributed import rank
+from dsdpo.training.jsonl import JsonlWriter, drop_rows
 from dsdpo.training.nonfinite import RECORD as NONFINITE
-from dsdpo.training.rows import RowFile, drop_rows
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class Tracker:
         self._active = rank() == 0
         self._wandb: Any = None
         if self._active:
-            self._record = RowFile(folder / METRICS)
-            self._pairs = RowFile(folder / PAIRS) if run.tracking.pairs else None
+            self._record = JsonlWriter(folder / METRICS)
+            self._pairs = JsonlWriter(folder / PAIRS) if run.tracking.pairs else None
             if run.tracking.wandb is not None:
                 self._wandb = _start_wandb(run, folder, facts or {})
 

@@ -25,7 +25,7 @@ def test_two_pairs_by_hand() -> None:
         [1, 2, 5, 99],  # rejected of FIRST
         [6, 8, 9, 10],  # rejected of SECOND
     ]
-    assert batch.layout.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.attention.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3]] * 4
     # Each response token is predicted one column before its own: 3 at (0, 1), 4 at (0, 2), 7 at (1, 0) ...
     assert batch.score_at.tolist() == [1, 2, 4, 9, 12, 13, 14]
@@ -34,7 +34,7 @@ def test_two_pairs_by_hand() -> None:
     assert batch.pair_ids.tolist() == [7, 3]
     assert (batch.num_pairs, batch.num_tokens) == (2, 16)
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert {tensor.dtype for tensor in [*tensors, batch.layout.attention_mask]} == {torch.int64}
+    assert {tensor.dtype for tensor in [*tensors, batch.attention.attention_mask]} == {torch.int64}
 
 
 def test_filler_is_a_batch_without_pairs() -> None:
@@ -48,7 +48,7 @@ def test_filler_is_a_batch_without_pairs() -> None:
 def assert_same(left: PreferenceBatch, right: PreferenceBatch) -> None:
     for name in ("input_ids", "position_ids", "pair_ids"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
-    assert torch.equal(left.layout.attention_mask, right.layout.attention_mask)
+    assert torch.equal(left.attention.attention_mask, right.attention.attention_mask)
 
     def scored(batch: PreferenceBatch) -> list[tuple[int, int, int]]:
         return sorted(zip(batch.response.tolist(), batch.score_at.tolist(), batch.targets.tolist(), strict=True))
@@ -80,4 +80,4 @@ def test_merged_batches_keep_their_order_and_fillers() -> None:
 def test_to_moves_every_tensor() -> None:
     moved = collate_padded([FIRST], pad_token_id=0).to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert {tensor.device.type for tensor in [*tensors, moved.layout.attention_mask]} == {"meta"}
+    assert {tensor.device.type for tensor in [*tensors, moved.attention.attention_mask]} == {"meta"}

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from dsdpo.data.packing import MicroBatchBudget, padded_cost
+from dsdpo.data.binning import MicroBatchBudget, padded_cost
 from dsdpo.data.plan import (
     MicroBatches,
     StepPlan,

@@ -1,4 +1,4 @@
-"""Windows ahead of time: the same ones, as many as allowed, and a thread that ends with its reader."""
+"""BatchSource ahead of time: the same ones, as many as allowed, and a thread that ends with its reader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def windows(count: int, log: list[int] | None = None) -> Iterator[tuple[PreferenceBatch, ...]]:
-    """Windows of one batch each, whose number is logged as soon as it is made."""
+    """BatchSource of one batch each, whose number is logged as soon as it is made."""
     for index in range(count):
         if log is not None:
             log.append(index)
@@ -117,7 +117,7 @@ def test_batches_are_pinned_and_arrive_on_the_device() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     batch = random_batch(2)
     assert pinned(batch).input_ids.is_pinned()
-    assert pinned(batch).layout.attention_mask.is_pinned()
+    assert pinned(batch).attention.attention_mask.is_pinned()
     for [found], [expected] in zip(prefetch(windows(4), device), windows(4), strict=True):
-        assert found.input_ids.device == found.layout.attention_mask.device == device
+        assert found.input_ids.device == found.attention.attention_mask.device == device
         assert torch.equal(found.input_ids.cpu(), expected.input_ids)

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsdpo.config.run import SourceConfig
+from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.examples import to_example
-from dsdpo.data.report import BadRow
 from dsdpo.data.sources import find_sources, read_rows, uses_of_rows
 from dsdpo.errors import DataError
 from tests.data.helpers import assistant, text_rows, user, write_jsonl

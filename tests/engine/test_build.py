@@ -131,7 +131,7 @@ def test_window_costs_one_gather_however_many_micro_batches(inputs: Path, tmp_pa
 
 def count_gathers(run: dict[str, Any]) -> tuple[int, dict[int, int]]:
     """The number of parameters of all modules, and how many were made whole for windows of 1 and of 6 micro-batches."""
-    from dsdpo.reference.base import score_window
+    from dsdpo.reference.base import score_batches
     from tests.gathers import counting
 
     reference = reference_of(planned(run))
@@ -139,7 +139,7 @@ def count_gathers(run: dict[str, Any]) -> tuple[int, dict[int, int]]:
     for micro_batches in (1, 6):
         window = [random_batch(2, vocab=60, seed=seed) for seed in range(micro_batches)]
         with counting() as events:
-            scored = score_window(reference, window, score_tokens=100_000)
+            scored = score_batches(reference, window, score_tokens=100_000)
         assert len(scored) == micro_batches
         gathers[micro_batches] = events["gathered"]
     # Tied weights count twice: the first and the last module need them.

@@ -209,8 +209,8 @@ def train_and_export_here(run: dict[str, Any]) -> tuple[Any, torch.Tensor, float
     from dsdpo.data.tokenizer import load_tokenizer
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.export import export_model
+    from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
-    from dsdpo.training.trainer import train_step
 
     policy, reference, windows = build_here(run)
     for window in windows:
@@ -242,9 +242,9 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     from dsdpo.engine.shards import parameter_count
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.checkpoint import TrainState, save_checkpoint
+    from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
     from dsdpo.training.pruning import Keep
-    from dsdpo.training.trainer import train_step
 
     loss_fn = make_loss("sigmoid", beta=0.1, label_smoothing=0.0)
 
@@ -285,8 +285,8 @@ def master_here(run: dict[str, Any]) -> tuple[set[str], float]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from dsdpo.objective.losses import make_loss
+    from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
-    from dsdpo.training.trainer import train_step
 
     policy, reference, [window] = build_here(run)
     factors = {name: p for name, p in policy.module.named_parameters() if "lora_" in name}

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dsdpo.data.batch import Packed, PreferenceBatch, collate_padded
-from dsdpo.data.packed import collate_packed
+from dsdpo.data.packed_layout import collate_packed
 from dsdpo.data.pairs import Pair
 from dsdpo.errors import ConfigError
 from dsdpo.objective import attention as module
 from dsdpo.objective.attention import Variant, attend_at_once, attend_by_pair
 from dsdpo.objective.logps import ResponseScorer, pair_logps
-from dsdpo.objective.packable import packed_refusal
+from dsdpo.objective.packed_support import packed_refusal
 from tests.tiny import random_pairs, tiny_lm
 
 WINDOW = {"sliding_window": 8}
@@ -210,7 +210,7 @@ def test_one_call_for_all_pairs(kernel: Callable[..., Tensor], variant: str, mon
     """The CUDA way on the CPU, with what flash attention documents in its place: outputs and gradients."""
     monkeypatch.setattr(module, "SHORT", 20)
     batch = collate_packed([*pairs_of_all_kinds(), *random_pairs(6, seed=9, longest=40)])
-    layout = batch.layout
+    layout = batch.attention
     assert isinstance(layout, Packed)
     torch.manual_seed(0)
     heads, size, value_size = (4, 2, 2), 8, 6  # of query, key and value

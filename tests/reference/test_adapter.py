@@ -192,13 +192,13 @@ def dropout_here(run: dict[str, Any]) -> dict[str, float]:
 
 def build_here(run: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     """The engines of a run and its windows, on this rank."""
-    from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import device
+    from dsdpo.run.models import build_policy_and_reference
+    from dsdpo.run.plan import plan_run
 
-    plan = prepare(RunConfig.model_validate(run))
-    policy, reference = build_engines(plan)
+    plan = plan_run(RunConfig.model_validate(run))
+    policy, reference = build_policy_and_reference(plan)
     return policy, reference, list(plan.training_windows(device()))
 
 
@@ -225,8 +225,8 @@ def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
     from dsdpo.engine.shards import release_gathered, writable_shard
     from dsdpo.objective.logps import pair_logps
     from dsdpo.objective.losses import make_loss
+    from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
-    from dsdpo.training.trainer import train_step
 
     policy, reference, windows = build_here(run)
     batch = windows[0].batches[0]

@@ -41,12 +41,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def digest_of_engine(run: dict[str, Any], which: str) -> str:
     """On a rank: the digest of the weights in the run's policy or reference engine."""
-    from dsdpo.commands.prepare import prepare, reference_model
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import build_policy, build_reference
-    from dsdpo.engine.free import destroy_engine
+    from dsdpo.engine.quirks.destroy import destroy_engine
+    from dsdpo.run.plan import plan_run, reference_model
 
-    plan = prepare(RunConfig.model_validate(run))
+    plan = plan_run(RunConfig.model_validate(run))
     if which == "policy":
         engine = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
     else:

@@ -56,15 +56,15 @@ def run_with(folder: Path, inputs: Path, rows: list[str], **sections: Any) -> di
 
 def precompute_here(run: dict[str, Any], shard_rows: int = 8) -> dict[str, Any]:
     """On a rank: what became of each data set, and the whole table by pair id."""
-    from dsdpo.commands.identity import identify_reference
     from dsdpo.commands.precompute import fill_tables
-    from dsdpo.commands.prepare import prepare, reference_model, store_folder
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import build_reference
-    from dsdpo.engine.free import destroy_engine
+    from dsdpo.engine.quirks.destroy import destroy_engine
     from dsdpo.reference.precomputed import Scorer, open_store_on_ranks
+    from dsdpo.run.identity import identify_reference
+    from dsdpo.run.plan import plan_run, reference_model, store_folder
 
-    plan = prepare(RunConfig.model_validate(run))
+    plan = plan_run(RunConfig.model_validate(run))
     engine = build_reference(reference_model(plan.run), plan.reference_config)
     identity = identify_reference(plan, engine.module, adapter=None)
     folder = open_store_on_ranks(store_folder(plan.run), identity)
@@ -128,13 +128,13 @@ def test_table_is_the_plain_models(inputs: Path, tmp_path: Path) -> None:
     """Every row against one sequence at a time through the plain model."""
     from transformers import AutoModelForCausalLM
 
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
+    from dsdpo.run.plan import plan_run
     from tests.tiny import plain_logps
 
     run = run_with(tmp_path, inputs, rows_of(inputs))
     found = precompute_on(2, run)
-    pairs = prepare(RunConfig.model_validate(run)).train.pairs
+    pairs = plan_run(RunConfig.model_validate(run)).train.pairs
     with torch.no_grad():
         expected = plain_logps(AutoModelForCausalLM.from_pretrained(inputs / "model"), pairs[range(ROWS)])
     assert found["logps"] == pytest.approx(torch.stack(expected, dim=1).numpy(), abs=1e-3, rel=1e-5)
@@ -276,11 +276,11 @@ def test_filler_pairs_get_something_finite() -> None:
 
 def count_hooks(run: dict[str, Any]) -> int:
     """On a rank: forward hooks of all kinds in the policy engine's modules."""
-    from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
+    from dsdpo.run.models import build_policy_and_reference
+    from dsdpo.run.plan import plan_run
 
-    policy, _ = build_engines(prepare(RunConfig.model_validate(run)))
+    policy, _ = build_policy_and_reference(plan_run(RunConfig.model_validate(run)))
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in policy.module.modules())
 
 
@@ -301,15 +301,15 @@ def leftovers(model: str, config: dict[str, Any], dtype: str) -> dict[str, Any]:
     from dsdpo.config.run import ModelConfig
     from dsdpo.data.batch import collate_padded
     from dsdpo.engine.build import build_reference
-    from dsdpo.engine.free import destroy_engine, used_memory
-    from dsdpo.reference.base import score_window
+    from dsdpo.engine.quirks.destroy import destroy_engine, used_memory
+    from dsdpo.reference.base import score_batches
 
     gc.collect()
     before = used_memory()["host"]
     engine = build_reference(ModelConfig(path=model, dtype=dtype), config)
     batches = [collate_padded(random_pairs(2, seed=seed), pad_token_id=0) for seed in range(3)]
     for _ in range(3):  # the trace of gathers is complete from the second pass on
-        score_window(engine, batches, score_tokens=100)
+        score_batches(engine, batches, score_tokens=100)
     during = used_memory()["host"]
     parameter = next(iter(engine.module.parameters()))
     watched = [weakref.ref(engine), weakref.ref(engine.module), weakref.ref(parameter)]

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsdpo.data.dropped_rows import DropReport
 from dsdpo.data.pairs import Pairs, open_pairs, write_index, write_tokens
-from dsdpo.data.report import DropReport
 from dsdpo.errors import CacheError
 from dsdpo.reference.store import KEY, LogpTable, ShardWriter, open_store, pair_keys, read_rows
 from tests.reference.test_identity import IDENTITY

@@ -65,22 +65,22 @@ def run_of(folder: Path, inputs: Path, policy_zero: str, own_zero: str, **case: 
 
 def train_and_watch(run: dict[str, Any]) -> tuple[list[list[int]], str]:
     """Train; the pairs of each step that this rank trained on, and what was said."""
-    from dsdpo.training import trainer
+    from dsdpo.training import loop
 
     steps: list[list[int]] = []
-    original = trainer.train_step
+    original = loop.train_step
 
     def watched(*arguments: Any, **options: Any) -> Any:
         ids = [pair for batch in arguments[3].batches for pair in batch.pair_ids.tolist()]
         steps.append([pair for pair in ids if pair >= 0])
         return original(*arguments, **options)
 
-    trainer.train_step = watched  # type: ignore[assignment]
+    loop.train_step = watched  # type: ignore[assignment]
     try:
         with redirect_stdout(StringIO()) as said:
             train_here(run)
     finally:
-        trainer.train_step = original
+        loop.train_step = original
     return steps, said.getvalue()
 
 

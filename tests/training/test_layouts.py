@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dsdpo.config.run import DataConfig, ModelConfig
-from dsdpo.data.packing import LayoutName, MicroBatchBudget
+from dsdpo.data.binning import LayoutName, MicroBatchBudget
 from dsdpo.data.pairs import Pairs, open_pairs
+from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
-from dsdpo.data.window import Windows
 from dsdpo.objective.logps import ResponseScorer, pair_logps
 from tests.ranks import RankError, run_ranks
 from tests.runs import demo_inputs, losses, settings, train_on
@@ -112,7 +112,7 @@ def score_real_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (N, 2) by pair, and the gradient of the DPO loss over all pairs or zeros, in one process."""
     budget = MicroBatchBudget(tokens=4096)
-    windows = Windows(pairs=pairs, budget=budget, layout=layout, pad_token_id=0, rank=0, world_size=1)
+    windows = BatchSource(pairs=pairs, budget=budget, layout=layout, pad_token_id=0, rank=0, world_size=1)
     scorer = ResponseScorer(lm)
     logps = torch.zeros(len(pairs), 2)
     for window in windows.whole_pass():
@@ -169,7 +169,7 @@ def check_with_one_wrong_rank(run: dict[str, Any]) -> str:
 
     from dsdpo.distributed import rank
     from dsdpo.engine.build import device, warm_up
-    from dsdpo.engine.check import check_layout
+    from dsdpo.engine.layout_check import check_layout
     from dsdpo.errors import ConfigError
     from dsdpo.objective.attention import attention
     from tests.engines import planned, policy_of

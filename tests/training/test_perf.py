@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsdpo.commands.report import describe_results
+from dsdpo.run.summary import describe_results
 from dsdpo.training.perf import ASIDE, PHASES, DeviceLaps, Laps, peak_memory, peak_tflops
 from tests.gathers import counting
 from tests.ranks import run_ranks
@@ -82,17 +82,17 @@ def train_and_count(run: dict[str, Any]) -> dict[str, Any]:
     """Train; beside it gathers counted in another way, each step's operations, and the reference's parameters."""
     from transformers import AutoModelForCausalLM
 
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
-    from dsdpo.engine.gathers import GATHERED
+    from dsdpo.engine.quirks.gather_trace import GATHERED
     from dsdpo.objective.flops import model_flops, step_flops
+    from dsdpo.run.plan import plan_run
 
     before = GATHERED.parameters
     with counting() as events:
         train_here(run)
     lm = AutoModelForCausalLM.from_pretrained(run["model"]["path"])
     flops = model_flops(lm)
-    plan = prepare(RunConfig.model_validate(run), writes_output=False)
+    plan = plan_run(RunConfig.model_validate(run), writes_output=False)
     windows = list(plan.training_windows(torch.device("cpu")))
     return {
         "gathered": GATHERED.parameters - before,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dsdpo.config.run import CheckpointConfig
 from dsdpo.errors import CheckpointError
 from dsdpo.training.checkpoint import whole_checkpoints
-from dsdpo.training.rows import RowFile
+from dsdpo.training.jsonl import JsonlWriter
 from dsdpo.training.saver import Saver
 from tests.disks import empty, fill, small_disk
 from tests.ranks import run_ranks
@@ -129,7 +129,7 @@ def test_attempts_are_further_and_further_apart_and_end() -> None:
 
 def test_rows_wait_for_room_and_none_is_cut_or_doubled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_disk(tmp_path / "disk", kib=64) as disk:
-        file = RowFile(disk / "metrics.jsonl")
+        file = JsonlWriter(disk / "metrics.jsonl")
         fill(disk, leaving_kib=8)
         with caplog.at_level(logging.WARNING):
             for step in range(1, 31):

@@ -26,11 +26,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exit_code(run: dict[str, Any], touch: Path | None = None, signalled: int | None = None) -> int:
     """Train in this rank; on the way rank 0 may get a stop file, and one rank a signal."""
-    from dsdpo.commands.prepare import prepare
     from dsdpo.commands.train import train
     from dsdpo.config.run import RunConfig
+    from dsdpo.run.plan import plan_run
 
-    plan = prepare(RunConfig.model_validate(run))
+    plan = plan_run(RunConfig.model_validate(run))
     if touch is not None and torch.distributed.get_rank() == 0:
         touch.parent.mkdir(parents=True)
         touch.touch()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dsdpo.data.window import Windows
+from dsdpo.data.steps import BatchSource
 from dsdpo.distributed import max_over_ranks
 from dsdpo.engine.build import device
 from dsdpo.errors import ConfigError
@@ -17,7 +17,7 @@ SPARE_TOKENS = 128
 
 
 @torch.no_grad()
-def check_layout(engine: Any, windows: Windows, *, dtype: str) -> None:
+def check_layout(engine: Any, windows: BatchSource, *, dtype: str) -> None:
     """Score a few pairs, the longest and the shortest among them, in both layouts. Collective.
 
     Raises `ConfigError` on all ranks if on any they differ by more than rounding in `dtype`. Does nothing for padded

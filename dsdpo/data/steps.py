@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from dsdpo.data.batch import Padded, PreferenceBatch, filler
-from dsdpo.data.layout import collate
-from dsdpo.data.packing import COSTS, LayoutName, MicroBatchBudget
+from dsdpo.data.binning import COSTS, LayoutName, MicroBatchBudget
+from dsdpo.data.collate import collate
 from dsdpo.data.pairs import Pairs
 from dsdpo.data.plan import plan_pass, plan_step, rank_costs
 
 
 @dataclass(frozen=True)
-class Window:
+class StepBatches:
     """What this rank trains on in one optimizer step."""
 
     batches: tuple[PreferenceBatch, ...]  # equally many on every rank
@@ -31,7 +31,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Windows:
+class BatchSource:
     """Everything that decides a rank's batches."""
 
     pairs: Pairs
@@ -44,7 +44,7 @@ class Windows:
 
     def steps(
         self, *, consumed_pairs: int, steps: int, pairs_per_step: int, seed: int, shuffle: bool
-    ) -> Iterator[Window]:
+    ) -> Iterator[StepBatches]:
         """The next `steps` optimizer steps from a position in the data, over epoch borders, on the CPU."""
         lengths = self.pairs.lengths
         for _ in range(steps):
@@ -61,7 +61,7 @@ class Windows:
             consumed_pairs += len(plan.pair_ids)
             step_lengths = lengths[plan.pair_ids]
             batches = self._collate(plan.micro_batches[self.rank])
-            yield Window(
+            yield StepBatches(
                 batches=batches,
                 pairs=len(plan.pair_ids),
                 tokens=int(step_lengths.sum() + step_lengths[:, 0].sum()),
@@ -114,4 +114,4 @@ def padding(batch: PreferenceBatch) -> int:
     """Positions that the model computes for no pair's sake; for a batch on the CPU."""
     if (batch.pair_ids < 0).all():
         return batch.num_tokens
-    return int((batch.layout.attention_mask == 0).sum()) if isinstance(batch.layout, Padded) else 0
+    return int((batch.attention.attention_mask == 0).sum()) if isinstance(batch.attention, Padded) else 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from dsdpo.objective.packable import packed_refusal
+from dsdpo.objective.packed_support import packed_refusal
 
 FIT = [
     *("cohere2", "deepseek_v3", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama"),

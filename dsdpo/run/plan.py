@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 
-from dsdpo.commands.console import say
-from dsdpo.config.run import ModelConfig, RunConfig, SourceConfig
+from dsdpo.config.run import ModelConfig, RunConfig
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.packing import LayoutName, MicroBatchBudget
-from dsdpo.data.pairs import Pairs, open_pairs
+from dsdpo.data.binning import LayoutName
 from dsdpo.data.plan import steps_per_epoch
 from dsdpo.data.prefetch import prefetch
-from dsdpo.data.sources import DefaultSplit
-from dsdpo.data.tokenize import cache_folder, prepare_pairs
+from dsdpo.data.steps import BatchSource, StepBatches
+from dsdpo.data.tokenize import cache_folder
 from dsdpo.data.tokenizer import load_tokenizer
-from dsdpo.data.window import Window, Windows
-from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, world_size
+from dsdpo.distributed import all_or_none, rank, world_size
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config
-from dsdpo.errors import ConfigError, DataError
-from dsdpo.objective.packable import packed_refusal
+from dsdpo.errors import ConfigError
+from dsdpo.objective.packed_support import packed_refusal
+from dsdpo.run.datasets import prepare_windows
+from dsdpo.run.model_checks import check_model
 
 # What a run writes into its output folder.
 RUN_FILES = (
@@ -57,12 +56,12 @@ class Plan:
     policy_config: dict[str, Any]  # DeepSpeed's, with nothing "auto" left
     reference_config: dict[str, Any]
     tokenizer: Any
-    train: Windows
-    evaluation: Windows | None
+    train: BatchSource
+    evaluation: BatchSource | None
     total_steps: int
     why_padded: str | None  # None: batches are packed
 
-    def training_windows(self, device: torch.device, step: int = 0) -> Generator[Window, None, None]:
+    def training_windows(self, device: torch.device, step: int = 0) -> Generator[StepBatches, None, None]:
         """This rank's windows of the steps after `step`, made ahead of time."""
         size, pairs = self.run.batch.pairs_per_step, len(self.train.pairs)
         epochs, steps_into_epoch = divmod(step, steps_per_epoch(pairs, size))
@@ -80,7 +79,7 @@ class Plan:
         return prefetch(self.evaluation.whole_pass(), device) if self.evaluation else ()
 
 
-def prepare(run: RunConfig, *, run_file: str | Path = "the run", writes_output: bool = True) -> Plan:
+def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output: bool = True) -> Plan:
     """Check the whole run and tokenize its data, once per node. Collective; no model is loaded.
 
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
@@ -206,36 +205,6 @@ def read_named_json(path: str, *, key: str) -> dict[str, Any]:
     return read_deepspeed_json(path)
 
 
-def check_model(model: ModelConfig, *, key: str) -> Any:
-    """The model's configuration. Raises `ConfigError` if there is no such model, or no weights beside it."""
-    from transformers import AutoConfig
-
-    folder = Path(model.path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{key}: {folder} has no config.json; give a Hugging Face model folder or Hub id")
-        pickled = any(folder.glob("pytorch_model*.bin"))
-        if not any(folder.glob("*.safetensors")) and not (pickled and model.allow_pickle):
-            if not pickled:
-                raise ConfigError(f"{key}: {folder} has no weights (*.safetensors); give the folder of a whole model")
-            raise ConfigError(
-                f"{key}: {folder} has its weights only as pytorch_model.bin, a pickle, which can run code when it is "
-                "read; save the model again as safetensors (save_pretrained of transformers does), or set "
-                "model.allow_pickle to true if you trust where it came from"
-            )
-    elif folder.is_file() or model.path.startswith((".", "/", "~")):
-        raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
-    try:
-        config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # whatever the Hub client or a parser raises
-        first_line = str(error).strip().splitlines()[0]
-        what = "" if folder.is_dir() else " is no folder here and"
-        raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {first_line}") from error
-    return config
-
-
 def check_output_folder(run: RunConfig) -> None:
     """Raise `ConfigError` unless the run may write into its output folder."""
     folder = Path(run.output_dir)
@@ -265,51 +234,3 @@ def make_output_folder(run: RunConfig, *, keep: bool) -> Path:
                 else:
                     path.unlink(missing_ok=True)
     return folder
-
-
-def prepare_windows(
-    run: RunConfig,
-    sources: list[SourceConfig],
-    split: DefaultSplit,
-    tokenizer: Any,
-    model: Any,
-    layout: LayoutName,
-) -> Windows:
-    """The token pairs of some sources, prepared by one rank of each node and opened by all. Collective."""
-    folder = None
-    with all_or_none():
-        if local_rank() == 0:
-            folder = prepare_pairs(sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
-    folders = gather_objects((local_node(), folder))
-    pairs = open_pairs(next(path for node, path in folders if path is not None and node == local_node()))
-    check_pairs(pairs, split, run, model)
-    return Windows(
-        pairs=pairs,
-        budget=MicroBatchBudget(tokens=run.batch.tokens_per_micro_batch, pairs=run.batch.pairs_per_micro_batch),
-        layout=layout,
-        pad_token_id=tokenizer.pad_token_id,
-        rank=rank(),
-        world_size=world_size(),
-    )
-
-
-def local_node() -> int:
-    """The index of this node, the same for all its ranks."""
-    return (rank() - local_rank()) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def check_pairs(pairs: Pairs, split: str, run: RunConfig, model: Any) -> None:
-    """Raise unless every node holds the same pairs and the model can take the longest. Collective."""
-    if pairs.report.text:
-        say(f"{split} data: {pairs.report.text}")
-    digests = gather_objects(pairs.digest)
-    if len(set(digests)) > 1:
-        odd = next(index for index, digest in enumerate(digests) if digest != digests[0])
-        raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
-    longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
-    limit = getattr(model, "max_position_embeddings", None)
-    if limit and longest > limit:
-        raise ConfigError(
-            f"data.max_length: {run.data.max_length}, but {run.model.path} takes {limit} tokens and the longest pair "
-            f"of the {split} data has {longest}; set data.max_length to {limit} or less"
-        )

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dsdpo.config.run import RunConfig
-from dsdpo.data.window import Window
+from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import rank, world_size
 from dsdpo.objective.logps import pair_logps
 from dsdpo.objective.losses import LossFn, LossOutput
@@ -24,7 +24,7 @@ from dsdpo.training.tracking import Tracker
 
 
 @dataclass(frozen=True)
-class Due:
+class Cadence:
     """After which steps something happens; step 0 is the start."""
 
     total_steps: int
@@ -34,7 +34,7 @@ class Due:
     checkpoint_every: int  # 0: never
 
     @classmethod
-    def of(cls, run: RunConfig, total_steps: int) -> Due:
+    def of(cls, run: RunConfig, total_steps: int) -> Cadence:
         """As the run says."""
         return cls(
             total_steps=total_steps,
@@ -60,16 +60,16 @@ def train(
     policy: Any,
     reference: Reference,
     loss_fn: LossFn,
-    windows: Iterable[Window],
+    windows: Iterable[StepBatches],
     *,
     state: TrainState,
-    due: Due,
+    due: Cadence,
     tracker: Tracker,
     meter: Meter,
     perf: Perf,
     evaluate: Callable[[], None],
     save: Saver,
-    skipped: Callable[[int, Window, list[LossOutput]], None],
+    skipped: Callable[[int, StepBatches, list[LossOutput]], None],
     stop: Callable[[], str | None],
 ) -> str | None:
     """Run optimizer steps until `windows` ends or `stop` gives a reason, which is returned. Collective.
@@ -115,7 +115,7 @@ def train(
 
 
 def train_step(
-    policy: Any, reference: Reference, loss_fn: LossFn, window: Window, meter: Meter, *, phase: Phase = untimed
+    policy: Any, reference: Reference, loss_fn: LossFn, window: StepBatches, meter: Meter, *, phase: Phase = untimed
 ) -> list[LossOutput]:
     """One optimizer update on the mean loss of the window's pairs, however they are batched. Collective.
 

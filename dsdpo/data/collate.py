@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsdpo.data.batch import Packed, PreferenceBatch, collate_padded, merge_padded
-from dsdpo.data.packed import collate_packed, merge_packed
-from dsdpo.data.packing import LayoutName
+from dsdpo.data.binning import LayoutName
+from dsdpo.data.packed_layout import collate_packed, merge_packed
 from dsdpo.data.pairs import Pair
 
 
@@ -17,7 +17,7 @@ def collate(pairs: Sequence[Pair], *, layout: LayoutName, pad_token_id: int) -> 
 
 def merge(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
     """All pairs of batches of one layout as one batch, in order."""
-    return merge_packed(batches) if isinstance(batches[0].layout, Packed) else merge_padded(batches)
+    return merge_packed(batches) if isinstance(batches[0].attention, Packed) else merge_padded(batches)
 
 
 def group_by_tokens(batches: Sequence[PreferenceBatch], budget: int) -> list[list[PreferenceBatch]]:
@@ -27,7 +27,7 @@ def group_by_tokens(batches: Sequence[PreferenceBatch], budget: int) -> list[lis
     for batch in batches:
         batch_rows, batch_length = batch.input_ids.shape
         rows, longest, total = rows + batch_rows, max(longest, batch_length), total + batch.num_tokens
-        tokens = total if isinstance(batch.layout, Packed) else rows * longest
+        tokens = total if isinstance(batch.attention, Packed) else rows * longest
         if not groups or tokens > budget:
             groups.append([])
             rows, longest, total = batch_rows, batch_length, batch.num_tokens

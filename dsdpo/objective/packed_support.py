@@ -1,7 +1,8 @@
 """Which models the packed layout is exact for: those that leave all mixing of tokens to the attention we register.
 
 Judged by what transformers says of the model's class and by its source, on the safe side: a model that is not known to
-be fit gets the padded layout, and one that seems fit is checked on real pairs before it trains (engine/check.py).
+be fit gets the padded layout, and one that seems fit is checked on real pairs before it trains
+(engine/layout_check.py).
 """
 
 from __future__ import annotations

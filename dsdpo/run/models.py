@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsdpo.commands.console import say
-from dsdpo.commands.identity import identify_reference
-from dsdpo.commands.precompute import precompute
-from dsdpo.commands.prepare import Plan, reference_model
+from dsdpo.console import say
 from dsdpo.engine.build import build_policy, build_reference, device, warm_up
-from dsdpo.engine.check import check_layout
+from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.lora import POLICY, adapter_pairs, merged_parameters
-from dsdpo.engine.ops import prepare_ops
+from dsdpo.engine.quirks.compiled_ops import prepare_ops
 from dsdpo.reference.adapter import AdapterReference
-from dsdpo.reference.ahead import LookAhead
 from dsdpo.reference.base import Reference
-from dsdpo.reference.moving import Match, MovingAverage, MovingReference, match_parameters
+from dsdpo.reference.look_ahead import LookAhead
 from dsdpo.reference.separate import SeparateReference
 from dsdpo.reference.snapshot import SnapshotReference
-from dsdpo.training.trainer import Due
+from dsdpo.reference.trdpo import Match, MovingAverage, MovingReference, match_parameters
+from dsdpo.run.identity import identify_reference
+from dsdpo.run.plan import Plan, reference_model
+from dsdpo.run.precompute import precompute
+from dsdpo.training.loop import Cadence
 
 
-def build_engines(plan: Plan) -> tuple[Any, Reference]:
+def build_policy_and_reference(plan: Plan) -> tuple[Any, Reference]:
     """The policy engine, warmed up, and the reference by the run's strategy. Collective."""
     prepare_ops(plan.policy_config, plan.reference_config)
     if plan.run.reference_strategy() == "precomputed":
@@ -87,7 +87,7 @@ def looking_ahead(plan: Plan, reference: Reference) -> Reference:
 
 def snapshot_reference(plan: Plan, policy: Any) -> SnapshotReference:
     """The policy's own log-probs of the steps to come, taken at each sync. Collective."""
-    due = Due.of(plan.run, plan.total_steps)
+    due = Cadence.of(plan.run, plan.total_steps)
     reference = SnapshotReference(
         policy,
         training=lambda step: plan.training_windows(device(), step),

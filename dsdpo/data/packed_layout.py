@@ -43,7 +43,7 @@ def collate_packed(pairs: Sequence[Pair]) -> PreferenceBatch:
     return PreferenceBatch(
         input_ids=_int64(input_ids)[None],
         position_ids=_int64(position_ids)[None],
-        layout=packed(spans),
+        attention=packed(spans),
         score_at=_int64(chosen_at + rejected_at),
         targets=_int64(responses),
         response=torch.from_numpy(np.repeat(np.arange(len(responses)), [len(response) for response in responses])),
@@ -88,15 +88,15 @@ def merge_packed(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
     layouts, score_at, response = [], [], []
     before = row = 0
     for batch in batches:
-        assert isinstance(batch.layout, Packed)
-        layouts.append(batch.layout)
+        assert isinstance(batch.attention, Packed)
+        layouts.append(batch.attention)
         score_at.append(batch.score_at + row)
         response.append(moved(batch.response, batch.num_pairs, before, total))
         before, row = before + batch.num_pairs, row + batch.num_tokens
     return PreferenceBatch(
         input_ids=torch.cat([batch.input_ids for batch in batches], dim=1),
         position_ids=torch.cat([batch.position_ids for batch in batches], dim=1),
-        layout=_joined(layouts, [batch.num_tokens for batch in batches]),
+        attention=_joined(layouts, [batch.num_tokens for batch in batches]),
         score_at=torch.cat(score_at),
         targets=torch.cat([batch.targets for batch in batches]),
         response=torch.cat(response),

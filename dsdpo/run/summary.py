@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from dsdpo.commands.prepare import Plan, reference_model
 from dsdpo.config.run import RunConfig
-from dsdpo.data.window import Windows
+from dsdpo.data.steps import BatchSource
 from dsdpo.engine.zero_config import offload_device, stage
+from dsdpo.run.plan import Plan, reference_model
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
@@ -83,7 +83,7 @@ def describe_engine(config: dict[str, Any]) -> str:
     return text
 
 
-def describe_pairs(windows: Windows) -> str:
+def describe_pairs(windows: BatchSource) -> str:
     """Number of pairs and their tokens."""
     lengths = windows.pairs.lengths
     tokens = int(lengths.sum(dtype="int64") + lengths[:, 0].sum(dtype="int64"))

@@ -11,7 +11,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-class RowFile:
+class JsonlWriter:
     """Appends rows at once; those that a full disk does not take wait here, and go first when it does."""
 
     def __init__(self, path: Path) -> None:

@@ -89,7 +89,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 def save_all(runs: dict[str, dict[str, Any]], folder: Path) -> list[float]:
     """Train each run a little and save it, with what it then is and the margins of two steps more."""
     from dsdpo.distributed import rank
-    from dsdpo.engine.saving import TAG, save_engine
+    from dsdpo.engine.quirks.checkpoint_files import TAG, save_engine
 
     spread = []
     for name, run in runs.items():
@@ -107,7 +107,7 @@ def save_all(runs: dict[str, dict[str, Any]], folder: Path) -> list[float]:
 
 def load_all(runs: dict[str, dict[str, Any]], folder: Path, sources: list[str]) -> dict[str, Any]:
     """Load each of the saved into an engine of each run; what differs, and how far off the next margins are."""
-    from dsdpo.engine.saving import load_engine
+    from dsdpo.engine.quirks.checkpoint_files import load_engine
 
     report = {}
     for name, run in runs.items():
@@ -157,7 +157,7 @@ def test_bfloat16_and_adapters(inputs: Path, tmp_path: Path) -> None:
 
 def refusals(cases: list[tuple[dict[str, Any], Path]]) -> list[str]:
     """What each run says on loading what is in the folder beside it."""
-    from dsdpo.engine.saving import load_engine
+    from dsdpo.engine.quirks.checkpoint_files import load_engine
     from dsdpo.errors import CheckpointError
 
     said = []

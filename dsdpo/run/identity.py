@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsdpo.commands.console import say
-from dsdpo.commands.prepare import Plan, reference_model
+from dsdpo.console import say
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.reference.base import Reference
 from dsdpo.reference.identity import ReferenceIdentity, identify
+from dsdpo.run.plan import Plan, reference_model
 
 
 def identify_reference(plan: Plan, module: Any, *, adapter: str | None) -> ReferenceIdentity:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsdpo.data.batch import Packed, PreferenceBatch, filler
-from dsdpo.data.layout import group_by_tokens, merge
-from dsdpo.data.packed import collate_packed
+from dsdpo.data.collate import group_by_tokens, merge
+from dsdpo.data.packed_layout import collate_packed
 from dsdpo.data.pairs import Pair
 from tests.tiny import random_pairs
 
@@ -23,8 +23,8 @@ SECOND = pair(3, [7], [8, 9], [10, 11, 12])
 
 
 def spans_of(batch: PreferenceBatch) -> tuple[tuple[int, int, int, int], ...]:
-    assert isinstance(batch.layout, Packed)
-    return batch.layout.spans
+    assert isinstance(batch.attention, Packed)
+    return batch.attention.spans
 
 
 def test_two_pairs_by_hand() -> None:
@@ -38,7 +38,7 @@ def test_two_pairs_by_hand() -> None:
     assert batch.response.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
     assert batch.pair_ids.tolist() == [7, 3]
     assert (batch.num_pairs, batch.num_tokens) == (2, 10)
-    layout = batch.layout
+    layout = batch.attention
     assert isinstance(layout, Packed)
     assert layout.spans == ((0, 3, 2, 1), (6, 1, 1, 2))
     assert layout.query_starts.tolist() == [0, 5, 6, 8, 10]
@@ -60,7 +60,7 @@ def test_responses_that_share_much(chosen: list[int], rejected: list[int], span:
     batch = collate_packed([pair(0, [1, 2], chosen, rejected)])
     assert spans_of(batch) == (span,)
     assert batch.input_ids.tolist() == [ids]
-    layout = batch.layout
+    layout = batch.attention
     assert isinstance(layout, Packed)
     assert len(layout.query_starts) == 2 + (span[3] > 0), "a sequence without a token is left out"
     for response, tokens in enumerate((chosen, rejected)):
@@ -70,10 +70,10 @@ def test_responses_that_share_much(chosen: list[int], rejected: list[int], span:
 def assert_same(left: PreferenceBatch, right: PreferenceBatch) -> None:
     for name in ("input_ids", "position_ids", "pair_ids"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
-    assert isinstance(left.layout, Packed)
-    assert isinstance(right.layout, Packed)
-    for name, value in vars(left.layout).items():
-        other = getattr(right.layout, name)
+    assert isinstance(left.attention, Packed)
+    assert isinstance(right.attention, Packed)
+    for name, value in vars(left.attention).items():
+        other = getattr(right.attention, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
 
     def scored(batch: PreferenceBatch) -> list[tuple[int, int, int]]:
@@ -96,11 +96,11 @@ def test_fillers_and_devices() -> None:
     batch = collate_packed([FIRST])
     assert filler(batch).pair_ids.tolist() == [-1]
     moved = batch.to("meta")
-    assert isinstance(moved.layout, Packed)
-    tensors = [value for part in (moved, moved.layout) for value in vars(part).values() if torch.is_tensor(value)]
+    assert isinstance(moved.attention, Packed)
+    tensors = [value for part in (moved, moved.attention) for value in vars(part).values() if torch.is_tensor(value)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert len(tensors) == 9
-    assert moved.layout.spans == spans_of(batch)
+    assert moved.attention.spans == spans_of(batch)
 
 
 def test_groups_hold_the_sum_of_their_tokens() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.engine.ops import _processes_in, build_folder, remove_stale_lock
+from dsdpo.engine.quirks.compiled_ops import _processes_in, build_folder, remove_stale_lock
 from tests.ranks import restart, run_ranks
 
 LIMIT_S = 300
@@ -80,7 +80,7 @@ def test_killed_compilation_then_two_ranks_that_recover(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions)}
     environment["CXX"] = compiler(tmp_path / "slow", f'[[ "$*" == *" -c "* ]] && touch {log} && sleep 600')
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    code = f"from dsdpo.engine.ops import prepare_ops; prepare_ops({config})"
+    code = f"from dsdpo.engine.quirks.compiled_ops import prepare_ops; prepare_ops({config})"
     build = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True
     )
@@ -116,7 +116,7 @@ def prepare_here(config: dict, extensions: str, cxx: str) -> str:
 
     os.environ |= {"TORCH_EXTENSIONS_DIR": extensions, "CXX": cxx}
     with captured(1) as output:
-        from dsdpo.engine.ops import prepare_ops
+        from dsdpo.engine.quirks.compiled_ops import prepare_ops
 
         prepare_ops(config)
     import torch

@@ -11,7 +11,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch.optim.lr_scheduler import LambdaLR
 
-from dsdpo.engine.elastic import load_cut_anew, same_layout
+from dsdpo.engine.quirks.repartition import load_cut_anew, same_layout
 from dsdpo.engine.shards import has_frozen
 from dsdpo.errors import CheckpointError
 

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from dsdpo.data.packing import MicroBatchBudget, packed_cost
+from dsdpo.data.binning import MicroBatchBudget, packed_cost
 from dsdpo.data.plan import MicroBatches, plan_pass, plan_step, step_cost
 
 # Medians of prompt and response as measured in public preference data, lognormal around them.

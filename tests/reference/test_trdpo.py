@@ -24,12 +24,12 @@ KINDS = {**REFERENCES, "zero3_persistent": PERSISTENT, "zero3_hpz": HPZ}
 
 def build(run: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Policy engine, reference engine and the prepared plan of a run, in a rank."""
-    from dsdpo.commands.prepare import prepare, reference_model
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import build_policy, build_reference
-    from dsdpo.engine.ops import prepare_ops
+    from dsdpo.engine.quirks.compiled_ops import prepare_ops
+    from dsdpo.run.plan import plan_run, reference_model
 
-    plan = prepare(RunConfig.model_validate(run))
+    plan = plan_run(RunConfig.model_validate(run))
     prepare_ops(plan.policy_config, plan.reference_config)
     policy = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
     return policy, build_reference(reference_model(plan.run), plan.reference_config), plan
@@ -66,7 +66,7 @@ def average_by_hand(run: dict[str, Any], syncs: int, gather: bool) -> dict[str, 
     """Train, syncing after each step; beside it the same average over whole tensors, in float64 on this rank."""
     from dsdpo.engine.shards import whole_state_dict
     from dsdpo.objective.logps import pair_logps
-    from dsdpo.reference.moving import MovingAverage, match_parameters
+    from dsdpo.reference.trdpo import MovingAverage, match_parameters
 
     policy, reference, plan = build(run)
     matches = match_parameters(dict(policy.module.named_parameters()), reference.module)
@@ -130,7 +130,7 @@ def test_reference_answers_as_the_plain_average(policy: str, reference: str, inp
 def test_a_reference_on_nvme_moves_too(policy: str, inputs: Path, tmp_path: Path) -> None:
     import deepspeed
 
-    from dsdpo.engine.ops import prepare_ops
+    from dsdpo.engine.quirks.compiled_ops import prepare_ops
 
     builder = deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder")
     if not builder.is_compatible(verbose=False):
@@ -175,7 +175,7 @@ def captured_in_bf16(run: dict[str, Any], steps: int) -> dict[str, float]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from dsdpo.engine.shards import whole_state_dict
-    from dsdpo.reference.moving import MovingAverage, match_parameters
+    from dsdpo.reference.trdpo import MovingAverage, match_parameters
 
     alpha = 0.01
     policy, reference, plan = build(run)
@@ -245,7 +245,7 @@ class LiveBytes(TorchDispatchMode):
 def peak_of_a_gathered_sync(run: dict[str, Any], budget: int) -> tuple[int, int]:
     """Peak extra bytes of one gathered sync, and the bytes of the model."""
     from dsdpo.engine.shards import parameter_count
-    from dsdpo.reference.moving import MovingAverage, match_parameters
+    from dsdpo.reference.trdpo import MovingAverage, match_parameters
 
     policy, reference, _ = build(run)
     average = MovingAverage(
@@ -306,14 +306,14 @@ def parameters_alive(run: dict[str, Any]) -> tuple[int, int]:
     """Elements of all parameters in this process while the run's reference answers, and of the policy alone."""
     import gc
 
-    from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.shards import full_numel, parameter_count
+    from dsdpo.run.models import build_policy_and_reference
+    from dsdpo.run.plan import plan_run
 
     gc.collect()
     before = {id(item) for item in gc.get_objects() if isinstance(item, torch.nn.Parameter)}
-    policy, reference = build_engines(prepare(RunConfig.model_validate(run)))
+    policy, reference = build_policy_and_reference(plan_run(RunConfig.model_validate(run)))
     gc.collect()
     after = [item for item in gc.get_objects() if isinstance(item, torch.nn.Parameter) and id(item) not in before]
     # ZeRO keeps float32 partitions of the policy as parameters of its own, which have no ds_id.
@@ -339,7 +339,7 @@ def merged_by_peft(run: dict[str, Any], steps: int) -> tuple[float, float]:
 
     from dsdpo.engine.lora import fresh_config, merged_parameters
     from dsdpo.engine.shards import whole_state_dict
-    from dsdpo.reference.moving import MovingAverage, match_parameters
+    from dsdpo.reference.trdpo import MovingAverage, match_parameters
 
     policy, reference, plan = build(run)
     average = MovingAverage(
@@ -381,13 +381,13 @@ def test_lora_policy_moves_a_full_reference(policy: str, inputs: Path, tmp_path:
 
 def saved_and_loaded(run: dict[str, Any], folder: Path) -> bool:
     """Save a reference that has moved, move it on, load it: bit for bit what was saved, averages included."""
-    from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
     from dsdpo.objective.logps import pair_logps
+    from dsdpo.run.models import build_policy_and_reference
+    from dsdpo.run.plan import plan_run
 
-    plan = prepare(RunConfig.model_validate(run))
-    policy, reference = build_engines(plan)
+    plan = plan_run(RunConfig.model_validate(run))
+    policy, reference = build_policy_and_reference(plan)
 
     def steps(count: int, start: int) -> None:
         for step in range(start, start + count):
@@ -420,11 +420,11 @@ def test_a_moving_reference_comes_back_from_its_checkpoint(dtype: str, inputs: P
 
 
 def load_only(run: dict[str, Any], folder: Path) -> None:
-    from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
     from dsdpo.distributed import all_or_none
+    from dsdpo.run.models import build_policy_and_reference
+    from dsdpo.run.plan import plan_run
 
-    _, reference = build_engines(prepare(RunConfig.model_validate(run)))
+    _, reference = build_policy_and_reference(plan_run(RunConfig.model_validate(run)))
     with all_or_none():
         reference.load(folder)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsdpo.commands.console import say
-from dsdpo.commands.identity import record_identity
-from dsdpo.commands.prepare import Plan
+from dsdpo.console import say
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
 from dsdpo.reference.base import Reference
+from dsdpo.run.identity import record_identity
+from dsdpo.run.plan import Plan
 from dsdpo.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, writing
 from dsdpo.training.metrics import Meter
 from dsdpo.training.pruning import Keep

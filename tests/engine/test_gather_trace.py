@@ -12,7 +12,7 @@ import pytest
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.engine.lora import AdapterSwitch
 from dsdpo.objective.logps import PairLogps
-from dsdpo.reference.base import Reference, score_window
+from dsdpo.reference.base import Reference, score_batches
 from tests.adapters import continued_adapter
 from tests.gathers import counting, gathered_now, hooks
 from tests.ranks import run_ranks
@@ -31,21 +31,21 @@ class OneOrder(Reference):
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         with AdapterSwitch(self.policy.module.lm).use(self.adapter):
-            return score_window(self.policy, window, score_tokens=self.score_tokens)
+            return score_batches(self.policy, window, score_tokens=self.score_tokens)
 
 
 def count_steps(run: dict[str, Any], keep_two: bool) -> list[dict[str, float]]:
     """What each optimizer step after the engines' start took, on this rank."""
-    from dsdpo.commands.engines import build_engines
-    from dsdpo.commands.prepare import prepare
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import device
     from dsdpo.objective.losses import make_loss
+    from dsdpo.run.models import build_policy_and_reference
+    from dsdpo.run.plan import plan_run
+    from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
-    from dsdpo.training.trainer import train_step
 
-    plan = prepare(RunConfig.model_validate(run))
-    policy, reference = build_engines(plan)
+    plan = plan_run(RunConfig.model_validate(run))
+    policy, reference = build_policy_and_reference(plan)
     loss_fn = make_loss("sigmoid", beta=0.1, label_smoothing=0.0)
     rows: list[dict[str, float]] = []
     for window in plan.training_windows(device()):

@@ -13,7 +13,7 @@ def weights_after(away_at: int | None, *, counted: bool) -> torch.Tensor:
     """A few weights after `UPDATES` of DeepSpeed's CPU Adam, with its state saved and loaded once on the way."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    from dsdpo.engine.saving import count_through
+    from dsdpo.engine.quirks.checkpoint_files import count_through
 
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(50))
@@ -31,7 +31,7 @@ def weights_after(away_at: int | None, *, counted: bool) -> torch.Tensor:
 
 
 def compare() -> tuple[list[bool], list[bool]]:
-    from dsdpo.engine.ops import prepare_ops
+    from dsdpo.engine.quirks.compiled_ops import prepare_ops
 
     prepare_ops({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
     whole = weights_after(None, counted=True)

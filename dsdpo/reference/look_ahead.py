@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.window import Window
+from dsdpo.data.steps import StepBatches
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference
 
@@ -26,7 +26,7 @@ class LookAhead(Reference):
         self._ahead: list[Sequence[PreferenceBatch]] = []  # windows that have been looked at and not been asked for
         self._answers: list[PairLogps] = []  # for their batches, once the first of them has been asked for
 
-    def looking_ahead(self, windows: Iterable[Window], step: int) -> Iterator[Window]:
+    def looking_ahead(self, windows: Iterable[StepBatches], step: int) -> Iterator[StepBatches]:
         windows = iter(windows)
         while True:
             size = min(self.steps, self.sync_every - step % self.sync_every) if self.sync_every else self.steps

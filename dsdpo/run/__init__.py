@@ -1,0 +1,1 @@
+"""A run: planned once, then owned by one object."""

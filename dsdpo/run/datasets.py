@@ -1,0 +1,64 @@
+"""A run's data sets: prepared once per node, opened by every rank, the same on all nodes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from dsdpo.config.run import RunConfig, SourceConfig
+from dsdpo.console import say
+from dsdpo.data.binning import LayoutName, MicroBatchBudget
+from dsdpo.data.pairs import Pairs, open_pairs
+from dsdpo.data.sources import DefaultSplit
+from dsdpo.data.steps import BatchSource
+from dsdpo.data.tokenize import prepare_pairs
+from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, world_size
+from dsdpo.errors import ConfigError, DataError
+
+
+def prepare_windows(
+    run: RunConfig,
+    sources: list[SourceConfig],
+    split: DefaultSplit,
+    tokenizer: Any,
+    model: Any,
+    layout: LayoutName,
+) -> BatchSource:
+    """The token pairs of some sources, prepared by one rank of each node and opened by all. Collective."""
+    folder = None
+    with all_or_none():
+        if local_rank() == 0:
+            folder = prepare_pairs(sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
+    folders = gather_objects((local_node(), folder))
+    pairs = open_pairs(next(path for node, path in folders if path is not None and node == local_node()))
+    check_pairs(pairs, split, run, model)
+    return BatchSource(
+        pairs=pairs,
+        budget=MicroBatchBudget(tokens=run.batch.tokens_per_micro_batch, pairs=run.batch.pairs_per_micro_batch),
+        layout=layout,
+        pad_token_id=tokenizer.pad_token_id,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def local_node() -> int:
+    """The index of this node, the same for all its ranks."""
+    return (rank() - local_rank()) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_pairs(pairs: Pairs, split: str, run: RunConfig, model: Any) -> None:
+    """Raise unless every node holds the same pairs and the model can take the longest. Collective."""
+    if pairs.report.text:
+        say(f"{split} data: {pairs.report.text}")
+    digests = gather_objects(pairs.digest)
+    if len(set(digests)) > 1:
+        odd = next(index for index, digest in enumerate(digests) if digest != digests[0])
+        raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
+    longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise ConfigError(
+            f"data.max_length: {run.data.max_length}, but {run.model.path} takes {limit} tokens and the longest pair "
+            f"of the {split} data has {longest}; set data.max_length to {limit} or less"
+        )
