@@ -18,7 +18,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from dsdpo.config.run import RunConfig, Section, SourceConfig
+from dsdpo.config.data import SourceConfig
+from dsdpo.config.run import RunConfig, Section
 from dsdpo.errors import ConfigError
 
 COMMAND_LINE = "command line"

@@ -21,7 +21,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 
-from dsdpo.config.run import SourceConfig
+from dsdpo.config.data import SourceConfig
 from dsdpo.data.files import SUFFIXES, Row, has_known_suffix, read_file, without_nulls
 from dsdpo.errors import DataError
 

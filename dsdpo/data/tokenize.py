@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from dsdpo.config.run import DataConfig, SourceConfig
+from dsdpo.config.data import DataConfig, SourceConfig
 from dsdpo.data.dropped_rows import BadRow, DropReport, check_report, collect_problems
 from dsdpo.data.encode import Encoded, Encoder, encode_examples, make_encoder
 from dsdpo.data.examples import to_example

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from dsdpo.config.run import RunConfig, SourceConfig
+from dsdpo.config.data import SourceConfig
+from dsdpo.config.run import RunConfig
 from dsdpo.console import say
 from dsdpo.data.binning import LayoutName, MicroBatchBudget
 from dsdpo.data.pairs import Pairs, open_pairs

@@ -6,7 +6,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from dsdpo.config.run import RunConfig, Section, SourceConfig
+from dsdpo.config.data import SourceConfig
+from dsdpo.config.run import RunConfig, Section
 
 NEEDED = {"model": {"path": "m"}, "data": {"train": "d"}, "deepspeed": "ds.json", "output_dir": "out"}
 

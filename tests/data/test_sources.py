@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsdpo.config.run import SourceConfig
+from dsdpo.config.data import SourceConfig
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.examples import to_example
 from dsdpo.data.sources import find_sources, read_rows, uses_of_rows

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from dsdpo.config.run import DataConfig
+from dsdpo.config.data import DataConfig
 from dsdpo.data.encode import BadRow, Encoded, encode_examples, make_encoder
 from dsdpo.data.pairs import FILES, Pairs, damage
 from dsdpo.data.tokenize import open_pairs, prepare_pairs, template_digest, tokenizer_digest
