@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsdpo.config.run import LossConfig
+from dsdpo.config.loss import LossConfig
 from dsdpo.objective.logps import PairLogps
 from dsdpo.objective.losses import LOSSES, make_loss
 
