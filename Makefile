@@ -1,30 +1,73 @@
-# make quickstart   set up .venv and run the demo: DPO under ZeRO-3 on two ranks, from nothing to a trained model
-# make test         set up .venv if it is not there and run every test
-# make lint         ruff and mypy
-# make bench        every benchmark in a short form; results go to runs/bench (see benchmarks/README.md)
+# make quickstart     set up .venv and run the demo: DPO under ZeRO-3 on two ranks, from nothing to a trained model
+# make check          what to run after each change: ruff, mypy and every test without ranks, other programs or
+#                     ../shared, in about a minute
+# make test           every test; make test TESTS="tests/data -m real" runs a part (markers: pytest --markers)
+# make test-ranks     only the tests that start ranks
+# make lint           ruff and mypy
+# make format         let ruff put right what it can
+# make check-lowest   make check and a run, on the oldest versions that pyproject.toml claims
+# make check-newest   the same on the newest versions there are
+# make bench          every benchmark in a short form; results go to runs/bench (see benchmarks/README.md)
+# make clean          remove .venv, caches and runs
 
 PYTHON ?= python3
 VENV := .venv
 # DeepSpeed's compiled operators: a cache of the project's own, so that no other project's killed build blocks it.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+PIP_QUIET := --quiet --disable-pip-version-check
+QUICK := not ranks and not process and not real
+# One run through the whole program, with ranks, an evaluation, a checkpoint and an export.
+WHOLE_RUN := tests/commands/test_train.py tests/training/test_export.py tests/reference/test_adapter.py
 
-.PHONY: quickstart test lint bench clean
+.PHONY: help quickstart check test test-ranks lint format check-lowest check-newest bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/dsdpo demo
 
+check: lint
+	$(VENV)/bin/python -m pytest -q -m "$(QUICK)" $(TESTS)
+
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+test-ranks: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m ranks $(TESTS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# An environment of its own for each end, kept in .cache. torch stays at the tested version: another one is another
+# download of gigabytes, and DeepSpeed's operators have to be compiled again for it.
+check-lowest: .cache/venv-lowest/installed
+	.cache/venv-lowest/bin/python -m pytest -q -m "$(QUICK)" $(TESTS)
+	.cache/venv-lowest/bin/python -m pytest -q $(WHOLE_RUN)
+
+check-newest:
+	$(PYTHON) -m venv .cache/venv-newest
+	.cache/venv-newest/bin/pip install $(PIP_QUIET) "$$(grep '^torch==' constraints.txt)"
+	.cache/venv-newest/bin/pip install $(PIP_QUIET) --upgrade --upgrade-strategy eager \
+		"$$(grep '^torch==' constraints.txt)" --editable '.[dev]'
+	.cache/venv-newest/bin/python -m pytest -q -m "$(QUICK)" $(TESTS)
+	.cache/venv-newest/bin/python -m pytest -q $(WHOLE_RUN)
+
+.cache/venv-lowest/installed: pyproject.toml constraints.txt constraints-lowest.txt
+	$(PYTHON) -m venv .cache/venv-lowest
+	.cache/venv-lowest/bin/pip install $(PIP_QUIET) --constraint constraints-lowest.txt --editable '.[dev]'
+	touch $@
+
 SHORT := --rounds 2 --steps 2
 TINY := $(SHORT) --tiny --quick-memory --pairs-per-step 8
 bench: $(VENV)/installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(VENV)/bin/pip install $(PIP_QUIET) --constraint constraints.txt --editable '.[bench]'
 	$(VENV)/bin/python -m benchmarks.packing $(SHORT) --out runs/bench/packing.json
 	$(VENV)/bin/python -m benchmarks.precompute $(SHORT) --tiny --pairs 256 --out runs/bench/precompute.json
 	$(VENV)/bin/python -m benchmarks.overhead $(SHORT) --tiny --pairs-per-step 8 --out runs/bench/overhead.json
@@ -37,7 +80,7 @@ bench: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/pip install $(PIP_QUIET) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

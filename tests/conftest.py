@@ -1,12 +1,15 @@
-"""Environment of all tests: CPU, one thread a rank, offline, an extension cache of the project's own."""
+"""Environment of all tests (CPU, one thread a rank, offline, an extension cache of the project's own) and markers."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.markers import MARKERS, markers_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -17,6 +20,27 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_exten
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by what it uses, so that `-m "not ranks and not process"` is the quick half."""
+    for item in items:
+        for name in sorted(markers_of(item)):
+            item.add_marker(name)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +57,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED}: this test needs the data, model and trajectories kept there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, tokenizer and rows; tests that write beside them take `inputs`."""
+    from tests.runs import demo_inputs
+
+    return demo_inputs(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def inputs(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the demo's model, tokenizer and rows for one module, whose cache of prepared pairs it is too."""
+    return Path(shutil.copytree(demo_folder, tmp_path_factory.mktemp("inputs"), dirs_exist_ok=True))

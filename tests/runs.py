@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
-@cache
 def demo_inputs(folder: Path) -> Path:
     """The demo's model, tokenizer and rows in `folder`; `few.jsonl` has the first held-out rows."""
     from dsdpo.commands.demo import make_inputs

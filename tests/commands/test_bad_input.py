@@ -15,18 +15,12 @@ import pytest
 from tests.commands.bad_input import CASES, DATA, DEEPSPEED, MODEL, RUN_FILE, Case, write
 from tests.commands.processes import DSDPO, finish, launcher
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs
 
 HANG_S = 240  # 15 s on a machine of one's own, minutes on a crowded one
 BY_NAME = {case.name: case for case in CASES}
 # Through real processes: an early and a late mistake of each kind.
 IN_ONE_PROCESS = [RUN_FILE[0], RUN_FILE[4], RUN_FILE[-1], DEEPSPEED[2], MODEL[0], MODEL[7], DATA[1], DATA[9]]
 UNDER_THE_LAUNCHER = ["unknown key", "stage-3 key typo", "binary junk", "one bad row under data.strict"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_at_least_twenty_different_cases() -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from tests.commands.processes import DSDPO, free_port
 from tests.kill_test import Kill, Report, Started, count_rows, run_and_kill
-from tests.runs import demo_inputs, settings
+from tests.runs import settings
 
 STOPPED, LOST = 75, 1
 SECRET = "5ec2e7" * 8
@@ -66,9 +66,8 @@ def start_ranks(run: dict[str, Any], folder: Path, *, slurm: bool = False) -> li
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> dict[str, Any]:
+def run(inputs: Path, tmp_path: Path) -> dict[str, Any]:
     """Longer than any test waits."""
-    inputs = demo_inputs(tmp_path / "inputs")
     return settings(
         tmp_path,
         inputs,

@@ -20,16 +20,11 @@ import pytest
 import yaml
 
 from tests.commands.processes import DSDPO, finish, free_port, launcher
-from tests.runs import demo_inputs, settings
+from tests.runs import settings
 
 SHARD_PAIRS = 16
 PAIRS = 400
 PROGRESS = re.compile(r"rank (\d+): (\d+) pairs scored and not yet written")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def write_run(folder: Path, inputs: Path, **sections: Any) -> Path:

@@ -20,7 +20,7 @@ from dsdpo.config.run import RunConfig
 from tests.commands.processes import DSDPO, finish, free_port, launcher
 from tests.commands.test_bad_input import command_here
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs, losses, metrics, settings, train_on, write_json
+from tests.runs import losses, metrics, settings, train_on, write_json
 
 LIMIT_S = 400
 TRL_NAMES = {
@@ -28,11 +28,6 @@ TRL_NAMES = {
     *("logps/chosen", "logps/rejected"),
 }
 CHATTER = re.compile(r"INFO|WARN|bf16_ ?optimizer|Virtual Memory|Max_MA|before init|after init|it/s|examples/s")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run_file(folder: Path, run: dict[str, Any]) -> str:

@@ -112,7 +112,7 @@ def test_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_batches_are_pinned_and_arrive_on_the_device() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     batch = random_batch(2)

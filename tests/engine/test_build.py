@@ -12,15 +12,10 @@ import torch.distributed as dist
 
 from tests.engines import logps_here, planned, policy_of, reference_of, save_lm, train_steps
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs, settings
+from tests.runs import settings
 from tests.tiny import random_batch, random_pairs, tiny_lm
 
 PAIRS = random_pairs(4, seed=5)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_mixture_of_experts_under_zero3(inputs: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dsdpo.reference.base import Reference, score_batches
 from tests.adapters import continued_adapter
 from tests.gathers import counting, gathered_now, hooks
 from tests.ranks import run_ranks
-from tests.runs import POLICIES, demo_inputs, settings, write_json
+from tests.runs import POLICIES, settings, write_json
 
 STEPS = 10
 # As DeepSpeed prefetches on real models, in proportion: some layers ahead, nothing kept.
@@ -55,11 +55,6 @@ def count_steps(run: dict[str, Any], keep_two: bool) -> list[dict[str, float]]:
         row = {"loss": meter.read()["loss"], "hooks": hooks(policy.module), "whole": gathered_now(policy.module)}
         rows.append({**row, **{name: events[name] for name in ("invalidated", "gathered", "late")}})
     return rows
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run_for(folder: Path, inputs: Path, lora: dict[str, Any], *, offload: bool = False) -> dict[str, Any]:

@@ -25,13 +25,7 @@ from dsdpo.objective.logps import ResponseScorer, pair_logps
 from tests.adapters import continued_adapter
 from tests.ranks import run_ranks
 from tests.reference.test_adapter import build_here, lora_run, tie_embeddings
-from tests.runs import demo_inputs
 from tests.tiny import plain_logps, random_batch, random_pairs, tiny_lm
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def adapted(lora: dict[str, Any], **options: Any) -> Any:

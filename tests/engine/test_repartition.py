@@ -13,7 +13,7 @@ import torch
 from dsdpo.engine.deepspeed_keys import lookup
 from tests.engines import planned, policy_of, train_steps
 from tests.ranks import run_ranks
-from tests.runs import CPU, POLICIES, demo_inputs, settings, write_json
+from tests.runs import CPU, POLICIES, settings, write_json
 from tests.tiny import random_batch
 
 # Several flat partitions a rank, whose borders lie elsewhere for other ranks.
@@ -34,11 +34,6 @@ KINDS = {
 }
 SOURCES = ["zero1", "zero3", "zero3_offload", "robin"]
 TARGETS = {1: ["zero1", "zero3_offload"], 2: ["zero3", "offload2", "robin"], 3: ["sub_groups"]}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run_of(folder: Path, inputs: Path, kind: str, **sections: Any) -> dict[str, Any]:

@@ -12,14 +12,9 @@ import torch
 
 from tests.adapters import continued_adapter, merged
 from tests.ranks import run_ranks
-from tests.runs import POLICIES, demo_inputs, losses, settings, train_on, write_json
+from tests.runs import POLICIES, losses, settings, train_on, write_json
 
 STRONG = {"optimizer": {"learning_rate": 1e-2}}  # four steps that can be told from none
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def lora_run(folder: Path, inputs: Path, lora: dict[str, Any], **sections: Any) -> dict[str, Any]:

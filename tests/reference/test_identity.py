@@ -16,7 +16,7 @@ from torch import nn
 from dsdpo.objective.logps import ResponseScorer
 from dsdpo.reference.identity import DECISIVE, ReferenceIdentity, architecture_digest, weights_digest
 from tests.ranks import run_ranks
-from tests.runs import POLICIES, REFERENCES, demo_inputs, settings, train_on
+from tests.runs import POLICIES, REFERENCES, settings, train_on
 from tests.tiny import tiny_lm
 
 IDENTITY = ReferenceIdentity(
@@ -32,11 +32,6 @@ IDENTITY = ReferenceIdentity(
     strategy="precomputed",
     sync=None,
 )
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def digest_of_engine(run: dict[str, Any], which: str) -> str:

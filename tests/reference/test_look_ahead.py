@@ -9,16 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from dsdpo.config.reference import ReferenceConfig
-from tests.runs import demo_inputs, losses, settings, train_on
+from tests.runs import losses, settings, train_on
 
 STEPS = 5
 LORA = {"model": {"lora": {"r": 4}}, "reference_zero": None}
 MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def rows_of(folder: Path, inputs: Path, case: dict[str, Any], look_ahead_steps: int) -> list[dict[str, float]]:

@@ -22,15 +22,10 @@ from dsdpo.reference.precomputed import PrecomputedReference, check_audit
 from dsdpo.reference.store import LogpTable
 from tests.ranks import RankError, run_ranks
 from tests.reference.test_identity import IDENTITY
-from tests.runs import POLICIES, demo_inputs, losses, settings, train_on
+from tests.runs import POLICIES, losses, settings, train_on
 from tests.tiny import random_batch, random_pairs, tiny_lm
 
 ROWS = 40
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def rows_of(inputs: Path, count: int = ROWS) -> list[str]:

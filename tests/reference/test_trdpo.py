@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import RankError, restart, run_ranks
-from tests.runs import POLICIES, REFERENCES, demo_inputs, settings, train_on
+from tests.runs import POLICIES, REFERENCES, settings, train_on
 
 ALPHA = 0.3
 HPZ = {"zero_optimization": {**REFERENCES["zero3"]["zero_optimization"], "zero_hpz_partition_size": 2}}
@@ -99,11 +99,6 @@ def average_by_hand(run: dict[str, Any], syncs: int, gather: bool) -> dict[str, 
         "local": sum(average.local.values()) / len(average.local),
         "weights": {name: moved[name] for name in names},
     }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 PAIRED = [(policy, reference) for reference in REFERENCES for policy in POLICIES]

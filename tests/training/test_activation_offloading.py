@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dsdpo.config.run import ModelConfig
 from dsdpo.objective.logps import ResponseScorer
-from tests.runs import demo_inputs, settings, train_on
+from tests.runs import settings, train_on
 from tests.tiny import random_batch, tiny_lm
 
 
@@ -44,9 +44,7 @@ def test_no_hidden_state_stays_and_gradients_are_identical() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_same_run_under_zero3(tmp_path: Path) -> None:
-    inputs = demo_inputs(tmp_path / "inputs")
-
+def test_same_run_under_zero3(inputs: Path, tmp_path: Path) -> None:
     def rows(name: str, **model: Any) -> list[list[float]]:
         run = settings(tmp_path / name, inputs, model={"gradient_checkpointing": True, **model})
         return [[row["loss"], row["grad_norm"], row["comm/gathers"]] for row in train_on(2, run)]

@@ -16,13 +16,8 @@ from dsdpo.training.metrics import Meter
 from dsdpo.training.pruning import Keep
 from tests.engines import planned, policy_of, reference_of, train_steps
 from tests.ranks import run_ranks
-from tests.runs import POLICIES, demo_inputs, settings
+from tests.runs import POLICIES, settings
 from tests.tiny import random_batch
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def save(plan: Any, policy: Any, folder: str, step: int, keep_last: int = 2) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from dsdpo.distributed import barrier
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs, settings, train_here
+from tests.runs import settings, train_here
 
 
 def truncated(path: Path) -> None:
@@ -50,12 +50,12 @@ HARMS = (truncated, emptied, flipped, flipped_at_start, flipped_at_end, deleted)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run with checkpoints of steps 1 and 2, a moving reference included."""
     folder = tmp_path_factory.mktemp("trained")
     run = settings(
         folder,
-        demo_inputs(folder / "inputs"),
+        inputs,
         reference={"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3},
         train={"max_steps": 2},
         checkpoint={"every_steps": 1},

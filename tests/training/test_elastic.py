@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import RankError, run_ranks
-from tests.runs import REFERENCES, demo_inputs, metrics, settings, train_here, write_json
+from tests.runs import REFERENCES, metrics, settings, train_here, write_json
 
 MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.3}
 LORA = {"model": {"lora": {"r": 4}}, "reference_zero": None}
@@ -37,11 +37,6 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str, str]]]] = {
         [(2, "zero3", ""), (1, "zero2", ""), (2, "zero3", "")],
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run_of(folder: Path, inputs: Path, policy_zero: str, own_zero: str, **case: Any) -> dict[str, Any]:

@@ -9,15 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.runs import demo_inputs, metrics, settings, train_on
+from tests.runs import metrics, settings, train_on
 from tests.tiny import plain_logps
 
 PAIRS = 13  # a prime: no number of ranks or micro-batches divides it
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

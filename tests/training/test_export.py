@@ -10,15 +10,10 @@ import torch
 
 from tests.engines import logps_here, planned, policy_of, save_lm, train_steps
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs, settings
+from tests.runs import settings
 from tests.tiny import plain_logps, random_batch, random_pairs, tiny_lm
 
 PAIRS = random_pairs(5, seed=3)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("tied", [True, False])

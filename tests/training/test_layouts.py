@@ -20,14 +20,8 @@ from dsdpo.data.tokenize import prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.objective.logps import ResponseScorer, pair_logps
 from tests.ranks import RankError, run_ranks
-from tests.runs import demo_inputs, losses, settings, train_on
+from tests.runs import losses, settings, train_on
 from tests.tiny import tiny_lm
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
-
 
 LORA = {"lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}, "gradient_checkpointing": True}
 SNAPSHOT = {

@@ -17,7 +17,7 @@ from dsdpo.objective.losses import LossOutput
 from dsdpo.training.nonfinite import marked
 from tests.engines import planned, policy_of
 from tests.ranks import run_ranks
-from tests.runs import CPU, POLICIES, demo_inputs, metrics, settings, train_here, write_json
+from tests.runs import CPU, POLICIES, metrics, settings, train_here, write_json
 from tests.tiny import random_batch
 
 ZERO2_OFFLOAD = {
@@ -34,11 +34,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero2-bf16": ("bfloat16", POLICIES["zero2"]),
     "zero3-bf16": ("bfloat16", POLICIES["zero3"]),
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_weights_and_optimizer_states_stay_as_they_are(inputs: Path, tmp_path: Path) -> None:

@@ -14,14 +14,9 @@ from dsdpo.run.summary import describe_results
 from dsdpo.training.perf import ASIDE, PHASES, DeviceLaps, Laps, peak_memory, peak_tflops
 from tests.gathers import counting
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs, metrics, settings, train_here
+from tests.runs import metrics, settings, train_here
 
 PEAK = 0.5  # TFLOP/s, made up
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_what_stands_between_two_phases_counts_to_the_second() -> None:
@@ -35,7 +30,7 @@ def test_what_stands_between_two_phases_counts_to_the_second() -> None:
     assert laps.take() == {"log": 3.0, "data": 1.0}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_device_counts_its_own_time() -> None:
     """A phase that only queues work has the work's time, and the wait for it has none."""
     matrix = torch.randn(4096, 4096, device="cuda")

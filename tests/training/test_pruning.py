@@ -11,7 +11,7 @@ from dsdpo.config.load import load_run, run_parser
 from dsdpo.errors import ConfigError
 from dsdpo.training.checkpoint import whole_checkpoints
 from dsdpo.training.pruning import Keep, superseded
-from tests.runs import demo_inputs, settings, train_on
+from tests.runs import settings, train_on
 
 SCORES = {1: 0.60, 2: 0.50, 3: 0.55, 4: None, 5: 0.50, 6: float("nan"), 7: 0.65}  # eval/loss by step
 
@@ -45,9 +45,8 @@ def test_newest_and_best_are_kept(keep: Keep, kept: list[int], tmp_path: Path) -
     assert [int(path.name[5:]) for path in whole if path not in gone] == kept
 
 
-def test_a_run_keeps_its_best_checkpoints(tmp_path: Path) -> None:
+def test_a_run_keeps_its_best_checkpoints(inputs: Path, tmp_path: Path) -> None:
     """With a learning rate that soon ruins the policy, the best ones are not the newest."""
-    inputs = demo_inputs(tmp_path / "inputs")
     run = settings(
         tmp_path,
         inputs,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import RankError, run_ranks
-from tests.runs import POLICIES, demo_inputs, metrics, settings, train_here, write_json
+from tests.runs import POLICIES, metrics, settings, train_here, write_json
 
 TIMES = ("time/", "perf/", "memory/", "comm/")
 MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.3}
@@ -36,11 +36,6 @@ CASES: dict[str, dict[str, Any]] = {
     "looking-ahead-zero3": {"reference": {"look_ahead_steps": 4}},
     "moving-bf16-zero3": {"model": {"dtype": "bfloat16"}, "reference": MOVES},
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run_of(folder: Path, inputs: Path, *, policy_zero: str = "zero3", **case: Any) -> dict[str, Any]:

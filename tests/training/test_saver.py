@@ -18,14 +18,9 @@ from dsdpo.training.jsonl import JsonlWriter
 from dsdpo.training.saver import Saver
 from tests.disks import empty, fill, small_disk
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs, metrics, settings, train_here
+from tests.runs import metrics, settings, train_here
 
 STEP = 2  # micro-batches on a rank
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run_on(disk: Path, folder: Path, inputs: Path, **checkpoint: Any) -> dict[str, Any]:

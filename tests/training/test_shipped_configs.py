@@ -8,17 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs import demo_inputs, losses, settings, train_on
+from tests.runs import losses, settings, train_on
 
 FOLDER = ROOT / "ds_configs"
 # NVMe needs libaio and a disk; see tests/engine/test_zero_config.py for what is asked of those files.
 POLICIES = sorted(path.name for path in FOLDER.glob("*.json") if "nvme" not in path.name)
 REFERENCES = sorted(path.name for path in (FOLDER / "reference").glob("*.json") if "nvme" not in path.name)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def losses_of(policy: str, reference: str, inputs: Path, folder: Path, dtype: str = "bfloat16") -> list[float]:

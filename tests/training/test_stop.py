@@ -10,18 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.runs import demo_inputs, metrics, settings
+from tests.runs import metrics, settings
 
 STOPPED = 75
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def exit_code(run: dict[str, Any], touch: Path | None = None, signalled: int | None = None) -> int:

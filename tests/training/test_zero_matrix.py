@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import POLICIES, REFERENCES, demo_inputs, losses, settings, train_on
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+from tests.runs import POLICIES, REFERENCES, losses, settings, train_on
 
 
 @pytest.fixture(scope="module")
