@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.pairs import Pair
+from dsdpo.data.pairs import Group
 
 
 def save_lm(folder: Path, tokenizer_from: Path, lm: Any) -> str:
@@ -60,7 +60,7 @@ def train_steps(policy: Any, batches: Sequence[PreferenceBatch]) -> list[float]:
     return margins
 
 
-def logps_here(model: Any, pairs: Sequence[Pair]) -> list[list[float]]:
+def logps_here(model: Any, pairs: Sequence[Group]) -> list[list[float]]:
     """Chosen and rejected log-probs under an engine, without gradient. Collective."""
     from dsdpo.data.batch import collate_padded
     from dsdpo.objective.logps import pair_logps

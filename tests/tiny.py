@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dsdpo.data.batch import PreferenceBatch, collate_padded
-from dsdpo.data.pairs import Pair
+from dsdpo.data.pairs import Group
 
 SMALL = {
     "vocab_size": 97,
@@ -67,14 +67,14 @@ def tiny_lm(family: str = "llama", *, seed: int = 0, scale: float = 5.0, **chang
     return lm.eval()
 
 
-def random_pairs(count: int, *, seed: int = 0, vocab: int = 97, longest: int = 20) -> list[Pair]:
+def random_pairs(count: int, *, seed: int = 0, vocab: int = 97, longest: int = 20) -> list[Group]:
     """Pairs of random tokens (ids from 3 on) with prompts and responses of 1 to `longest` tokens."""
     rng = np.random.default_rng(seed)
 
     def tokens() -> np.ndarray:
         return rng.integers(3, vocab, size=rng.integers(1, longest + 1))
 
-    return [Pair(pair_id=index, prompt=tokens(), chosen=tokens(), rejected=tokens()) for index in range(count)]
+    return [Group.of(index, tokens(), tokens(), tokens()) for index in range(count)]
 
 
 def random_batch(count: int = 3, **options: Any) -> PreferenceBatch:
@@ -82,7 +82,7 @@ def random_batch(count: int = 3, **options: Any) -> PreferenceBatch:
     return collate_padded(random_pairs(count, **options), pad_token_id=0)
 
 
-def plain_logps(lm: Any, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_logps(lm: Any, pairs: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
     """The independent truth: one sequence at a time, whole logits, log_softmax. Chosen (B,), rejected (B,)."""
 
     def one(prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
@@ -91,6 +91,6 @@ def plain_logps(lm: Any, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]
         return logps[len(prompt) - 1 :].gather(-1, ids[0, len(prompt) :, None]).sum()
 
     return (
-        torch.stack([one(pair.prompt, pair.chosen) for pair in pairs]),
-        torch.stack([one(pair.prompt, pair.rejected) for pair in pairs]),
+        torch.stack([one(pair.prompt, pair.responses[0]) for pair in pairs]),
+        torch.stack([one(pair.prompt, pair.responses[1]) for pair in pairs]),
     )

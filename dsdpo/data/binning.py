@@ -37,22 +37,33 @@ class MicroBatchBudget:
 
 
 def padded_cost(lengths: np.ndarray) -> np.ndarray:
-    """(n,) tokens of the first 1, 2, ..., n pairs padded together: 2n rows of the longest prompt + response."""
-    widest = lengths[:, 0] + np.maximum(lengths[:, 1], lengths[:, 2])
-    return 2 * np.arange(1, len(lengths) + 1) * np.maximum.accumulate(widest.astype(np.int64))
+    """(n,) tokens of the first 1, 2, ..., n groups padded together: each a row per response, as long as the longest."""
+    widest = longest_sequences(lengths)
+    return (lengths.shape[1] - 1) * np.arange(1, len(lengths) + 1) * np.maximum.accumulate(widest)
+
+
+def longest_sequences(lengths: np.ndarray) -> np.ndarray:
+    """(n,) tokens of each group's longest prompt + response."""
+    return lengths[:, 0].astype(np.int64) + lengths[:, 1:].max(axis=1)
+
+
+def sequence_tokens(lengths: np.ndarray) -> np.ndarray:
+    """(n,) tokens of each group's prompt + response, summed over its responses."""
+    responses = (lengths[:, 1:] > 0).sum(axis=1)
+    return lengths.sum(axis=1, dtype=np.int64) + (responses - 1) * lengths[:, 0].astype(np.int64)
 
 
 def packed_cost(lengths: np.ndarray) -> np.ndarray:
-    """(n,) tokens of the first 1, 2, ..., n pairs in one row.
+    """(n,) tokens of the first 1, 2, ..., n groups in one row.
 
-    Equal beginnings of the two responses would save a little more; not to count them keeps the budget an upper bound.
+    Equal beginnings of the responses would save a little more; not to count them keeps the budget an upper bound.
     """
     return np.cumsum(_packed_sizes(lengths))
 
 
 def _packed_sizes(lengths: np.ndarray) -> np.ndarray:
-    """(n,) tokens of each pair: the prompt once, both responses without their last tokens."""
-    return lengths.sum(axis=1, dtype=np.int64) - 2
+    """(n,) tokens of each group: the prompt once, all responses without their last tokens."""
+    return lengths.sum(axis=1, dtype=np.int64) - (lengths[:, 1:] > 0).sum(axis=1)
 
 
 def even_bins(lengths: np.ndarray, world_size: int, budget: MicroBatchBudget) -> tuple[Bins, list[int]]:

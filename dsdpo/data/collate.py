@@ -1,4 +1,4 @@
-"""The two layouts by name: how pairs become a batch, how batches become one, and what a pass over them costs."""
+"""The two layouts by name: how groups become a batch, how batches become one, and what a pass over them costs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dsdpo.data.batch import Packed, PreferenceBatch, collate_padded, merge_padded
 from dsdpo.data.binning import LayoutName
 from dsdpo.data.packed_layout import collate_packed, merge_packed
-from dsdpo.data.pairs import Pair
+from dsdpo.data.pairs import Group
 
 
-def collate(pairs: Sequence[Pair], *, layout: LayoutName, pad_token_id: int) -> PreferenceBatch:
-    """The pairs as one batch, on the CPU."""
-    return collate_packed(pairs) if layout == "packed" else collate_padded(pairs, pad_token_id=pad_token_id)
+def collate(groups: Sequence[Group], *, layout: LayoutName, pad_token_id: int) -> PreferenceBatch:
+    """The groups as one batch, on the CPU."""
+    return collate_packed(groups) if layout == "packed" else collate_padded(groups, pad_token_id=pad_token_id)
 
 
 def merge(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
-    """All pairs of batches of one layout as one batch, in order."""
+    """All groups of batches of one layout as one batch, in order."""
     return merge_packed(batches) if isinstance(batches[0].attention, Packed) else merge_padded(batches)
 
 

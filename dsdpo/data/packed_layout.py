@@ -1,8 +1,8 @@
-"""The packed layout: one row a micro-batch, no padding, and what both responses of a pair begin with stands once.
+"""The packed layout: one row a micro-batch, no padding, and what all responses of a group begin with stands once.
 
-A pair's sequences are prompt + chosen and prompt + rejected without their last tokens, from which nothing is
-predicted. What they have in common, at least the prompt, is computed once; positions of the rejected rest follow it
-again. Sharing is exact: a token's hidden state depends only on the tokens before it.
+A group's sequences are prompt + response for each response, without their last tokens, from which nothing is predicted.
+What they have in common, at least the prompt, is computed once; positions of each further rest follow it again. Sharing
+is exact: a token's hidden state depends only on the tokens before it.
 Source: Wang & Hegde 2024 (arXiv 2410.20305), here with the longest common beginning in place of the prompt.
 """
 
@@ -16,38 +16,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsdpo.data.batch import Packed, PreferenceBatch, Span, moved
-from dsdpo.data.pairs import Pair
+from dsdpo.data.batch import Packed, PreferenceBatch, Span, joined_fields, learned_places, listed_responses, moved
+from dsdpo.data.pairs import Group
 
 
-def collate_packed(pairs: Sequence[Pair]) -> PreferenceBatch:
-    """The pairs in the packed layout, on the CPU: R is 1, T the sum of their tokens."""
+def collate_packed(groups: Sequence[Group]) -> PreferenceBatch:
+    """The groups in the packed layout, on the CPU: R is 1, T the sum of their tokens."""
+    size = len(groups[0].responses)
     input_ids: list[np.ndarray] = []
     position_ids: list[np.ndarray] = []
-    chosen_at: list[np.ndarray] = []
-    rejected_at: list[np.ndarray] = []
+    score_at: list[list[np.ndarray]] = [[] for _ in range(size)]
     spans: list[Span] = []
+    learned = learned_places(groups)
     start = 0
-    for pair in pairs:
-        first = np.concatenate([pair.prompt, pair.chosen])[:-1]
-        second = np.concatenate([pair.prompt, pair.rejected])[:-1]
-        shared = common_beginning(first, second)
-        input_ids += [first, second[shared:]]
-        position_ids += [np.arange(len(first)), np.arange(shared, len(second))]
-        chosen_at.append(start + np.arange(len(pair.prompt) - 1, len(first)))
-        at = np.arange(len(pair.prompt) - 1, len(second))
-        rejected_at.append(start + at + (at >= shared) * (len(first) - shared))
-        spans.append((start, shared, len(first) - shared, len(second) - shared))
-        start += len(first) + len(second) - shared
-    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    for number, group in enumerate(groups):
+        whole = [np.concatenate([group.prompt, response])[:-1] for response in group.responses if len(response)]
+        shared = len(whole[0])
+        for other in whole[1:]:
+            shared = min(shared, common_beginning(whole[0], other))
+        rests = [len(ids) - shared for ids in whole] + [0] * (size - len(whole))
+        at = start  # where the rest of the response stands, less what it shares
+        for index, ids in enumerate(whole):
+            new = ids if index == 0 else ids[shared:]
+            input_ids.append(new)
+            position_ids.append(np.arange(len(ids) - len(new), len(ids)))
+            places = len(group.prompt) - 1 + learned[index * len(groups) + number]
+            score_at[index].append(start + places + (places >= shared) * (at - start))
+            at += rests[index]
+        spans.append((start, shared, *rests))
+        start += shared + sum(rests)
     return PreferenceBatch(
         input_ids=_int64(input_ids)[None],
         position_ids=_int64(position_ids)[None],
         attention=packed(spans),
-        score_at=_int64(chosen_at + rejected_at),
-        targets=_int64(responses),
-        response=torch.from_numpy(np.repeat(np.arange(len(responses)), [len(response) for response in responses])),
-        pair_ids=torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64),
+        score_at=_int64([part for parts in score_at for part in parts]),
+        **listed_responses(groups, learned),
     )
 
 
@@ -59,16 +62,18 @@ def common_beginning(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def packed(spans: Sequence[Span]) -> Packed:
-    """What attention needs to know of pairs that stand one after another."""
+    """What attention needs to know of groups that stand one after another."""
     queries: list[int] = []
     keys: list[np.ndarray] = []
-    for start, shared, chosen, rejected in spans:
-        end = start + shared + chosen
-        queries.append(shared + chosen)
+    for start, shared, first, *others in spans:
+        end = start + shared + first
+        queries.append(shared + first)
         keys.append(np.arange(start, end))
-        if rejected:
-            queries.append(rejected)
-            keys += [np.r_[start : start + shared, end : end + rejected]]
+        for rest in others:
+            if rest:
+                queries.append(rest)
+                keys.append(np.r_[start : start + shared, end : end + rest])
+                end += rest
     lengths = [len(part) for part in keys]
     return Packed(
         spans=tuple(spans),
@@ -81,7 +86,7 @@ def packed(spans: Sequence[Span]) -> Packed:
 
 
 def merge_packed(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
-    """All pairs of several packed batches in one row, in order. Waits for no device."""
+    """All groups of several packed batches in one row, in order. Waits for no device."""
     if len(batches) == 1:
         return batches[0]
     total = sum(batch.num_pairs for batch in batches)
@@ -98,9 +103,8 @@ def merge_packed(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
         position_ids=torch.cat([batch.position_ids for batch in batches], dim=1),
         attention=_joined(layouts, [batch.num_tokens for batch in batches]),
         score_at=torch.cat(score_at),
-        targets=torch.cat([batch.targets for batch in batches]),
         response=torch.cat(response),
-        pair_ids=torch.cat([batch.pair_ids for batch in batches]),
+        **joined_fields(batches),
     )
 
 
@@ -110,7 +114,7 @@ def _joined(layouts: Sequence[Packed], tokens: Sequence[int]) -> Packed:
     key_index, query_starts, key_starts = [], [layouts[0].query_starts[:1]], [layouts[0].key_starts[:1]]
     row = keys = 0
     for layout, length in zip(layouts, tokens, strict=True):
-        spans += [(start + row, *rest) for start, *rest in layout.spans]  # type: ignore[misc]
+        spans += [(start + row, *rest) for start, *rest in layout.spans]
         key_index.append(layout.key_index + row)
         query_starts.append(layout.query_starts[1:] + row)
         key_starts.append(layout.key_starts[1:] + keys)

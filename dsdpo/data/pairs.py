@@ -1,8 +1,9 @@
-"""Token pairs on disk: written once per node, then opened memory-mapped by every rank.
+"""Prepared data on disk: written once per node, then opened memory-mapped by every rank.
 
-A folder holds `tokens.bin` (int32, little-endian: prompt, chosen, rejected of each distinct row), `starts.npy` (where
-each pair's tokens begin; a row used more than once is stored once), `lengths.npy`, `origins.npy` and `pairs.json`.
-Beside them `checked.json` says which state of these files was last found to be what was written.
+A folder holds `tokens.bin` (int32, little-endian: prompt and responses of each distinct row), `starts.npy` (where each
+group's tokens begin; a row used more than once is stored once), `lengths.npy`, `origins.npy`, an array more for each of
+EXTRAS that the data has, and `pairs.json`. Beside them `checked.json` says which state of these files was last found to
+be what was written.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +23,101 @@ from dsdpo.data.dropped_rows import DropReport
 from dsdpo.errors import CacheError
 
 TOKEN = np.dtype("<i4")
-FILES = ("tokens.bin", "starts.npy", "lengths.npy", "origins.npy", "pairs.json")
+ARRAYS = ("starts", "lengths", "origins")
+EXTRAS = {"unlearned": np.int64, "margins": np.float32, "weights": np.float32, "scores": np.float32}
+"""Arrays that only some data has, and their types; see `Pairs`."""
+FILES = ("tokens.bin", *(f"{name}.npy" for name in ARRAYS), "pairs.json")
 CHECKED = "checked.json"
+NO_RANGES = np.zeros((0, 2), dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One preference pair as token ids; prompt + chosen and prompt + rejected are what the model reads."""
+class Group:
+    """A prompt with n responses as token ids: a preference pair (n = 2, chosen then rejected), one rated response
+    (n = 1) or a ranked list, best first (n > 2). Prompt + response is what the model reads."""
 
     pair_id: int
     prompt: np.ndarray  # (P,) int32, at least one token
-    chosen: np.ndarray  # (C,) int32, at least one token
-    rejected: np.ndarray  # (R,) int32, at least one token
+    responses: tuple[np.ndarray, ...]  # n of (C,) int32; without a token where the group has fewer than the data's most
+    learned: tuple[np.ndarray | None, ...] = ()  # n of (C,) bool, tokens to learn; None, or () for all n: all of them
+    margin: float | None = None  # how much better the chosen response is, as the data says
+    weight: float | None = None  # of the group in a loss that uses it
+    scores: tuple[float, ...] | None = None  # n, of the responses: the higher, the better
+
+    @classmethod
+    def of(cls, pair_id: int, prompt: np.ndarray, *responses: np.ndarray) -> Group:
+        """A group of these responses, all of whose tokens are learned."""
+        return cls(pair_id, prompt, responses)
+
+    def learned_of(self, index: int) -> np.ndarray | None:
+        """Which tokens of a response are learned; None: all."""
+        return self.learned[index] if self.learned else None
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A whole data set of pairs, read from disk as they are asked for."""
+    """A whole data set of groups, pairs as a rule, read from disk as they are asked for."""
 
-    lengths: np.ndarray  # (N, 3) int32, tokens of prompt, chosen, rejected
+    lengths: np.ndarray  # (N, 1 + n) int32, tokens of prompt and of each response; 0 where there is no such response
     origins: np.ndarray  # (N, 2) int64, index into the section's sources and row in that source, counted from 0
     report: DropReport
-    digest: str  # of token ids and order alone: the same on every machine and in every cache
-    starts: np.ndarray  # (N,) int64, first token of each pair in `tokens`
+    digest: str  # of what is trained on and its order alone: the same on every machine and in every cache
+    starts: np.ndarray  # (N,) int64, first token of each group in `tokens`
     tokens: np.ndarray  # (M,) int32, memory-mapped
+    unlearned: np.ndarray = field(default_factory=NO_RANGES.copy)  # (U, 2) int64, ascending [start, end) in `tokens`
+    margins: np.ndarray | None = None  # (N,) float32
+    weights: np.ndarray | None = None  # (N,) float32
+    scores: np.ndarray | None = None  # (N, n) float32
+    date: str | None = None  # YYYY-MM-DD that chat templates were told
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, ids: Sequence[int]) -> list[Pair]:
-        return [self._pair(int(pair_id)) for pair_id in ids]
+    def __getitem__(self, ids: Sequence[int]) -> list[Group]:
+        return [self._group(int(pair_id)) for pair_id in ids]
 
-    def _pair(self, pair_id: int) -> Pair:
-        prompt, chosen, rejected = self.lengths[pair_id].tolist()
+    @property
+    def group_size(self) -> int:
+        """n: responses of the largest group, 2 for pairs."""
+        return self.lengths.shape[1] - 1
+
+    def subset(self, rows: np.ndarray) -> Pairs:
+        """These rows alone, in this order."""
+        chosen = {name: getattr(self, name)[rows] for name in (*ARRAYS, "margins", "weights", "scores")
+                  if getattr(self, name) is not None}  # fmt: skip
+        return replace(self, **chosen)
+
+    def unlearned_ranges(self, pair_id: int) -> np.ndarray:
+        """(u, 2) int64, ranges of a group's tokens that are not learned, counted from its first token."""
+        if not len(self.unlearned):
+            return NO_RANGES
         start = int(self.starts[pair_id])
-        tokens = self.tokens[start : start + prompt + chosen + rejected]
-        return Pair(pair_id, tokens[:prompt], tokens[prompt : prompt + chosen], tokens[prompt + chosen :])
+        end = start + int(self.lengths[pair_id].sum())
+        first, last = np.searchsorted(self.unlearned[:, 0], (start, end))
+        return self.unlearned[first:last] - start
+
+    def _group(self, pair_id: int) -> Group:
+        sizes = self.lengths[pair_id].tolist()
+        start = int(self.starts[pair_id])
+        ends = np.cumsum(sizes).tolist()
+        tokens = self.tokens[start : start + ends[-1]]
+        prompt, *responses = (tokens[end - size : end] for size, end in zip(sizes, ends, strict=True))
+        ranges = self.unlearned_ranges(pair_id)
+        learned = []
+        for size, end in zip(sizes[1:], ends[1:], strict=True):
+            mask = np.ones(size, dtype=bool)
+            for first, last in (ranges - (end - size)).tolist():
+                mask[max(first, 0) : max(last, 0)] = False
+            learned.append(None if mask.all() else mask)
+        return Group(
+            pair_id,
+            prompt,
+            tuple(responses),
+            learned=tuple(learned) if len(ranges) else (),
+            margin=None if self.margins is None else float(self.margins[pair_id]),
+            weight=None if self.weights is None else float(self.weights[pair_id]),
+            scores=None if self.scores is None else tuple(self.scores[pair_id].tolist()),
+        )
 
 
 def write_tokens(folder: Path, chunks: Iterable[np.ndarray]) -> None:
@@ -68,18 +128,30 @@ def write_tokens(folder: Path, chunks: Iterable[np.ndarray]) -> None:
 
 
 def write_index(
-    folder: Path, *, starts: np.ndarray, lengths: np.ndarray, origins: np.ndarray, report: DropReport
+    folder: Path,
+    *,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    origins: np.ndarray,
+    report: DropReport,
+    extras: Mapping[str, np.ndarray] | None = None,
+    date: str | None = None,
 ) -> None:
-    """Writes everything beside `tokens.bin`, in the shapes of `Pairs`."""
+    """Writes everything beside `tokens.bin`, in the shapes of `Pairs`; `extras` by their names there."""
     num_tokens = (folder / "tokens.bin").stat().st_size // TOKEN.itemsize
     np.save(folder / "starts.npy", starts.astype(np.int64))
     np.save(folder / "lengths.npy", lengths.astype(np.int32))
     np.save(folder / "origins.npy", origins.astype(np.int64))
+    extras = {name: np.asarray(values).astype(EXTRAS[name]) for name, values in (extras or {}).items()}
+    for name, values in extras.items():
+        np.save(folder / f"{name}.npy", values)
     facts: dict[str, Any] = {
-        "digest": _digest(folder, starts, lengths),
+        "digest": _digest(folder, starts, lengths, extras),
         "origins": _array_digest(origins),
+        "extras": list(extras),
         "pairs": len(lengths),
         "tokens": num_tokens,
+        "date": date,
         "report": report.to_json(),
     }
     facts["facts"] = _facts_digest(facts)
@@ -92,7 +164,8 @@ def damage(folder: Path) -> str | None:
     Reads all of it, unless no file's size or time of modification has changed since it was last found whole.
     """
     try:
-        stats = {name: (folder / name).stat() for name in FILES}
+        names = sorted({*FILES, *(path.name for path in folder.glob("*.npy"))})
+        stats = {name: (folder / name).stat() for name in names}
     except OSError as error:
         return f"{folder}: prepared pairs cannot be read ({error})"
     state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
@@ -117,15 +190,16 @@ def _damage(folder: Path) -> str | None:
         return str(error)
     if facts.get("facts") != _facts_digest(facts):
         return f"{folder / 'pairs.json'} is not what was written"
-    if facts["digest"] != _digest(folder, pairs.starts, pairs.lengths):
-        return f"{folder}: tokens, starts or lengths are not what was written"
+    extras = {name: getattr(pairs, name) for name in facts["extras"]}
+    if facts["digest"] != _digest(folder, pairs.starts, pairs.lengths, extras):
+        return f"{folder}: tokens, starts, lengths or {', '.join(EXTRAS)} are not what was written"
     if facts["origins"] != _array_digest(pairs.origins):
         return f"{folder / 'origins.npy'} is not what was written"
     return None
 
 
-def _digest(folder: Path, starts: np.ndarray, lengths: np.ndarray) -> str:
-    """Of token ids and order."""
+def _digest(folder: Path, starts: np.ndarray, lengths: np.ndarray, extras: Mapping[str, np.ndarray]) -> str:
+    """Of token ids, order and extras."""
     digest = hashlib.sha256()
     with (folder / "tokens.bin").open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -133,6 +207,9 @@ def _digest(folder: Path, starts: np.ndarray, lengths: np.ndarray) -> str:
     for name, values in (("starts", starts), ("lengths", lengths)):
         digest.update(f"{name}{values.shape}".encode())
         digest.update(np.ascontiguousarray(values, dtype="<i8").data)
+    for name in sorted(extras):
+        digest.update(f"{name}{extras[name].shape}{extras[name].dtype}".encode())
+        digest.update(np.ascontiguousarray(extras[name]).data)
     return digest.hexdigest()
 
 
@@ -151,13 +228,16 @@ def open_pairs(folder: Path) -> Pairs:
     try:
         facts: dict[str, Any] = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "tokens.bin", dtype=TOKEN, mode="r")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "lengths", "origins")}
+        names = (*ARRAYS, *facts["extras"])
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         report = DropReport.from_json(facts["report"])
-        whole = len(tokens) == facts["tokens"] and all(len(array) == facts["pairs"] for array in arrays.values())
+        of_pairs = [array for name, array in arrays.items() if name != "unlearned"]
+        whole = len(tokens) == facts["tokens"] and all(len(array) == facts["pairs"] for array in of_pairs)
+        pairs = Pairs(report=report, digest=facts["digest"], tokens=tokens, date=facts["date"], **arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(
             f"{folder}: prepared pairs cannot be read ({error}). Delete the folder and start again."
         ) from (error)
     if not whole:
         raise CacheError(f"{folder}: prepared pairs are not whole. Delete the folder and start again.")
-    return Pairs(report=report, digest=facts["digest"], tokens=tokens, **arrays)
+    return pairs

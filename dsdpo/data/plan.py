@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dsdpo.data.binning import BINNERS, COSTS, LayoutName, MicroBatchBudget
+from dsdpo.data.binning import BINNERS, COSTS, LayoutName, MicroBatchBudget, longest_sequences
 
 MicroBatches = tuple[tuple[tuple[int, ...], ...], ...]  # [rank][micro-batch] -> pair ids; () is a filler
 
@@ -67,7 +67,7 @@ def plan_pass(
     lengths: np.ndarray, *, world_size: int, budget: MicroBatchBudget, layout: LayoutName = "padded"
 ) -> MicroBatches:
     """Every pair once, the longest among the first; equally many micro-batches on every rank."""
-    by_size = np.argsort(-_size(lengths), kind="stable")
+    by_size = np.argsort(-longest_sequences(lengths), kind="stable")
     count = max(1, len(by_size) // max(PASS_STRETCH, 8 * world_size))
     # Padding wants pairs of like length together. Rows without padding fill up best from pairs of every length.
     stretches = [by_size[i::count] for i in range(count)] if layout == "packed" else np.array_split(by_size, count)
@@ -79,7 +79,7 @@ def _deal(
     pair_ids: np.ndarray, lengths: np.ndarray, world_size: int, budget: MicroBatchBudget, layout: LayoutName
 ) -> MicroBatches:
     """The pairs as micro-batches within the budget, the costliest first on every rank."""
-    ordered = pair_ids[np.lexsort((pair_ids, _size(lengths[pair_ids])))]
+    ordered = pair_ids[np.lexsort((pair_ids, longest_sequences(lengths[pair_ids])))]
     bins, costs = BINNERS[layout](lengths[ordered], world_size, budget)
     by_cost = sorted(range(len(bins)), key=lambda index: -costs[index])
     ranks: list[list[tuple[int, ...]]] = [[] for _ in range(world_size)]
@@ -93,11 +93,6 @@ def _deal(
                 ids, totals[rank] = tuple(ordered[bins[group[place]]].tolist()), totals[rank] + costs[group[place]]
             ranks[rank].append(ids)
     return tuple(tuple(micro_batches) for micro_batches in ranks)
-
-
-def _size(lengths: np.ndarray) -> np.ndarray:
-    """(n,) tokens of each pair's longer sequence."""
-    return lengths[:, 0].astype(np.int64) + np.maximum(lengths[:, 1], lengths[:, 2])
 
 
 def step_cost(micro_batches: MicroBatches, lengths: np.ndarray, *, layout: LayoutName = "padded") -> int:

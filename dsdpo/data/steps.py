@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dsdpo.data.batch import Padded, PreferenceBatch, filler
-from dsdpo.data.binning import COSTS, LayoutName, MicroBatchBudget
+from dsdpo.data.binning import COSTS, LayoutName, MicroBatchBudget, longest_sequences, sequence_tokens
 from dsdpo.data.collate import collate
 from dsdpo.data.pairs import Pairs
 from dsdpo.data.plan import plan_pass, plan_step, rank_costs
@@ -22,10 +22,10 @@ class StepBatches:
 
     batches: tuple[PreferenceBatch, ...]  # equally many on every rank
     pairs: int  # of all ranks
-    tokens: int  # of all ranks: prompt and response of both sides, without padding
+    tokens: int  # of all ranks: prompt and response of each response, without padding
     epoch: float  # data position after this step
     pair_ids: np.ndarray  # (pairs,) int64, of all ranks, in the epoch's order
-    lengths: np.ndarray  # (pairs, 3) int32, of all ranks: tokens of prompt, chosen, rejected
+    lengths: np.ndarray  # (pairs, 1 + n) int32, of all ranks: tokens of prompt and responses
     loads: tuple[int, ...]  # by rank: tokens its pairs cost in their layout
     padding: int  # of this rank: computed positions without a token of a pair, fillers included
 
@@ -64,7 +64,7 @@ class BatchSource:
             yield StepBatches(
                 batches=batches,
                 pairs=len(plan.pair_ids),
-                tokens=int(step_lengths.sum() + step_lengths[:, 0].sum()),
+                tokens=int(sequence_tokens(step_lengths).sum()),
                 epoch=consumed_pairs / len(self.pairs),
                 pair_ids=plan.pair_ids + self.first_pair_id,
                 lengths=step_lengths,
@@ -106,8 +106,7 @@ class BatchSource:
 
     @cached_property
     def _longest_first(self) -> np.ndarray:
-        lengths = self.pairs.lengths
-        return np.argsort(-(lengths[:, 0] + lengths[:, 1:].max(1)), kind="stable")
+        return np.argsort(-longest_sequences(self.pairs.lengths), kind="stable")
 
 
 def padding(batch: PreferenceBatch) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dsdpo.data.batch import Packed, Span
+from dsdpo.data.batch import Packed
 from dsdpo.errors import ConfigError
 
 NAMES = {"auto": "dsdpo", "sdpa": "dsdpo_sdpa", "flash_attention_2": "dsdpo", "flash_attention_3": "dsdpo"}
@@ -110,15 +110,18 @@ def attend_by_pair(query: Tensor, key: Tensor, value: Tensor, packed: Packed, va
     done: list[Tensor] = []
     if short.count < len(packed.spans):
         # One split of the row, since the gradient of each single slice would be a whole row of zeros.
-        lengths = [part for _, shared, chosen, rejected in packed.spans for part in (shared + chosen, rejected)]
+        lengths = [part for _, shared, rest, *others in packed.spans for part in (shared + rest, *others)]
         q, k, v = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-        for first, span in zip(range(0, len(lengths), 2), packed.spans, strict=True):
-            if is_short(span):
-                continue
-            done += _causal(q[first], k[first], v[first], variant)
-            if span[3]:
-                keys, values = (torch.cat([part[first][:, :, : span[1]], part[first + 1]], dim=2) for part in (k, v))
-                done += _causal(q[first + 1], keys, values, variant)
+        first = 0
+        for _, shared, *rests in packed.spans:
+            following = range(first + 1, first + len(rests))
+            if not is_short(shared, rests):
+                done += _causal(q[first], k[first], v[first], variant)
+                for at in following:
+                    if lengths[at]:
+                        keys, values = (torch.cat([part[first][:, :, :shared], part[at]], dim=2) for part in (k, v))
+                        done += _causal(q[at], keys, values, variant)
+            first = following.stop
     rows = [part.transpose(1, 2)[0] for part in done]
     if short.index is not None:
         wide = [tensor[0].transpose(0, 1)[short.index].transpose(1, 2) for tensor in (query, key, value)]
@@ -127,15 +130,14 @@ def attend_by_pair(query: Tensor, key: Tensor, value: Tensor, packed: Packed, va
     return (result if short.order is None else result.index_select(0, short.order))[None]
 
 
-def is_short(span: Span) -> bool:
-    """True if a call of its own would cost a pair more than it computes."""
-    _, shared, chosen, rejected = span
-    return shared + max(chosen, rejected) <= SHORT
+def is_short(shared: int, rests: Sequence[int]) -> bool:
+    """True if a call of its own would cost a group more than it computes."""
+    return shared + max(rests) <= SHORT
 
 
 @dataclass(frozen=True)
 class ShortPairs:
-    """The short pairs of a row, as padded rows of one sequence each; padding follows, so that causality masks it."""
+    """The short groups of a row, as padded rows of one sequence each; padding follows, so that causality masks it."""
 
     count: int
     index: Tensor | None  # (rows, T) int64, position in the packed row
@@ -145,26 +147,26 @@ class ShortPairs:
 @lru_cache(maxsize=4)
 def _short_pairs(packed: Packed, device: torch.device) -> ShortPairs:
     """Found once a batch, not in every layer."""
-    short = [span for span in packed.spans if is_short(span)]
+    short = [span for span in packed.spans if is_short(span[1], span[2:])]
     if not short:
         return ShortPairs(0, None, None)
-    width = max(shared + max(chosen, rejected) for _, shared, chosen, rejected in short)
-    start, shared, chosen, rejected = packed.spans[-1]
-    order = np.empty(start + shared + chosen + rejected, dtype=np.int64)
+    width = max(shared + max(rests) for _, shared, *rests in short)
+    order = np.empty(packed.spans[-1][0] + sum(packed.spans[-1][1:]), dtype=np.int64)
     at = 0
-    for start, shared, chosen, rejected in (span for span in packed.spans if not is_short(span)):
-        size = shared + chosen + rejected
+    for start, *parts in (span for span in packed.spans if not is_short(span[1], span[2:])):
+        size = sum(parts)
         order[start : start + size] = np.arange(at, at + size)
         at += size
     rows: list[np.ndarray] = []
-    for start, shared, chosen, rejected in short:
-        end = start + shared + chosen
-        order[start:end] = at + len(rows) * width + np.arange(shared + chosen)
-        rows.append(np.r_[start:end, np.full(width - shared - chosen, start)])
-        if rejected:
-            order[end : end + rejected] = at + len(rows) * width + np.arange(shared, shared + rejected)
-            padding = np.full(width - shared - rejected, start)
-            rows.append(np.r_[start : start + shared, end : end + rejected, padding])
+    for start, shared, first, *others in short:
+        end = start + shared + first
+        order[start:end] = at + len(rows) * width + np.arange(shared + first)
+        rows.append(np.r_[start:end, np.full(width - shared - first, start)])
+        for rest in others:
+            if rest:
+                order[end : end + rest] = at + len(rows) * width + np.arange(shared, shared + rest)
+                rows.append(np.r_[start : start + shared, end : end + rest, np.full(width - shared - rest, start)])
+                end += rest
     index, places = (torch.from_numpy(part).to(device) for part in (np.stack(rows), order))
     return ShortPairs(len(short), index, places)
 

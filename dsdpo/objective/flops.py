@@ -124,15 +124,16 @@ def attention_widths(config: Any) -> dict[Window, float]:
 
 
 def pair_work(lengths: np.ndarray, windows: Sequence[Window] = (None,)) -> Work:
-    """What pairs of these lengths (n, 3) of prompt, chosen and rejected take, in layers that see so far."""
-    prompt, chosen, rejected = lengths.astype(np.float64).T
-    # Each response without its last token. What the rejected one attends to within the prompt is counted once.
-    ends = prompt + chosen - 1, prompt + rejected - 1
-    attended = {
-        window: float(sum(causal_pairs(end, window).sum() for end in ends) - causal_pairs(prompt, window).sum())
-        for window in windows
-    }
-    return Work(float((ends[0] + ends[1] - prompt).sum()), attended, float((chosen + rejected).sum()))
+    """What groups of these lengths (n, 1 + responses) take, in layers that see so far; a length of 0: no response."""
+    prompt, *responses = lengths.astype(np.float64).T
+    # Each response without its last token. What all attend to within the prompt is counted once.
+    own = [np.where(response > 0, response - 1, 0) for response in responses]
+    attended = {}
+    for window in windows:
+        shared = causal_pairs(prompt, window)
+        rests = sum((causal_pairs(prompt + rest, window) - shared).sum() for rest in own)
+        attended[window] = float(shared.sum() + rests)
+    return Work(float((prompt + sum(own)).sum()), attended, float(lengths[:, 1:].sum()))
 
 
 def causal_pairs(length: np.ndarray, window: Window) -> np.ndarray:
@@ -142,7 +143,7 @@ def causal_pairs(length: np.ndarray, window: Window) -> np.ndarray:
 
 
 def step_flops(lengths: np.ndarray, policy: ModelFlops, reference: ModelFlops | None) -> float:
-    """Operations of one optimizer step on pairs of these lengths (n, 3).
+    """Operations of one optimizer step on groups of these lengths, as in `pair_work`.
 
     Forward and backward of the policy, forward of the reference; None: it is not asked while training.
     """

@@ -41,16 +41,25 @@ class PairLogps:
 
 
 def pair_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogps:
-    """One forward pass of `model`: a `ResponseScorer`, or the engine around one (then collective under ZeRO-3)."""
+    """One forward pass of `model` on pairs; see `response_logps`."""
+    assert batch.group_size == 2, f"groups of {batch.group_size} responses are no pairs"
+    logps, tokens = response_logps(model, batch)
+    return PairLogps(logps[0], logps[1], tokens[0], tokens[1])
+
+
+def response_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Summed log-prob (n, B) float32 and learned tokens (n, B) int64 of the responses of B groups, 0 where there is
+    none, from one forward pass of `model`: a `ResponseScorer`, or the engine around one (then collective under ZeRO-3).
+    """
     summed = model(batch=batch)
     tokens = torch.zeros(len(summed), dtype=torch.int64, device=summed.device)
     tokens.index_add_(0, batch.response, torch.ones_like(batch.response))
-    pairs = len(batch.pair_ids)
-    return PairLogps(summed[:pairs], summed[pairs:], tokens[:pairs], tokens[pairs:])
+    shape = batch.group_size, batch.num_pairs
+    return summed.view(shape), tokens.view(shape)
 
 
 class ResponseScorer(nn.Module):
-    """A causal language model that answers a `PreferenceBatch` with log-probs (2B,) instead of logits."""
+    """A causal language model that answers a `PreferenceBatch` with log-probs (nB,) instead of logits."""
 
     def __init__(self, lm: Any, *, activations_on_host: bool = False) -> None:
         """`activations_on_host`: what the layers keep for the backward pass goes to the host and comes back for it."""
@@ -70,7 +79,7 @@ class ResponseScorer(nn.Module):
             vars(linear)["transform"] = LogitTransform.of(lm.config)
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
-        """Summed log-prob of each response, (2B,) float32: chosen i at i, rejected i at B + i."""
+        """Summed log-prob of each response, (nB,) float32: response k of group i at k * B + i."""
         decoder = self.lm.get_decoder()
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch, self.lm)}
         # Under gradient checkpointing these are the inputs of the blocks alone: what is within is recomputed.
@@ -79,7 +88,7 @@ class ResponseScorer(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, batch.score_at)
         logps = self.lm.get_output_embeddings()(hidden, batch.targets)
         # Added up in float32, 3,000 tokens of the same log-prob lose half a nat, and on CUDA their order is chance.
-        summed = torch.zeros(2 * len(batch.pair_ids), dtype=torch.float64, device=logps.device)
+        summed = torch.zeros(batch.num_responses, dtype=torch.float64, device=logps.device)
         return summed.index_add(0, batch.response, logps.double()).float()
 
 

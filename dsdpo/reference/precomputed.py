@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import MicroBatchBudget
-from dsdpo.data.pairs import Pairs
 from dsdpo.data.plan import plan_pass
 from dsdpo.data.prefetch import prefetch
 from dsdpo.data.steps import BatchSource
@@ -132,7 +131,7 @@ def score_rows(
 
     Long pairs come first, so that what does not fit memory fails at once. A rank with less to do scores filler pairs.
     """
-    pairs = _subset(windows.pairs, rows)
+    pairs = windows.pairs.subset(rows)
     windows = replace(windows, pairs=pairs, budget=MicroBatchBudget(tokens=scorer.score_tokens), first_pair_id=0)
     plan = plan_pass(pairs.lengths, world_size=windows.world_size, budget=windows.budget, layout=windows.layout)
     writer = ShardWriter(folder, rank=rank(), shard_rows=scorer.shard_rows) if folder else None
@@ -174,10 +173,6 @@ def check_audit(stored: LogpTable, again: LogpTable, *, origins: np.ndarray, dty
             f"{allowed[row, side]:.4f}; {wrong.any(axis=1).sum()} of {len(stored)} audited rows are off. Nothing of "
             "this store is used: delete the folder to score everything again, or set reference.store to another"
         )
-
-
-def _subset(pairs: Pairs, rows: np.ndarray) -> Pairs:
-    return replace(pairs, lengths=pairs.lengths[rows], starts=pairs.starts[rows], origins=pairs.origins[rows])
 
 
 def _to_rows(logps: PairLogps) -> LogpTable:

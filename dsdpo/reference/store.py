@@ -64,7 +64,7 @@ class LogpTable:
 
 
 def pair_keys(pairs: Pairs, ids: Sequence[int] | None = None) -> np.ndarray:
-    """The keys (n,) of some pairs, or of all: a 128-bit hash of the three lengths and all token ids."""
+    """The keys (n,) of some pairs, or of all: a 128-bit hash of all lengths, all token ids and what is not learned."""
     chosen = np.arange(len(pairs)) if ids is None else np.asarray(ids)
     lengths = np.ascontiguousarray(pairs.lengths[chosen], dtype=TOKEN)
     starts = pairs.starts[chosen].tolist()
@@ -72,6 +72,9 @@ def pair_keys(pairs: Pairs, ids: Sequence[int] | None = None) -> np.ndarray:
     for row, (start, size) in enumerate(zip(starts, lengths.sum(1, dtype=np.int64).tolist(), strict=True)):
         digest = hashlib.blake2b(lengths[row].tobytes(), digest_size=KEY.itemsize)
         digest.update(np.ascontiguousarray(pairs.tokens[start : start + size], dtype=TOKEN).tobytes())
+        unlearned = pairs.unlearned_ranges(int(chosen[row]))
+        if len(unlearned):
+            digest.update(b"unlearned" + unlearned.astype("<i8").tobytes())
         keys[row] = digest.digest()
     return keys
 

@@ -8,7 +8,7 @@ from typing import Any
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig
 from dsdpo.console import say
-from dsdpo.data.binning import LayoutName, MicroBatchBudget
+from dsdpo.data.binning import LayoutName, MicroBatchBudget, longest_sequences
 from dsdpo.data.pairs import Pairs, open_pairs
 from dsdpo.data.sources import DefaultSplit
 from dsdpo.data.steps import BatchSource
@@ -56,7 +56,7 @@ def check_pairs(pairs: Pairs, split: str, run: RunConfig, model: Any) -> None:
     if len(set(digests)) > 1:
         odd = next(index for index, digest in enumerate(digests) if digest != digests[0])
         raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
-    longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
+    longest = int(longest_sequences(pairs.lengths).max())
     limit = getattr(model, "max_position_embeddings", None)
     if limit and longest > limit:
         raise ConfigError(

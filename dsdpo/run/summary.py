@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dsdpo.config.run import RunConfig
+from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.run.plan import Plan, reference_model
@@ -85,8 +86,7 @@ def describe_engine(config: dict[str, Any]) -> str:
 
 def describe_pairs(windows: BatchSource) -> str:
     """Number of pairs and their tokens."""
-    lengths = windows.pairs.lengths
-    tokens = int(lengths.sum(dtype="int64") + lengths[:, 0].sum(dtype="int64"))
+    tokens = int(sequence_tokens(windows.pairs.lengths).sum())
     return f"{len(windows.pairs):,} pairs, {tokens:,} tokens"
 
 

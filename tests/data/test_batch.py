@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from dsdpo.data.batch import PreferenceBatch, collate_padded, filler, merge_padded
-from dsdpo.data.pairs import Pair
+from dsdpo.data.pairs import Group
 
 
-def pair(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
-    return Pair(pair_id, *(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))
+def pair(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> Group:
+    return Group.of(pair_id, *(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))
 
 
 FIRST = pair(7, [1, 2], [3, 4], [5])

@@ -9,12 +9,12 @@ import torch
 from dsdpo.data.batch import Packed, PreferenceBatch, filler
 from dsdpo.data.collate import group_by_tokens, merge
 from dsdpo.data.packed_layout import collate_packed
-from dsdpo.data.pairs import Pair
+from dsdpo.data.pairs import Group
 from tests.tiny import random_pairs
 
 
-def pair(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
-    return Pair(pair_id, *(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))
+def pair(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> Group:
+    return Group.of(pair_id, *(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))
 
 
 # Sequences 1 2 3 | 4 5 and 1 2 3 | 6, then 7 | 8 | (no token predicted from 9) and 7 | 10 11.
@@ -22,7 +22,7 @@ FIRST = pair(7, [1, 2], [3, 4, 5, 6], [3, 7, 8])
 SECOND = pair(3, [7], [8, 9], [10, 11, 12])
 
 
-def spans_of(batch: PreferenceBatch) -> tuple[tuple[int, int, int, int], ...]:
+def spans_of(batch: PreferenceBatch) -> tuple[tuple[int, ...], ...]:
     assert isinstance(batch.attention, Packed)
     return batch.attention.spans
 

@@ -112,9 +112,9 @@ def test_pair_is_the_row_of_the_file(tmp_path: Path) -> None:
     assert len(pairs) == 2500
     assert pairs.report.text == ""
     for pair in pairs[[0, 999, 1000, 2499]]:
-        read_back = [words(tokenizer, ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
+        read_back = [words(tokenizer, ids) for ids in (pair.prompt, *pair.responses)]
         assert read_back == [f"p{pair.pair_id}", f" good{pair.pair_id}</s>", f" bad{pair.pair_id}</s>"]
-        assert pairs.lengths[pair.pair_id].tolist() == [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+        assert pairs.lengths[pair.pair_id].tolist() == [len(ids) for ids in (pair.prompt, *pair.responses)]
         assert pairs.origins[pair.pair_id].tolist() == [0, pair.pair_id]
 
 
@@ -190,7 +190,7 @@ def test_sources_of_different_forms_and_weights_follow_one_another(tmp_path: Pat
     assert [words(tokenizer, pair.prompt) for pair in pairs[[6, 7, 8, 9]]] == ["uq;a", "T1uq;a"] * 2
     again, third = pairs[[4]][0], pairs[[rows[4][1]]][0]
     assert again.pair_id == 4
-    assert np.array_equal(again.chosen, third.chosen)
+    assert np.array_equal(again.responses[0], third.responses[0])
 
 
 def test_weight_below_one_takes_a_sample(tmp_path: Path) -> None:
@@ -313,6 +313,7 @@ def test_first_real_pair_has_the_ids_that_trl_gives_it(shared: Path, tmp_path: P
     pairs = prepared(tmp_path, shared / "data" / "train.jsonl", tokenizer, max_length=512)
     expected = json.loads((shared / "parity" / "sigmoid.json").read_text())["first_pair_ids"]
     pair = pairs[[0]][0]
-    assert {f"{name}_ids": getattr(pair, name).tolist() for name in ("prompt", "chosen", "rejected")} == expected
+    parts = {"prompt": pair.prompt, "chosen": pair.responses[0], "rejected": pair.responses[1]}
+    assert {f"{name}_ids": ids.tolist() for name, ids in parts.items()} == expected
     assert len(pairs) == 4745
     assert pairs.report.text == ""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from dsdpo.data.batch import Packed, PreferenceBatch, collate_padded
+from dsdpo.data.collate import merge
 from dsdpo.data.packed_layout import collate_packed
-from dsdpo.data.pairs import Pair
+from dsdpo.data.pairs import Group
 from dsdpo.errors import ConfigError
 from dsdpo.objective import attention as module
 from dsdpo.objective.attention import Variant, attend_at_once, attend_by_pair
-from dsdpo.objective.logps import ResponseScorer, pair_logps
+from dsdpo.objective.logps import ResponseScorer, pair_logps, response_logps
 from dsdpo.objective.packed_support import packed_refusal
 from tests.tiny import random_pairs, tiny_lm
 
@@ -42,22 +43,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 SIZES = {"together": (64, 1024), "by_pair": (0, 1024), "mixed": (24, 7)}
 
 
-def pairs_of_all_kinds() -> list[Pair]:
+def pairs_of_all_kinds() -> list[Group]:
     """Random ones, and ones whose responses begin alike, are the same, or begin as the whole other."""
     first, second, third, fourth, fifth = random_pairs(5, seed=3, longest=30)
     return [
         first,
-        replace(second, chosen=np.r_[7, 8, second.chosen], rejected=np.r_[7, 8, second.rejected]),
-        replace(third, rejected=third.chosen),
-        replace(fourth, rejected=np.r_[fourth.chosen, fourth.rejected]),
+        replace(second, responses=tuple(np.r_[7, 8, response] for response in second.responses)),
+        replace(third, responses=(third.responses[0], third.responses[0])),
+        replace(fourth, responses=(fourth.responses[0], np.concatenate(fourth.responses))),
         fifth,
     ]
 
 
 def scored(lm: Any, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """Log-probs of all responses, and all gradients of a loss that weighs each response otherwise."""
-    logps = pair_logps(ResponseScorer(lm), batch)
-    both = torch.cat([logps.chosen, logps.rejected])
+    both = response_logps(ResponseScorer(lm), batch)[0].flatten()
     (both * torch.linspace(-1, 1, len(both))).sum().backward()
     return both.detach(), torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None])
 
@@ -84,6 +84,59 @@ def test_packed_equals_padded(name: str, sizes: str, monkeypatch: pytest.MonkeyP
     if "sliding_window" in changes and sizes == "together":
         wider = scored(tiny_lm(family, **{**changes, "sliding_window": 100}), collate_padded(pairs, pad_token_id=0))
         assert (wider[0] - padded[0]).abs().max() > 0.1, "no sequence is longer than the window"
+
+
+def groups_of(size: int, *, masked: bool = False) -> list[Group]:
+    """Groups of up to `size` responses of all kinds, the last with one response only; some tokens not learned."""
+    rng = np.random.default_rng(size)
+    groups = []
+    for index in range(5):
+        prompt, *responses = (rng.integers(3, 97, size=rng.integers(2, 25)) for _ in range(size + 1))
+        if index == 1:  # all begin alike, one is the whole beginning of another
+            responses = [np.r_[7, 8, response] for response in responses]
+            responses[-1] = np.r_[responses[0], 9, 10]
+        if index == 2:
+            responses = [responses[0]] * size
+        if index == 4:
+            responses[1:] = [np.zeros(0, dtype=np.int64)] * (size - 1)
+        learned = tuple(
+            np.arange(len(response)) % 3 != index % 3 if masked and len(response) > 2 else None
+            for response in responses
+        )
+        groups.append(Group(index, prompt, tuple(responses), learned))
+    return groups
+
+
+@pytest.mark.parametrize(("size", "masked"), [(1, False), (2, True), (4, False), (4, True)])
+def test_groups_of_any_size_score_like_their_sequences_one_by_one(size: int, masked: bool) -> None:
+    """Both layouts against one sequence at a time with whole logits; tokens that are not learned count nowhere."""
+    groups = groups_of(size, masked=masked)
+    plain = tiny_lm()
+    truth, counts = torch.zeros(size, len(groups)), torch.zeros(size, len(groups), dtype=torch.int64)
+    for column, group in enumerate(groups):
+        for row, response in enumerate(group.responses):
+            if len(response):
+                ids = torch.tensor(np.r_[group.prompt, response]).long()[None]
+                logps = plain(input_ids=ids).logits[0, len(group.prompt) - 1 : -1].float().log_softmax(-1)
+                learned = group.learned_of(row)
+                mask = torch.ones(len(response)) if learned is None else torch.tensor(learned).float()
+                truth[row, column] = (logps.gather(-1, torch.tensor(response)[:, None])[:, 0] * mask).sum()
+                counts[row, column] = int(mask.sum())
+    parts = groups[:2], groups[2:]
+    lms = {name: tiny_lm() for name in ("packed", "padded")}
+    lms["packed"].set_attn_implementation("dsdpo")
+    results = {}
+    for layout, lm in lms.items():
+        collate = collate_packed if layout == "packed" else partial(collate_padded, pad_token_id=0)
+        scorer = ResponseScorer(lm)
+        logps, tokens = response_logps(scorer, collate(groups))
+        torch.testing.assert_close(logps, truth, rtol=1e-5, atol=1e-4)
+        assert torch.equal(tokens, counts)
+        merged = response_logps(scorer, merge([collate(part) for part in parts]))[0]
+        torch.testing.assert_close(merged, truth, rtol=1e-5, atol=1e-4)
+        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        results[layout] = logps.detach(), torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None])
+    assert_equal(results["packed"], results["padded"])
 
 
 def test_padded_batches_through_the_same_attention() -> None:
@@ -206,10 +259,14 @@ FLASH, TORCH = partial(module._flash_varlen, flash_varlen), partial(module._torc
     # torch's kernel has no soft-capping and is not taken for it.
     [*((FLASH, name) for name in VARIANTS), *((TORCH, name) for name in VARIANTS if name != "softcap")],
 )
-def test_one_call_for_all_pairs(kernel: Callable[..., Tensor], variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [2, 3])
+def test_one_call_for_all_groups(
+    kernel: Callable[..., Tensor], variant: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The CUDA way on the CPU, with what flash attention documents in its place: outputs and gradients."""
     monkeypatch.setattr(module, "SHORT", 20)
-    batch = collate_packed([*pairs_of_all_kinds(), *random_pairs(6, seed=9, longest=40)])
+    pairs = [*pairs_of_all_kinds(), *random_pairs(6, seed=9, longest=40)]
+    batch = collate_packed(pairs if size == 2 else groups_of(size))
     layout = batch.attention
     assert isinstance(layout, Packed)
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsdpo.data.batch import collate_padded
-from dsdpo.data.pairs import Pair
+from dsdpo.data.pairs import Group
 from dsdpo.errors import ConfigError
 from dsdpo.objective import logps as module
 from dsdpo.objective.logps import ChunkedHead, LogitTransform, ResponseScorer, pair_logps
@@ -26,8 +26,8 @@ def test_equals_whole_logits(family: str) -> None:
     scored = pair_logps(ResponseScorer(tiny_lm(family)), collate_padded(pairs, pad_token_id=0))
     torch.testing.assert_close(scored.chosen, chosen, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(scored.rejected, rejected, rtol=1e-5, atol=1e-4)
-    assert scored.chosen_tokens.tolist() == [len(pair.chosen) for pair in pairs]
-    assert scored.rejected_tokens.tolist() == [len(pair.rejected) for pair in pairs]
+    assert scored.chosen_tokens.tolist() == [len(pair.responses[0]) for pair in pairs]
+    assert scored.rejected_tokens.tolist() == [len(pair.responses[1]) for pair in pairs]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
@@ -65,7 +65,7 @@ def test_long_responses_lose_nothing_in_the_sum() -> None:
     lm = tiny_lm(hidden_size=8, head_dim=2, max_position_embeddings=4096)
     torch.nn.init.zeros_(lm.get_output_embeddings().weight)
     tokens = np.arange(3000) % 90 + 3
-    pair = Pair(pair_id=0, prompt=tokens[:1], chosen=tokens, rejected=tokens[:1000])
+    pair = Group.of(0, tokens[:1], tokens, tokens[:1000])
     scored = pair_logps(ResponseScorer(lm), collate_padded([pair], pad_token_id=0))
     token = torch.zeros(97).log_softmax(-1)[:1]
     for found, count in ((scored.chosen, 3000), (scored.rejected, 1000)):

@@ -47,7 +47,7 @@ def test_every_pair_counts_once_on_any_number_of_ranks(inputs: Path, held_out: P
 
 def mean_logps(model: Path, rows: Path) -> tuple[float, float]:
     """One sequence at a time with transformers alone."""
-    from dsdpo.data.pairs import Pair
+    from dsdpo.data.pairs import Group
 
     tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
     pairs = []
@@ -60,7 +60,7 @@ def mean_logps(model: Path, rows: Path) -> tuple[float, float]:
             tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)[len(prompt) :]
             for side in ("chosen", "rejected")
         ]
-        pairs.append(Pair(index, *(torch.tensor(ids).numpy() for ids in (prompt, *responses))))
+        pairs.append(Group.of(index, *(torch.tensor(ids).numpy() for ids in (prompt, *responses))))
     with torch.no_grad():
         chosen, rejected = plain_logps(lm, pairs)
     return float(chosen.mean()), float(rejected.mean())
