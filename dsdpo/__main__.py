@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
 import time
+import traceback
+from typing import NoReturn
 
 from dsdpo.errors import DsdpoError, LostRankError, TrainingError
 
@@ -17,7 +20,51 @@ COMMANDS = {
 }
 BAD_INPUT = 2  # exit codes
 FAILED = 1
+INTERRUPTED = 130  # as a shell says it of SIGINT
 HEAD_START_S = 8.0  # of rank 0, when ranks find a mistake before they are connected
+PARTING_S = 8.0  # that a rank waits for the others to have said what they have to say
+
+
+def entry() -> NoReturn:
+    """Run a command and end the process with its exit code, whatever threads of libraries are still at work."""
+    waits = True
+    try:
+        code = main()
+    except SystemExit as asked:  # argparse's, after --help
+        code = asked.code if isinstance(asked.code, int) else FAILED if asked.code else 0
+    except KeyboardInterrupt:
+        code, waits = INTERRUPTED, False
+    except BaseException:
+        traceback.print_exc()
+        code, waits = FAILED, False  # the others may be waiting for this rank: they must see it go
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    end_process(code, waits=waits)
+
+
+def end_process(code: int, *, waits: bool) -> NoReturn:
+    """End this process as Python would, but without taking the interpreter apart.
+
+    A thread that comes back from a library's C++ while Python 3.11 finalizes is unwound through functions that must not
+    unwind: `terminate called without an active exception`, and SIGABRT in place of the exit code. gloo, TCPStore,
+    pyarrow and DeepSpeed all have such threads. What libraries registered for the end (W&B closes its files there) is
+    run first. With `waits` ranks leave together, rank 0 last: it keeps the store, and launchers end all ranks as soon
+    as one is gone.
+    """
+    try:
+        if waits and in_process_group():
+            from dsdpo.distributed import part
+
+            part(PARTING_S)
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a closed pipe
+            continue
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except LostRankError as error:
         print(f"dsdpo (rank {launched_rank()}): {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(FAILED)  # what is left of the process group would hang or abort an ordinary exit
+        end_process(FAILED, waits=False)
     except DsdpoError as error:
         # Once connected, ranks agree on errors. Before that this rank may be the only one to see the mistake: it gives
         # rank 0 the time to say it (whereupon launchers end every rank) and speaks only if nothing came of that.
@@ -59,7 +105,7 @@ def in_process_group() -> bool:
 
 
 def leave_process_group() -> None:
-    """Part from the other ranks in order: gloo's threads abort a process that ends while they still run."""
+    """Take the process group down in order, once all ranks are done. Collective."""
     if in_process_group():
         distributed = sys.modules["torch.distributed"]
         distributed.barrier()
@@ -67,4 +113,4 @@ def leave_process_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

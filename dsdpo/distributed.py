@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from dsdpo.errors import DsdpoError
 
 T = TypeVar("T")
+STORE_ANSWERS = timedelta(seconds=20)
 PIECE = 1 << 22  # elements of an array that travel at once
 
 
@@ -110,3 +113,31 @@ def all_or_none() -> Iterator[None]:
                 if issubclass(kind, DsdpoError)
                 else DsdpoError(f"{kind.__name__}: {message}{note}")
             )
+
+
+def own_store() -> Any:
+    """A connection of one's own to the process group's store: another thread's waiting would block a shared one."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone()
+    store.set_timeout(STORE_ANSWERS)
+    return store
+
+
+def part(seconds: float) -> None:
+    """Wait until all ranks have come here, rank 0, which keeps the store, last; at most `seconds`.
+
+    For the end of a process, when some ranks may be gone already: never raises.
+    """
+    if world_size() == 1:
+        return
+    keys = [f"dsdpo/part/{peer}" for peer in range(world_size())]
+    until = time.monotonic() + seconds
+    try:
+        store = own_store()
+        store.set(keys[rank()], "")
+        while time.monotonic() < until and not store.check(keys):
+            time.sleep(0.05)
+        if rank() == 0:
+            time.sleep(0.2)  # for the others' last question
+    except RuntimeError:
+        return  # rank 0 is gone

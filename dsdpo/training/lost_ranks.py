@@ -18,14 +18,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed.distributed_c10d import _get_default_store
-
-from dsdpo.distributed import rank, world_size
+from dsdpo.distributed import own_store, rank, world_size
 from dsdpo.errors import DsdpoError, LostRankError
 
 BEAT_S = 1.0
 SILENT_S = 6.0  # without a sign of life, once something has failed
-STORE_TIMEOUT = timedelta(seconds=20)
 LOST = 1  # exit code
 ENDED = "the process group's store, which rank 0 keeps, no longer answers: rank 0 is gone"
 
@@ -67,9 +64,9 @@ class Peers:
         self._prefix = f"dsdpo/peers/{_meetings}"
         self._lost_after_s = lost_after_s
         self._left = threading.Event()
-        self._store = self._client()
+        self._store = own_store()
         self._store.set(self._key("who", rank()), f"rank {rank()} ({socket.gethostname()}, process {os.getpid()})")
-        self._thread = threading.Thread(target=self._watch, args=(self._client(),), daemon=True, name="peers")
+        self._thread = threading.Thread(target=self._watch, args=(own_store(),), daemon=True, name="peers")
         self._thread.start()
 
     def leave(self) -> None:
@@ -170,11 +167,3 @@ class Peers:
 
     def _key(self, what: str, of_rank: int) -> str:
         return f"{self._prefix}/{what}/{of_rank}"
-
-    @staticmethod
-    def _client() -> Any:
-        """A connection of one's own: another thread's waiting would block a shared one."""
-        store: Any = _get_default_store()
-        store = store.clone()
-        store.set_timeout(STORE_TIMEOUT)
-        return store
