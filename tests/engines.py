@@ -36,7 +36,7 @@ def policy_of(plan: Any) -> Any:
     """The policy engine of a plan. Collective."""
     from dsdpo.engine.build import build_policy
 
-    return build_policy(plan.run, plan.policy_config, total_steps=100)
+    return build_policy(plan.run, plan.policy_config, total_steps=100, second_adapter=plan.reference.second_adapter)
 
 
 def reference_of(plan: Any) -> Any:

@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--shard-pairs is {flags.shard_pairs}: give 1 or more")
 
     from dsdpo.engine.quirks.compiled_ops import prepare_ops
+    from dsdpo.reference.precomputed import precompute
     from dsdpo.run.plan import plan_run
-    from dsdpo.run.precompute import precompute
     from dsdpo.training.lost_ranks import watched_ranks
 
     quiet_libraries(verbose=flags.verbose)

@@ -54,6 +54,7 @@ def train(plan: Plan) -> int:
     from dsdpo.run.resume import begin, checkpoint_to_resume, save
     from dsdpo.run.summary import describe_results
     from dsdpo.training import loop
+    from dsdpo.training.cadence import Cadence
     from dsdpo.training.evaluate import evaluate
     from dsdpo.training.export import export_model
     from dsdpo.training.metrics import Meter
@@ -62,7 +63,7 @@ def train(plan: Plan) -> int:
     from dsdpo.training.stop import StopRequest, record_stop
     from dsdpo.training.tracking import Tracker
 
-    run, due, meter = plan.run, loop.Cadence.of(plan.run, plan.total_steps), Meter()
+    run, due, meter = plan.run, Cadence.of(plan.run, plan.total_steps), Meter()
     checkpoint = checkpoint_to_resume(plan)
     folder = make_output_folder(run, keep=checkpoint is not None)
     stop = StopRequest(folder, deadline=run.checkpoint.deadline, device=device())
@@ -123,7 +124,7 @@ def record_settings(plan: Plan, folder: Path) -> None:
         if rank() == 0:
             (folder / "config.yaml").write_text(dump_yaml(plan.run), encoding="utf-8")
             files = {"deepspeed.json": plan.policy_config, "environment.json": environment}
-            if plan.run.reference_strategy() != "adapter":  # which has no engine of its own
+            if plan.reference.own_engine:
                 files["deepspeed_reference.json"] = plan.reference_config
             for name, content in files.items():
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

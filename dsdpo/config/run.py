@@ -21,7 +21,7 @@ from pydantic import (
 from dsdpo.config.data import DataConfig
 from dsdpo.config.lora import LoraConfig
 from dsdpo.config.loss import LossConfig
-from dsdpo.config.reference import ReferenceConfig
+from dsdpo.config.reference import AUTO, ReferenceConfig
 from dsdpo.config.section import PathText, Section
 
 Scheduler = Literal[
@@ -264,17 +264,16 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _adapter_fits(self) -> RunConfig:
         lora, reference = self.model.lora, self.reference
-        own = [name for name in ("path", "revision", "deepspeed") if getattr(reference, name) is not None]
         if lora is None and (reference.strategy == "adapter" or reference.adapter != "initial"):
             key = "strategy adapter" if reference.strategy == "adapter" else f"adapter {reference.adapter}"
             raise ValueError(f"reference.{key} needs an adapter to train: set model.lora, or leave it out")
+        if reference.strategy == "none":
+            raise ValueError(
+                f"reference.strategy none is for losses without a reference, and loss.type {self.loss.type} compares "
+                "with one: choose another strategy"
+            )
         if lora is None and self.export.merge_adapter:
             raise ValueError("export.merge_adapter true has nothing to merge without model.lora: leave it out")
-        if reference.strategy == "adapter" and own:
-            raise ValueError(
-                f"reference.{own[0]} {getattr(reference, own[0])} has no effect with reference.strategy adapter, whose "
-                "weights are the policy's own: leave it out, or set reference.strategy to separate"
-            )
         if lora is not None and lora.bias != "none" and reference.strategy == "adapter":
             raise ValueError(
                 f"model.lora.bias {lora.bias} trains biases of the base model, which is the reference under "
@@ -299,17 +298,11 @@ class RunConfig(Section):
 
     def reference_strategy(self) -> str:
         """The strategy as asked for, or what `auto` stands for."""
-        if self.reference.strategy != "auto":
+        if self.reference.strategy != AUTO:
             return self.reference.strategy
-        own = self.reference.path or self.reference.revision or self.reference.deepspeed
-        shared = self.model.lora is not None and self.model.lora.bias == "none" and not own
+        lora = self.model.lora
+        shared = lora is not None and lora.bias == "none" and not self.reference.names_a_model
         return "adapter" if shared else "separate"
-
-    def has_reference_adapter(self) -> bool:
-        """True if the reference is a second adapter on the policy's base weights, False if it needs none."""
-        lora, reference = self.model.lora, self.reference
-        continued = lora is not None and lora.path is not None and reference.adapter == "initial"
-        return self.reference_strategy() == "adapter" and (continued or reference.sync_ref_model)
 
     def total_steps(self, num_pairs: int) -> int:
         """Optimizer steps of the whole run over `num_pairs` training pairs; an epoch's last step may be smaller."""

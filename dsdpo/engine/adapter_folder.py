@@ -17,8 +17,11 @@ KEY = "model.lora.path"
 log = logging.getLogger(__name__)
 
 
-def check_adapter(run: RunConfig) -> None:
-    """Raise `ConfigError` unless the adapter in `model.lora.path`, if that is set, can be trained further."""
+def check_adapter(run: RunConfig, *, trains_biases: bool) -> None:
+    """Raise `ConfigError` unless the adapter in `model.lora.path`, if that is set, can be trained further.
+
+    Biases of the base model may be trained with it only where no reference shares them.
+    """
     lora = run.model.lora
     if lora is None or lora.path is None:
         return
@@ -35,7 +38,7 @@ def check_adapter(run: RunConfig) -> None:
     if targets_head(settings.get("target_modules") or []):
         raise ConfigError(f"{KEY}: {folder} has a LoRA on the output head, which dsdpo does not train: {ON_THE_HEAD}")
     biases = settings.get("bias", "none")
-    if biases != "none" and run.reference_strategy() == "adapter":
+    if biases != "none" and not trains_biases:
         raise ConfigError(
             f"{KEY}: {folder} trains biases of the base model (bias {biases}), which is the reference under "
             "reference.strategy adapter; set reference.strategy to separate"

@@ -83,8 +83,10 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) -> deepspeed.DeepSpeedEngine:
-    """The training engine around a `ResponseScorer`. Collective.
+def build_policy(
+    run: RunConfig, config: dict[str, Any], *, total_steps: int, second_adapter: bool = False
+) -> deepspeed.DeepSpeedEngine:
+    """The training engine around a `ResponseScorer`, with a `second_adapter` for the reference if asked. Collective.
 
     The optimizer is the JSON's own if it has one; else DeepSpeed's CPU Adam when optimizer states are offloaded, and
     torch's AdamW (fused where the device has it) when they are not.
@@ -97,7 +99,7 @@ def build_policy(run: RunConfig, config: dict[str, Any], *, total_steps: int) ->
     if run.model.lora is not None:
         with partitioned_loading(config):  # by which peft knows that a base weight is to be gathered before it is read
             lm = add_adapter(lm, run.model, seed=run.train.seed)
-            if run.has_reference_adapter():
+            if second_adapter:
                 add_reference_adapter(lm)
         # From here on only LoRA dropout draws at random: not the same mask on every rank.
         torch.manual_seed(run.train.seed + rank())

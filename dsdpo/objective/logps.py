@@ -39,6 +39,12 @@ class PairLogps:
     chosen_tokens: Tensor  # (B,) int64: length normalisation is the loss's decision
     rejected_tokens: Tensor  # (B,) int64
 
+    @classmethod
+    def zeros(cls, n: int, *, device: torch.device | str = "cpu") -> PairLogps:
+        """n pairs of log-prob 0 over no tokens."""
+        logps, tokens = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        return cls(logps, logps, tokens, tokens)
+
 
 def pair_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogps:
     """One forward pass of `model` on pairs; see `response_logps`."""

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsdpo.config.reference import Adapter
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.engine.lora import REFERENCE, AdapterSwitch, load_reference_adapter, save_reference_adapter
+from dsdpo.engine.lora import REFERENCE, AdapterSwitch, adapter_pairs, load_reference_adapter, save_reference_adapter
 from dsdpo.engine.quirks.gather_trace import SecondOrder
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_batches
+from dsdpo.reference.identity import identify_reference
+from dsdpo.reference.look_ahead import looking_ahead
+from dsdpo.reference.run_plan import RunPlan
+from dsdpo.reference.trdpo import moving
 
 
 class AdapterReference(Reference):
@@ -29,6 +34,17 @@ class AdapterReference(Reference):
                 "reference.strategy adapter: with this version of DeepSpeed, ZeRO-3 cannot alternate two adapters; set "
                 "reference.strategy to separate, or use stage 2"
             )
+
+    @classmethod
+    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+        settings = plan.reference.settings
+        assert isinstance(settings, Adapter)
+        own = cls(policy, score_tokens=settings.score_tokens)
+        own.identity = identify_reference(plan, policy.module, adapter=own.adapter)
+        reference: Reference = own
+        if settings.sync is not None:
+            reference = moving(own, adapter_pairs(policy.module.lm), policy, settings.sync)
+        return looking_ahead(reference, steps=settings.look_ahead_steps, sync=settings.sync)
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         was_training = self.policy.module.training

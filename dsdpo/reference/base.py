@@ -16,6 +16,7 @@ from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks
 from dsdpo.objective.logps import PairLogps, pair_logps
 from dsdpo.reference.identity import ReferenceIdentity
+from dsdpo.reference.run_plan import RunPlan
 
 
 class Reference(ABC):
@@ -23,6 +24,14 @@ class Reference(ABC):
 
     identity: ReferenceIdentity | None = None
     """Which reference this is: saved with every checkpoint. None where nobody has identified it."""
+
+    @classmethod
+    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+        """The reference of a run, for the classes in `config.reference.STRATEGIES`. Collective.
+
+        `policy` is the training engine, warmed up; None for a strategy that is scored before training.
+        """
+        raise NotImplementedError(f"{cls.__name__} is made around another reference")
 
     @abstractmethod
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:

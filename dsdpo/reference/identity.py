@@ -24,6 +24,7 @@ from dsdpo.distributed import world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.shards import local_shards
 from dsdpo.objective.logps import LOGPS_VERSION
+from dsdpo.reference.run_plan import RunPlan
 
 # Elements hashed at once. On a CPU the working memory, 24 bytes each, should fit the cache: twice as fast as 1 << 20.
 CHUNK_CPU, CHUNK = 1 << 16, 1 << 22
@@ -87,6 +88,21 @@ class ReferenceIdentity:
 
 # Fields that decide log-probs. The rest says where the same weights lay and what they were used for.
 DECISIVE = ("weights", "architecture", "dtype", "tokenizer", "template", "max_length", "logps_version")
+
+
+def identify_reference(plan: RunPlan, module: Any, *, adapter: str | None) -> ReferenceIdentity:
+    """Which reference stands in `module`, as it is when training starts; `adapter` is its own, if any. Collective."""
+    sync = plan.reference.sync
+    return identify(
+        module,
+        model=plan.reference.model,
+        tokenizer=plan.tokenizer,
+        max_length=plan.run.data.max_length,
+        strategy=plan.reference.strategy,
+        engine_config=plan.reference_config,
+        adapter=adapter,
+        sync=f"moves every {sync.every} steps, alpha {sync.alpha}" if sync else None,
+    )
 
 
 def identify(

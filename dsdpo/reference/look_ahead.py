@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dsdpo.config.reference import Sync
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.steps import StepBatches
 from dsdpo.objective.logps import PairLogps
@@ -59,3 +60,8 @@ class LookAhead(Reference):
 
     def load(self, folder: Path) -> None:
         self.inner.load(folder)
+
+
+def looking_ahead(reference: Reference, *, steps: int, sync: Sync | None) -> Reference:
+    """The reference, asked for as many steps at a time as the run says."""
+    return reference if steps == 1 else LookAhead(reference, steps=steps, sync_every=sync.every if sync else None)

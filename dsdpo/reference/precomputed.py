@@ -9,23 +9,30 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dsdpo.config.reference import Precomputed
+from dsdpo.console import say
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import MicroBatchBudget
 from dsdpo.data.plan import plan_pass
 from dsdpo.data.prefetch import prefetch
 from dsdpo.data.steps import BatchSource
 from dsdpo.distributed import all_or_none, broadcast_array, broadcast_object, rank, sum_over_ranks
-from dsdpo.engine.build import device
+from dsdpo.engine.build import build_reference, device
+from dsdpo.engine.layout_check import check_layout
+from dsdpo.engine.lora import POLICY
+from dsdpo.engine.quirks.destroy import destroy_engine, used_memory
 from dsdpo.errors import CacheError
 from dsdpo.objective.logps import ROUNDING, PairLogps
 from dsdpo.reference.base import Reference, score_batches
-from dsdpo.reference.identity import ReferenceIdentity
+from dsdpo.reference.identity import ReferenceIdentity, identify_reference
+from dsdpo.reference.run_plan import RunPlan
 from dsdpo.reference.store import SHARD_ROWS, LogpTable, ShardWriter, open_store, pair_keys, read_rows
 
 log = logging.getLogger(__name__)
@@ -40,6 +47,10 @@ class PrecomputedReference(Reference):
         # On the device, 16 bytes a pair: looking up on the host would wait for the device at every batch.
         self._logps = torch.from_numpy(np.concatenate([table.logps for table in tables])).to(device())
         self._tokens = torch.from_numpy(np.concatenate([table.tokens for table in tables])).to(device())
+
+    @classmethod
+    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+        return precompute(plan)
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         return [self._look_up(batch.pair_ids) for batch in window]
@@ -76,6 +87,41 @@ class Filled:
         audit = f" ({self.audited} scored again and found right)" if self.audited else ""
         speed = f", {self.scored / self.seconds:.1f} pairs/s" if self.scored else ""
         return f"{len(self.table):,} pairs, {known:,} known{audit}, {self.scored:,} scored{speed}"
+
+
+def precompute(plan: RunPlan, *, shard_rows: int | None = None) -> PrecomputedReference:
+    """The run's reference as a table, after which nothing of its engine is left in memory. Collective."""
+    settings, model = plan.reference.settings, plan.reference.model
+    assert isinstance(settings, Precomputed)
+    before = used_memory()
+    engine = build_reference(model, plan.reference_config, layout=plan.run.data.layout)
+    check_layout(engine, plan.train, dtype=model.dtype)
+    identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
+    folder = open_store_on_ranks(plan.store_folder, identity)
+    say(f"reference log-probs are kept in {folder}")
+    scorer = Scorer(engine, settings.score_tokens, settings.audit_rows, shard_rows=shard_rows or SHARD_ROWS)
+    tables = [filled.table for filled in fill_tables(plan, scorer, folder, dtype=identity.dtype)]
+    during = used_memory()
+    destroy_engine(engine)
+    del engine, scorer
+    after = used_memory()
+    for place in before:
+        say(
+            f"reference engine on rank 0: {(during[place] - before[place]) / 2**20:.0f} MiB of {place} memory while "
+            f"scoring, {(after[place] - before[place]) / 2**20:.0f} MiB after"
+        )
+    return PrecomputedReference(tables, identity)
+
+
+def fill_tables(plan: RunPlan, scorer: Scorer, folder: Path, *, dtype: str) -> list[Filled]:
+    """The log-probs of training pairs, then of held-out pairs. Collective."""
+    filled = []
+    for name, windows in (("train", plan.train), ("held-out", plan.evaluation)):
+        if windows is not None:
+            seed = plan.run.train.seed
+            filled.append(fill_table(scorer, windows, folder, dtype=dtype, seed=seed, name=name))
+            say(f"reference on {name} data: {filled[-1].describe()}")
+    return filled
 
 
 def open_store_on_ranks(store: Path, identity: ReferenceIdentity) -> Path:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dsdpo.config.reference import Separate
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.engine.lora import POLICY
+from dsdpo.engine.build import build_reference
+from dsdpo.engine.layout_check import check_layout
+from dsdpo.engine.lora import POLICY, merged_parameters
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_batches
+from dsdpo.reference.identity import identify_reference
+from dsdpo.reference.look_ahead import looking_ahead
+from dsdpo.reference.run_plan import RunPlan
+from dsdpo.reference.trdpo import match_parameters, moving
 
 
 class SeparateReference(Reference):
@@ -17,6 +24,20 @@ class SeparateReference(Reference):
     def __init__(self, engine: Any, *, score_tokens: int) -> None:
         self.engine = engine
         self.score_tokens = score_tokens
+
+    @classmethod
+    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+        settings, model = plan.reference.settings, plan.reference.model
+        assert isinstance(settings, Separate)
+        engine = build_reference(model, plan.reference_config, layout=plan.run.data.layout)
+        check_layout(engine, plan.train, dtype=model.dtype)
+        reference: Reference = cls(engine, score_tokens=settings.score_tokens)
+        reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
+        if settings.sync is not None:
+            merges = model.lora is None and plan.run.model.lora is not None
+            sources = merged_parameters(policy.module) if merges else dict(policy.module.named_parameters())
+            reference = moving(reference, match_parameters(sources, engine.module), engine, settings.sync)
+        return looking_ahead(reference, steps=settings.look_ahead_steps, sync=settings.sync)
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         return score_batches(self.engine, window, score_tokens=self.score_tokens)

@@ -8,7 +8,7 @@ Only their log-probs are kept. Source: Gorbatovski et al. 2024 (arXiv 2404.09656
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,38 +17,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from dsdpo.config.reference import Snapshot
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import rank, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.lora import POLICY
 from dsdpo.errors import CheckpointError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_batches
+from dsdpo.reference.identity import identify_reference
+from dsdpo.reference.run_plan import RunPlan
 
 
 class SnapshotReference(Reference):
     """Answers from what the policy said at the last snapshot: one at the start, then one every `every` steps."""
 
-    def __init__(
-        self,
-        policy: Any,
-        *,
-        training: Callable[[int], Iterable[StepBatches]],
-        held_out: Callable[[], Iterable[Sequence[PreferenceBatch]]],
-        evaluates_after: Callable[[int], bool],
-        every: int,
-        score_tokens: int,
-    ) -> None:
-        """`policy` is the training engine; `training(step)` yields the windows of the steps after that one.
-
-        `held_out` yields the windows of an evaluation, which `evaluates_after(step)` says to follow a step (0: start).
-        """
-        self.policy, self.every, self.score_tokens = policy, every, score_tokens
-        self._training, self._held_out, self._evaluates_after = training, held_out, evaluates_after
+    def __init__(self, policy: Any, plan: RunPlan, *, every: int, score_tokens: int) -> None:
+        """`policy` is the training engine; `plan` says what training and evaluations ask for, and when."""
+        self.policy, self.plan, self.every, self.score_tokens = policy, plan, every, score_tokens
         self._ids: torch.Tensor | None = None  # (M,) int64, ascending; None before the first snapshot
         self._logps: PairLogps  # (M,) each, in their order
         self.syncs, self.age, self.seconds, self._step = 0, 0, 0.0, 0
+
+    @classmethod
+    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+        settings = plan.reference.settings
+        assert isinstance(settings, Snapshot)
+        reference = cls(policy, plan, every=settings.sync.every, score_tokens=settings.score_tokens)
+        reference.identity = identify_reference(plan, policy.module, adapter=POLICY if plan.run.model.lora else None)
+        return reference
 
     def take(self, step: int) -> None:
         """Score with the policy as it is after `step` all that is asked for before the next snapshot. Collective."""
@@ -71,9 +68,9 @@ class SnapshotReference(Reference):
 
     def _asked(self, step: int, *, until: int, first_evaluation: int) -> Iterator[Sequence[PreferenceBatch]]:
         """The windows of this rank that training after `step` and evaluations want before the step `until` is done."""
-        yield from (window.batches for window in islice(self._training(step), until - step))
-        if any(self._evaluates_after(later) for later in range(first_evaluation, until)):
-            yield from self._held_out()
+        yield from (window.batches for window in islice(self.plan.training_windows(device(), step), until - step))
+        if any(self.plan.evaluates_after(later) for later in range(first_evaluation, until)):
+            yield from self.plan.held_out_windows(device())
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         if self._ids is None:  # the start of a run that was not resumed

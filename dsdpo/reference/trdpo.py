@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsdpo.config.reference import Sync
+from dsdpo.console import say
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import rank, world_size
 from dsdpo.engine.shards import (
@@ -222,3 +224,10 @@ class MovingReference(Reference):
         self.syncs, self.age = facts["syncs"], facts["age"]
         if facts.get("sync_bytes") is not None:
             self.last_sync = {"reference/sync_bytes": facts["sync_bytes"]}
+
+
+def moving(reference: Reference, matches: list[Match], engine: Any, sync: Sync) -> MovingReference:
+    """TR-DPO on a reference whose parameters `engine` holds."""
+    average = MovingAverage(matches, engine, alpha=sync.alpha)
+    say(f"reference moves every {sync.every} steps: {average.describe()}")
+    return MovingReference(reference, average, every=sync.every)

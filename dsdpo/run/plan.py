@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from dsdpo.config.run import ModelConfig, RunConfig
+from dsdpo.config.reference_plan import ReferencePlan, plan_reference
+from dsdpo.config.run import RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName
 from dsdpo.data.plan import steps_per_epoch
@@ -27,6 +28,7 @@ from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows
 from dsdpo.run.model_checks import check_model
+from dsdpo.training.cadence import Cadence
 
 # What a run writes into its output folder.
 RUN_FILES = (
@@ -53,6 +55,7 @@ class Plan:
     """A run that has passed every check and whose data is ready."""
 
     run: RunConfig
+    reference: ReferencePlan
     policy_config: dict[str, Any]  # DeepSpeed's, with nothing "auto" left
     reference_config: dict[str, Any]
     tokenizer: Any
@@ -78,6 +81,16 @@ class Plan:
         """This rank's windows of one evaluation, made ahead of time; none without held-out data."""
         return prefetch(self.evaluation.whole_pass(), device) if self.evaluation else ()
 
+    @property
+    def store_folder(self) -> Path:
+        """Where precomputed log-probs are kept."""
+        return store_folder(self.run)
+
+    def evaluates_after(self, step: int) -> bool:
+        """True if held-out pairs are scored after `step`; 0 is the start."""
+        due = Cadence.of(self.run, self.total_steps)
+        return self.evaluation is not None and step <= self.total_steps and due.evaluate(step)
+
 
 def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output: bool = True) -> Plan:
     """Check the whole run and tokenize its data, once per node. Collective; no model is loaded.
@@ -85,15 +98,16 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
     on all ranks alike.
     """
+    reference = plan_reference(run)
     models = {"model.path": check_model(run.model, key="model.path")}
     if run.reference.path or run.reference.revision:
-        models["reference.path"] = check_model(reference_model(run), key="reference.path")
+        models["reference.path"] = check_model(reference.model, key="reference.path")
     layout, why_padded = choose_layout(run, models)
     model = models["model.path"].get_text_config()
-    check_adapter(run)
+    check_adapter(run, trains_biases=not reference.shares_policy)
     if writes_output:
         check_output_folder(run)
-    if run.reference.strategy == "precomputed":
+    if reference.before_training:
         check_store(store_folder(run))
     hidden_size = int(model.hidden_size)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -120,7 +134,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     policy_config, reference_config = resolve_configs(
         run, run_file, hidden_size=hidden_size, total_steps=total_steps, ranks=world_size()
     )
-    return Plan(run, policy_config, reference_config, tokenizer, train, evaluation, total_steps, why_padded)
+    return Plan(run, reference, policy_config, reference_config, tokenizer, train, evaluation, total_steps, why_padded)
 
 
 def choose_layout(run: RunConfig, models: dict[str, Any]) -> tuple[LayoutName, str | None]:
@@ -154,19 +168,6 @@ def check_store(folder: Path) -> None:
         raise ConfigError(
             f"reference.store: {folder} cannot be written ({error.strerror}); give a folder that can"
         ) from error
-
-
-def reference_model(run: RunConfig) -> ModelConfig:
-    """The model whose weights the reference starts from: another, or the policy's with its adapter, if any."""
-    if run.reference.path is not None:
-        return run.model.model_copy(
-            update={"path": run.reference.path, "revision": run.reference.revision, "lora": None}
-        )
-    lora = run.model.lora
-    keeps_adapter = lora is not None and lora.path is not None and run.reference.adapter == "initial"
-    return run.model.model_copy(
-        update={"revision": run.reference.revision or run.model.revision, "lora": lora if keeps_adapter else None}
-    )
 
 
 def resolve_configs(

@@ -71,10 +71,11 @@ def begin(
     Rows of later steps leave `metrics.jsonl`. Raises `CheckpointError` for another reference than the checkpoint's,
     unless `checkpoint.allow_other_reference` permits it, which is then recorded. Collective.
     """
-    assert reference.identity is not None
     if checkpoint is None:
         return TrainState(), record_identity(reference, folder, overridden=[])
-    others = check_identity(checkpoint, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
+    others = []
+    if reference.identity is not None:
+        others = check_identity(checkpoint, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
     for line in others:
         say(f"another reference than {checkpoint.name}'s, as checkpoint.allow_other_reference permits: {line}")
     seed = plan.run.train.seed

@@ -13,7 +13,7 @@ from dsdpo.config.run import RunConfig
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
 from dsdpo.engine.zero_config import offload_device, stage
-from dsdpo.run.plan import Plan, reference_model
+from dsdpo.run.plan import Plan
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
@@ -39,13 +39,13 @@ def describe_plan(plan: Plan) -> str:
 
 def remarks(plan: Plan) -> list[str]:
     """What a user may not have meant, and what would do the same for less."""
-    settings, found = plan.run.reference, []
-    if settings.sync_ref_model and settings.ref_model_sync_steps >= plan.total_steps:
+    sync, found = plan.reference.sync, []
+    if sync and sync.every >= plan.total_steps:
         found.append(
-            f"reference.ref_model_sync_steps {settings.ref_model_sync_steps} is not reached in {plan.total_steps} "
+            f"reference.ref_model_sync_steps {sync.every} is not reached in {plan.total_steps} "
             "steps: the reference stays as it is"
         )
-    if settings.sync_ref_model and settings.ref_model_mixup_alpha == 1.0 and settings.strategy != "policy_snapshot":
+    if sync and sync.alpha == 1.0 and plan.reference.has_weights:
         found.append(
             "with reference.ref_model_mixup_alpha 1, reference.strategy policy_snapshot gives the same numbers and "
             "needs no reference weights"
@@ -62,16 +62,8 @@ def describe_policy(run: RunConfig) -> str:
 
 def describe_reference(plan: Plan) -> str:
     """Whose weights the reference has, and where they are."""
-    run = plan.run
-    strategy = run.reference_strategy()
-    if strategy == "policy_snapshot":
-        return f"the policy as it is every {run.reference.ref_model_sync_steps} steps: no weights of its own"
-    if strategy == "adapter":
-        own = "with its first adapter, frozen" if run.has_reference_adapter() else "with adapters off"
-        return f"{run.model.path}, adapter: the policy's own weights {own}"
-    model = reference_model(run)
-    adapter = f" + adapter {model.lora.path}" if model.lora else ""
-    return f"{model.path}{adapter}, {strategy}: {describe_engine(plan.reference_config)}"
+    engine = f": {describe_engine(plan.reference_config)}" if plan.reference.own_engine else ""
+    return plan.reference.describe() + engine
 
 
 def describe_engine(config: dict[str, Any]) -> str:

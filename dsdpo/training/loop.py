@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
-from dsdpo.config.run import RunConfig
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import rank, world_size
 from dsdpo.objective.logps import pair_logps
 from dsdpo.objective.losses import LossFn, LossOutput
 from dsdpo.reference.base import Reference
+from dsdpo.training.cadence import Cadence
 from dsdpo.training.checkpoint import TrainState
 from dsdpo.training.metrics import Meter, pair_metrics
 from dsdpo.training.nonfinite import marked
 from dsdpo.training.perf import Perf, Phase, untimed
 from dsdpo.training.saver import Saver
 from dsdpo.training.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """After which steps something happens; step 0 is the start."""
-
-    total_steps: int
-    log_every: int
-    evaluate_every: int  # 0: only at the end
-    evaluate_at_start: bool
-    checkpoint_every: int  # 0: never
-
-    @classmethod
-    def of(cls, run: RunConfig, total_steps: int) -> Cadence:
-        """As the run says."""
-        return cls(
-            total_steps=total_steps,
-            log_every=run.tracking.every_steps,
-            evaluate_every=run.evaluation.every_steps,
-            evaluate_at_start=run.evaluation.at_start,
-            checkpoint_every=run.checkpoint.every_steps,
-        )
-
-    def log(self, step: int) -> bool:
-        return step == 1 or step % self.log_every == 0 or step == self.total_steps
-
-    def evaluate(self, step: int) -> bool:
-        if step == 0:
-            return self.evaluate_at_start
-        return step == self.total_steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
-
-    def checkpoint(self, step: int) -> bool:
-        return bool(self.checkpoint_every) and (step % self.checkpoint_every == 0 or step == self.total_steps)
 
 
 def train(

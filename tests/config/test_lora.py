@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from dsdpo.config.load import dump_yaml, load_run, run_parser
 from dsdpo.config.lora import LoraConfig
+from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
 
 NEEDED = {"data": {"train": "d"}, "deepspeed": "ds.json", "output_dir": "out"}
@@ -92,8 +93,8 @@ def test_reference_that_goes_with_it(
     lora: dict[str, Any] | None, reference: dict[str, Any], strategy: str, second_adapter: bool
 ) -> None:
     run = make(lora, reference=reference)
-    assert run.reference_strategy() == strategy
-    assert run.has_reference_adapter() is second_adapter
+    plan = plan_reference(run)
+    assert (plan.strategy, plan.second_adapter) == (strategy, second_adapter)
 
 
 @pytest.mark.parametrize(

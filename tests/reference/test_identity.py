@@ -39,13 +39,13 @@ def digest_of_engine(run: dict[str, Any], which: str) -> str:
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import build_policy, build_reference
     from dsdpo.engine.quirks.destroy import destroy_engine
-    from dsdpo.run.plan import plan_run, reference_model
+    from dsdpo.run.plan import plan_run
 
     plan = plan_run(RunConfig.model_validate(run))
     if which == "policy":
         engine = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
     else:
-        engine = build_reference(reference_model(plan.run), plan.reference_config)
+        engine = build_reference(plan.reference.model, plan.reference_config)
     digest = weights_digest(engine.module)
     destroy_engine(engine)
     return digest

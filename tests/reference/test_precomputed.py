@@ -51,18 +51,17 @@ def run_with(folder: Path, inputs: Path, rows: list[str], **sections: Any) -> di
 
 def precompute_here(run: dict[str, Any], shard_rows: int = 8) -> dict[str, Any]:
     """On a rank: what became of each data set, and the whole table by pair id."""
-    from dsdpo.commands.precompute import fill_tables
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import build_reference
     from dsdpo.engine.quirks.destroy import destroy_engine
-    from dsdpo.reference.precomputed import Scorer, open_store_on_ranks
-    from dsdpo.run.identity import identify_reference
-    from dsdpo.run.plan import plan_run, reference_model, store_folder
+    from dsdpo.reference.identity import identify_reference
+    from dsdpo.reference.precomputed import Scorer, fill_tables, open_store_on_ranks
+    from dsdpo.run.plan import plan_run
 
     plan = plan_run(RunConfig.model_validate(run))
-    engine = build_reference(reference_model(plan.run), plan.reference_config)
+    engine = build_reference(plan.reference.model, plan.reference_config)
     identity = identify_reference(plan, engine.module, adapter=None)
-    folder = open_store_on_ranks(store_folder(plan.run), identity)
+    folder = open_store_on_ranks(plan.store_folder, identity)
     scorer = Scorer(engine, plan.run.reference.score_tokens, plan.run.reference.audit_rows, shard_rows=shard_rows)
     try:
         filled = fill_tables(plan, scorer, folder, dtype=identity.dtype)

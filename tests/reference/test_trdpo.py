@@ -27,12 +27,12 @@ def build(run: dict[str, Any]) -> tuple[Any, Any, Any]:
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import build_policy, build_reference
     from dsdpo.engine.quirks.compiled_ops import prepare_ops
-    from dsdpo.run.plan import plan_run, reference_model
+    from dsdpo.run.plan import plan_run
 
     plan = plan_run(RunConfig.model_validate(run))
     prepare_ops(plan.policy_config, plan.reference_config)
     policy = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
-    return policy, build_reference(reference_model(plan.run), plan.reference_config), plan
+    return policy, build_reference(plan.reference.model, plan.reference_config), plan
 
 
 def logps_of_plain_model(plan: Any, weights: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:

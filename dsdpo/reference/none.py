@@ -1,0 +1,25 @@
+"""Strategy `none`: no reference, for losses that have none in them (CPO, SimPO, ORPO)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.objective.logps import PairLogps
+from dsdpo.reference.base import Reference
+from dsdpo.reference.run_plan import RunPlan
+
+
+class NoReference(Reference):
+    """Answers zeros without computing anything, so that a reward beta · logratio is beta · the policy's log-prob.
+
+    Such rewards are TRL's for CPO and its kin.
+    """
+
+    @classmethod
+    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+        return cls()
+
+    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        return [PairLogps.zeros(batch.num_pairs, device=batch.pair_ids.device) for batch in window]
