@@ -70,7 +70,7 @@ def train(plan: Plan) -> int:
     record_settings(plan, folder)
     policy, reference = build_policy_and_reference(plan)
     state, identity = begin(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
-    loss_fn = make_loss(run.loss.type, beta=run.loss.beta, label_smoothing=run.loss.label_smoothing)
+    loss_fn = make_loss(run.loss)
     tracker = Tracker(run, folder, facts={"reference_identity": identity})
 
     def evaluate_now() -> None:

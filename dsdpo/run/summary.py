@@ -25,7 +25,7 @@ def describe_plan(plan: Plan) -> str:
     rows = [
         ("policy", f"{describe_policy(run)}, {describe_engine(plan.policy_config)}"),
         ("reference", describe_reference(plan)),
-        ("loss", f"{run.loss.type}, beta {run.loss.beta}"),
+        ("loss", run.loss.describe()),
         ("train data", describe_pairs(plan.train)),
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
         ("steps", f"{plan.total_steps:,} of {run.batch.pairs_per_step} pairs, {plan.train.world_size} ranks"),

@@ -62,8 +62,8 @@ tags: [dpo, dsdpo]
 
 # {Path(run.output_dir).name}
 
-Trained from `{run.model.path}`{what} by Direct Preference Optimization (loss `{run.loss.type}`,
-beta {run.loss.beta}) against {reference_text(run)}, with dsdpo {dsdpo.__version__}.
+Trained from `{run.model.path}`{what} by Direct Preference Optimization
+(loss: {run.loss.describe()}) against {reference_text(run)}, with dsdpo {dsdpo.__version__}.
 {table}
 ## Settings
 

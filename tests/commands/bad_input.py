@@ -74,7 +74,11 @@ RUN_FILE = [
         ("batch.pairs_per_micro_batch 16 is more than batch.pairs_per_step 8",),
         {"batch": {"pairs_per_step": 8, "pairs_per_micro_batch": 16}},
     ),
-    Case("unknown loss", ("loss.type is 'dpo'", "'sigmoid', 'hinge' or 'ipo'"), {"loss": {"type": "dpo"}}),
+    Case(
+        "unknown loss",
+        ("loss.type is 'dpo'", "'sigmoid', 'robust', 'hinge'"),
+        {"loss": {"type": "dpo"}},
+    ),
     Case(
         "option without effect",
         ("loss.label_smoothing 0.1 has no effect with loss.type hinge", "set loss.label_smoothing to 0"),

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from dsdpo.config.load import dotted_keys, dump_yaml, load_run, run_parser
+from dsdpo.config.loss import LOSSES, listed
 from dsdpo.errors import ConfigError
 
 GOOD = """
@@ -42,6 +43,8 @@ def refusal(text, *options):
 def test_command_line_beats_yaml_beats_defaults():
     run, _ = load(GOOD + "batch: {pairs_per_step: 8}\n", "--loss.beta", "0.2", "--batch.pairs_per_step=16")
     assert (run.loss.beta, run.batch.pairs_per_step, run.loss.type) == (0.2, 16, "sigmoid")
+    mix, _ = load(GOOD, "--loss.type", "[sigmoid, sft]", "--loss.weights", "[0.5,1]", "--loss.beta_schedule.end", "1")
+    assert (mix.loss.parts, mix.loss.beta_at(10, 10)) == ((("sigmoid", 0.5), ("sft", 1.0)), 1.0)
 
 
 def test_scientific_notation_that_yaml_calls_text_is_a_number():
@@ -125,7 +128,7 @@ def test_everything_wrong_in_a_file_is_said_at_once():
         "run.yaml: model.revison is not a setting; did you mean model.revision?",
         "run.yaml: data.train[0].wieght is not a setting; did you mean weight?",
         "run.yaml: data.max_length is 'long': input should be a valid integer, unable to parse string as an integer",
-        "run.yaml: loss.type is 'dpo': input should be 'sigmoid', 'hinge' or 'ipo'",
+        f"run.yaml: loss.type is 'dpo': input should be {listed(list(LOSSES))}",
         "command line: batch.pairs_per_step is 'many': input should be a valid integer, unable to parse string as an "
         "integer",
         "run.yaml: deepspeed is missing (DeepSpeed JSON of the policy engine)",

@@ -36,6 +36,7 @@ class OneOrder(Reference):
 
 def count_steps(run: dict[str, Any], keep_two: bool) -> list[dict[str, float]]:
     """What each optimizer step after the engines' start took, on this rank."""
+    from dsdpo.config.loss import LossConfig
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import device
     from dsdpo.objective.losses import make_loss
@@ -46,7 +47,7 @@ def count_steps(run: dict[str, Any], keep_two: bool) -> list[dict[str, float]]:
 
     plan = plan_run(RunConfig.model_validate(run))
     policy, reference = build_policy_and_reference(plan)
-    loss_fn = make_loss("sigmoid", beta=0.1, label_smoothing=0.0)
+    loss_fn = make_loss(LossConfig())
     rows: list[dict[str, float]] = []
     for window in plan.training_windows(device()):
         meter = Meter()

@@ -199,6 +199,7 @@ def check_export(folder: Path, inputs: Path, lora: dict[str, Any], policy: str) 
 
 def train_and_export_here(run: dict[str, Any]) -> tuple[Any, torch.Tensor, float]:
     """A batch, the trained policy's log-probs of it, and how far they are from the reference's."""
+    from dsdpo.config.loss import LossConfig
     from dsdpo.config.run import RunConfig
     from dsdpo.data.tokenizer import load_tokenizer
     from dsdpo.objective.losses import make_loss
@@ -208,7 +209,7 @@ def train_and_export_here(run: dict[str, Any]) -> tuple[Any, torch.Tensor, float
 
     policy, reference, windows = build_here(run)
     for window in windows:
-        train_step(policy, reference, make_loss("sigmoid", beta=0.1, label_smoothing=0.0), window, Meter())
+        train_step(policy, reference, make_loss(LossConfig()), window, Meter())
     policy.eval()
     batch = windows[0].batches[0]
     with torch.no_grad():
@@ -232,6 +233,7 @@ def test_checkpoint_leaves_the_base_out_and_goes_on(policy: str, inputs: Path, t
 
 def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float], list[float], int, int]:
     """Losses of the last steps, uninterrupted and resumed, and bytes of the checkpoint's weights and of the base."""
+    from dsdpo.config.loss import LossConfig
     from dsdpo.distributed import barrier, rank
     from dsdpo.engine.shards import parameter_count
     from dsdpo.objective.losses import make_loss
@@ -240,7 +242,7 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     from dsdpo.training.metrics import Meter
     from dsdpo.training.pruning import Keep
 
-    loss_fn = make_loss("sigmoid", beta=0.1, label_smoothing=0.0)
+    loss_fn = make_loss(LossConfig())
 
     def steps(policy: Any, reference: Any, windows: list[Any]) -> list[float]:
         found = []
@@ -278,6 +280,7 @@ def master_here(run: dict[str, Any]) -> tuple[set[str], float]:
     """The adapter's dtypes, and the median change of a lora_B's float32 master after one step."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    from dsdpo.config.loss import LossConfig
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
@@ -286,6 +289,6 @@ def master_here(run: dict[str, Any]) -> tuple[set[str], float]:
     factors = {name: p for name, p in policy.module.named_parameters() if "lora_" in name}
     parameter = next(p for name, p in factors.items() if "lora_B" in name)
     before = safe_get_full_fp32_param(parameter).clone()
-    train_step(policy, reference, make_loss("sigmoid", beta=0.1, label_smoothing=0.0), window, Meter())
+    train_step(policy, reference, make_loss(LossConfig()), window, Meter())
     change = (safe_get_full_fp32_param(parameter) - before).abs()
     return {str(p.dtype) for p in factors.values()}, float(change.median())

@@ -167,6 +167,7 @@ def test_dropout_is_for_training_passes_only(inputs: Path, tmp_path: Path) -> No
 
 def dropout_here(run: dict[str, Any]) -> dict[str, float]:
     """How far two passes of each kind lie apart, in nats, and the loss before any step."""
+    from dsdpo.config.loss import LossConfig
     from dsdpo.objective.logps import pair_logps
     from dsdpo.objective.losses import make_loss
     from dsdpo.training.evaluate import evaluate
@@ -179,7 +180,7 @@ def dropout_here(run: dict[str, Any]) -> dict[str, float]:
         apart["training"] = float((first - second).abs().max())
         [first], [second] = (reference.score([batch]) for _ in range(2))
         apart["reference"] = float((first.chosen - second.chosen).abs().max())
-    loss_fn = make_loss("sigmoid", beta=0.1, label_smoothing=0.0)
+    loss_fn = make_loss(LossConfig())
     first, second = (evaluate(policy, reference, loss_fn, [window.batches])["eval/loss"] for _ in range(2))
     assert policy.module.training, "evaluation and scoring leave the policy in train mode"
     return apart | {"evaluation": abs(first - second), "first evaluation": first}
@@ -216,6 +217,7 @@ def test_the_frozen_adapter_is_saved_as_itself(policy: str, inputs: Path, tmp_pa
 
 def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
     """How far the reference's answer is from its first one: after a step, after a change, and after loading."""
+    from dsdpo.config.loss import LossConfig
     from dsdpo.engine.lora import adapter_pairs
     from dsdpo.engine.shards import release_gathered, writable_shard
     from dsdpo.objective.logps import pair_logps
@@ -231,7 +233,7 @@ def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
 
     first = answer()
     for window in windows:
-        train_step(policy, reference, make_loss("sigmoid", beta=0.1, label_smoothing=0.0), window, Meter())
+        train_step(policy, reference, make_loss(LossConfig()), window, Meter())
     assert torch.equal(answer(), first), "the reference moved with the policy"
     reference.save(Path(folder))
     with torch.no_grad():
