@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from dsdpo.config.section import PathText, Section
 
-Column = Literal["prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs"]
+Column = Literal["prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "margin", "weight"]
 
 
 class SourceConfig(Section):
@@ -56,6 +56,6 @@ class DataConfig(Section):
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of rows (0 to 1) that may be dropped as bad before it is an error."""
     dataset_num_proc: PositiveInt | None = None
-    """Processes that tokenize; null: one."""
+    """Processes that tokenize; null: one for each core."""
     cache_dir: str | None = None
     """Folder for prepared data; null: the cache of Hugging Face datasets."""

@@ -59,6 +59,7 @@ class Encoded:
     rejected: list[int]  # response alone
     truncated: bool  # a response was cut
     rewritten: bool  # rule 3 was needed
+    learned: tuple[list[bool] | None, ...] = ()  # of each response's tokens; None, or () for all responses: all of them
 
 
 def make_encoder(tokenizer: Any, *, max_length: int) -> Encoder:

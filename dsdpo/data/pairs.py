@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,19 @@ class Group:
 
 
 @dataclass(frozen=True)
+class SourceFacts:
+    """What became of one source's rows; weights, by which rows are used more than once, have no part in it."""
+
+    path: str  # or Hub id, as the user gave it
+    rows: int  # read and used
+    pairs: int  # made of them
+    dropped: dict[str, int]  # rows by kind of problem
+    truncated: int  # pairs with a response that was cut
+    tokens: int  # of all pairs, prompt and response of each response
+    duplicates: int  # pairs with the same tokens as an earlier one
+
+
+@dataclass(frozen=True)
 class Pairs:
     """A whole data set of groups, pairs as a rule, read from disk as they are asked for."""
 
@@ -68,7 +81,7 @@ class Pairs:
     margins: np.ndarray | None = None  # (N,) float32
     weights: np.ndarray | None = None  # (N,) float32
     scores: np.ndarray | None = None  # (N, n) float32
-    date: str | None = None  # YYYY-MM-DD that chat templates were told
+    sources: tuple[SourceFacts, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -135,7 +148,7 @@ def write_index(
     origins: np.ndarray,
     report: DropReport,
     extras: Mapping[str, np.ndarray] | None = None,
-    date: str | None = None,
+    sources: Sequence[SourceFacts] = (),
 ) -> None:
     """Writes everything beside `tokens.bin`, in the shapes of `Pairs`; `extras` by their names there."""
     num_tokens = (folder / "tokens.bin").stat().st_size // TOKEN.itemsize
@@ -151,7 +164,7 @@ def write_index(
         "extras": list(extras),
         "pairs": len(lengths),
         "tokens": num_tokens,
-        "date": date,
+        "sources": [asdict(source) for source in sources],
         "report": report.to_json(),
     }
     facts["facts"] = _facts_digest(facts)
@@ -233,7 +246,8 @@ def open_pairs(folder: Path) -> Pairs:
         report = DropReport.from_json(facts["report"])
         of_pairs = [array for name, array in arrays.items() if name != "unlearned"]
         whole = len(tokens) == facts["tokens"] and all(len(array) == facts["pairs"] for array in of_pairs)
-        pairs = Pairs(report=report, digest=facts["digest"], tokens=tokens, date=facts["date"], **arrays)
+        sources = tuple(SourceFacts(**source) for source in facts["sources"])
+        pairs = Pairs(report=report, digest=facts["digest"], tokens=tokens, sources=sources, **arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(
             f"{folder}: prepared pairs cannot be read ({error}). Delete the folder and start again."

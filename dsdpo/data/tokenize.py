@@ -1,33 +1,36 @@
 """Sources to token pairs, prepared once under a key that covers all they depend on, then only opened.
 
-The key covers the sources (path, size and modification time of every file, or the Hub revision), their columns and
-weights, the tokenizer, its chat template, `data.max_length`, and VERSION. How text becomes ids is said in `encode`,
-which rows are understood in `examples`; without bad rows, weights and several sources, pair i is row i of the file.
+The key covers the sources (path, size and modification time of every file, or the Hub revision), all their settings,
+the tokenizer, its chat template, every setting of `data` that can change what is made, and VERSION. How text becomes
+ids is said in `encode`, which rows are understood in `examples`, how many processes work on it in `chunks`; without bad
+rows, weights and several sources, pair i is row i of the file.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from tqdm import tqdm
 
 from dsdpo.config.data import DataConfig, SourceConfig
-from dsdpo.data.dropped_rows import BadRow, DropReport, check_report, collect_problems
-from dsdpo.data.encode import Encoded, Encoder, encode_examples, make_encoder
-from dsdpo.data.examples import to_example
-from dsdpo.data.pairs import Pairs, damage, open_pairs, write_index, write_tokens
+from dsdpo.data.binning import sequence_tokens
+from dsdpo.data.chunks import Chunk, make_chunks
+from dsdpo.data.dropped_rows import DropReport, check_report, collect_problems
+from dsdpo.data.encode import make_encoder
+from dsdpo.data.pairs import Pairs, SourceFacts, damage, open_pairs, write_index, write_tokens
 from dsdpo.data.sources import SECTIONS, DefaultSplit, Source, find_sources, read_rows, uses_of_rows
 from dsdpo.errors import DataError
 
@@ -35,40 +38,12 @@ __all__ = ["Pairs", "cache_folder", "open_pairs", "prepare_pairs", "template_dig
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the code that decides ids and order: raise it when they change for the same input
-BATCH_ROWS = 1000
-
-EXAMPLE_COLUMNS = pa.schema(
-    {
-        "source": pa.int32(),  # index into the sources
-        "row": pa.int64(),  # in its source, counted from 0
-        "place": pa.string(),  # where a person finds the row
-        "kind": pa.string(),  # of bad row; empty for a good one
-        "detail": pa.string(),  # of bad row
-        "example": pa.string(),  # JSON: forms and fields differ between rows, which no arrow type follows
-    }
-)
-PAIR_COLUMNS = datasets.Features(
-    {
-        "source": datasets.Value("int32"),
-        "row": datasets.Value("int64"),
-        "place": datasets.Value("string"),
-        "kind": datasets.Value("string"),
-        "detail": datasets.Value("string"),
-        "tokens": datasets.List(datasets.Value("int32")),  # prompt, chosen, rejected; empty for a bad row
-        "lengths": datasets.List(datasets.Value("int32"), length=3),
-        "truncated": datasets.Value("bool"),
-        "rewritten": datasets.Value("bool"),
-    }
-)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Every row that was read, as an example or as a bad row."""
-
-    rows: datasets.Dataset  # EXAMPLE_COLUMNS, memory-mapped
-    uses: np.ndarray  # (len(rows),) int32, times per epoch
+VERSION = 2  # of the code that decides ids and order: raise it when they change for the same input
+# Settings of `data` that change nothing in the prepared pairs; all others are in their key.
+WITHOUT_EFFECT = {
+    "train", "eval", "shuffle", "layout", "strict", "max_dropped_share", "dataset_num_proc", "cache_dir",
+}  # fmt: skip
+KEPT_DAYS = 7  # that the chunks of an unfinished preparation stay
 
 
 def prepare_pairs(
@@ -76,49 +51,36 @@ def prepare_pairs(
 ) -> Path:
     """The folder with the sources' token pairs, made now unless it is there; safe to call from several processes.
 
-    Pairs on disk that are not what was written are made again, with a warning.
-    `default_split` is read where a source with splits names none; `seed` draws the fractional part of weights.
-    Raises DataError for data that cannot be used: missing, unreadable, or more bad rows than `data` allows.
+    Pairs on disk that are not what was written are made again, with a warning. What a preparation that was killed had
+    finished is used. `default_split` is read where a source with splits names none; `seed` draws the fractional part of
+    weights. Raises DataError for data that cannot be used: missing, unreadable, or more bad rows than `data` allows.
     """
     found = find_sources(sources, default_split)
-    folder = cache_folder(data) / f"pairs-{_key(found, tokenizer, data.max_length, seed)}"
+    key = SECTIONS[default_split]
+    folder = cache_folder(data) / f"pairs-{_key(found, tokenizer, data, seed)}"
     wrong = damage(folder) if folder.is_dir() else None
     if wrong:
         log.warning("%s: the prepared pairs are made again", wrong)
         _discard(folder)
     if not folder.is_dir():
         _check_writable(folder.parent)
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent, ignore_cleanup_errors=True) as made:
-            _make(Path(made), found, tokenizer, data=data, seed=seed, key=SECTIONS[default_split])
-            _publish(Path(made) / "pairs", folder)
-    check_report(
-        open_pairs(folder).report,
-        key=SECTIONS[default_split],
-        strict=data.strict,
-        max_dropped_share=data.max_dropped_share,
-    )
+        chunks = folder.with_name(f".{folder.name}")
+        try:
+            with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent, ignore_cleanup_errors=True) as made:
+                _make(Path(made) / "pairs", chunks, found, tokenizer, data=data, seed=seed, key=key)
+                _publish(Path(made) / "pairs", folder)
+        except DataError:
+            shutil.rmtree(chunks, ignore_errors=True)  # the next attempt would find the same
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise DataError(f"data.cache_dir: {folder.parent} cannot be written ({error}). Make room.") from error
+            if not folder.is_dir():  # else another process was first, and has cleaned up
+                raise
+        shutil.rmtree(chunks, ignore_errors=True)
+        _discard_old(folder)
+    check_report(open_pairs(folder).report, key=key, strict=data.strict, max_dropped_share=data.max_dropped_share)
     return folder
-
-
-def load_examples(sources: Sequence[Source], folder: Path, *, seed: int, chat_template: bool) -> Examples:
-    """The sources' rows in order, written to `folder`; their memory does not grow with the data.
-
-    Raises DataError for an unreadable source, and for messages where there is no `chat_template` to render them.
-    """
-    path = folder / "examples.arrow"
-    counts = []
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, EXAMPLE_COLUMNS) as writer:
-        for index, source in enumerate(sources):
-            count = 0
-            for batch in _batches(_example_rows(source, index, chat_template=chat_template)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=EXAMPLE_COLUMNS))
-                count += len(batch)
-            counts.append(count)
-    uses = [
-        uses_of_rows(count, weight=source.config.weight, seed=seed, index=index)
-        for index, (count, source) in enumerate(zip(counts, sources, strict=True))
-    ]
-    return Examples(datasets.Dataset.from_file(str(path)), np.concatenate(uses))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -140,11 +102,15 @@ def template_digest(tokenizer: Any) -> str:
     return _digest(tokenizer.chat_template)
 
 
-def _key(sources: Sequence[Source], tokenizer: Any, max_length: int, seed: int) -> str:
+def _key(sources: Sequence[Source], tokenizer: Any, data: DataConfig, seed: int) -> str:
     """Hash over everything that prepared pairs depend on."""
-    parts = [[source.fingerprint, source.split, source.columns, source.config.weight] for source in sources]
+    parts = [
+        [source.fingerprint, source.split, source.config.model_dump(mode="json", exclude={"path"})]
+        for source in sources
+    ]
     sampled = any(source.config.weight % 1 for source in sources)
-    rules = [tokenizer_digest(tokenizer), template_digest(tokenizer), max_length]
+    settings = data.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    rules = [tokenizer_digest(tokenizer), template_digest(tokenizer), settings]
     return _digest([VERSION, parts, rules, seed if sampled else None])[:32]
 
 
@@ -166,48 +132,113 @@ def _check_writable(folder: Path) -> None:
         raise DataError(f"data.cache_dir: {folder} cannot be written ({error}). Give a folder that can.") from error
 
 
-def _make(folder: Path, sources: list[Source], tokenizer: Any, *, data: DataConfig, seed: int, key: str) -> None:
-    """Reads, tokenizes and writes `folder`/pairs. Raises DataError if no row is left."""
-    has_template = tokenizer.chat_template is not None
-    examples = load_examples(sources, folder, seed=seed, chat_template=has_template)
-    used = np.flatnonzero(examples.uses)
-    if not len(used):
-        raise DataError(f"{key}: the weights leave none of {len(examples.uses)} rows. Raise weight.")
-    rows = examples.rows if len(used) == len(examples.rows) else examples.rows.select(used)
+def _make(
+    folder: Path, chunks: Path, sources: list[Source], tokenizer: Any, *, data: DataConfig, seed: int, key: str
+) -> None:
+    """Reads, tokenizes and writes `folder`, by way of the files in `chunks`. Raises DataError if no row is left."""
+    chunks.mkdir(exist_ok=True)
+    used = {
+        index: _uses(source, index, sum(1 for _ in read_rows(source)), seed) > 0
+        for index, source in enumerate(sources)
+        if source.config.weight < 1
+    }
+    if len(used) == len(sources) and not any(rows.any() for rows in used.values()):
+        raise DataError(f"{key}: the weights leave none of {sum(map(len, used.values()))} rows. Raise weight.")
     encoder = make_encoder(tokenizer, max_length=data.max_length)
-    tokenized = rows.map(
-        _tokenize_batch,
-        batched=True,
-        batch_size=BATCH_ROWS,
-        fn_kwargs={"encoder": encoder},
-        num_proc=data.dataset_num_proc,
-        remove_columns=["example"],
-        features=PAIR_COLUMNS,
-        cache_file_name=str(folder / "tokenized.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint="dsdpo",  # computing one would hash the tokenizer; the folder's name is the real key
-        desc="tokenize",
+    paths, progress = make_chunks(
+        chunks, sources, encoder, used=used, processes=data.dataset_num_proc or usable_cores(), label=f"prepare {key}"
     )
-    pairs = folder / "pairs"
-    pairs.mkdir()
-    table = tokenized.with_format("arrow")
-    write_tokens(pairs, (_flat(part["tokens"]) for part in table.iter(BATCH_ROWS)))
-    facts = table.remove_columns(["tokens", "place", "detail"])[:]
-    good = np.asarray(facts["kind"].to_numpy()) == ""
-    lengths = _flat(facts["lengths"]).reshape(-1, 3)
-    source = facts["source"].to_numpy()
-    report = DropReport(
-        rows=len(good),
-        kept=int(good.sum()),
-        problems=collect_problems(_bad_rows(table.select(np.flatnonzero(~good)), sources)),
-        truncated=int(facts["truncated"].to_numpy().sum()),
-        rewritten=int(facts["rewritten"].to_numpy().sum()),
-    )
+    folder.mkdir()
+    index: list[Chunk] = []
+    write_tokens(folder, _tokens(paths, index))
+    report = _report(index, sources)
     check_report(report, key=key, strict=False, max_dropped_share=1.0)
+    uses = [_uses(source, number, progress.rows[number], seed) for number, source in enumerate(sources)]
+    _write_index(folder, index, sources, uses, report)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _uses(source: Source, index: int, rows: int, seed: int) -> np.ndarray:
+    return uses_of_rows(rows, weight=source.config.weight, seed=seed, index=index)
+
+
+def _tokens(paths: Iterable[Path], index: list[Chunk]) -> Iterator[np.ndarray]:
+    """The chunks' tokens; what else they hold is added to `index`, its ranges counted from the first token of all."""
+    before = 0
+    for path in paths:
+        chunk = Chunk.load(path)
+        yield chunk.tokens
+        index.append(replace(chunk, tokens=chunk.tokens[:0], unlearned=chunk.unlearned + before))
+        before += len(chunk.tokens)
+
+
+def _report(index: Sequence[Chunk], sources: Sequence[Source]) -> DropReport:
+    """What became of all rows."""
+    kept = sum(len(chunk.rows) for chunk in index)
+    bad = [(sources[chunk.source].config.path, kind, place, detail) for chunk in index
+           for _, place, kind, detail in chunk.bad]  # fmt: skip
+    notes = sum((Counter(chunk.notes) for chunk in index), Counter[str]())
+    return DropReport(
+        rows=kept + len(bad),
+        kept=kept,
+        problems=collect_problems(bad),
+        truncated=sum(int(chunk.truncated.sum()) for chunk in index),
+        rewritten=notes["rewritten"],
+    )
+
+
+def _write_index(
+    folder: Path, index: Sequence[Chunk], sources: Sequence[Source], uses: Sequence[np.ndarray], report: DropReport
+) -> None:
+    """Everything beside the tokens: each source's rows as often as they are used, source after source."""
+    columns = max(chunk.lengths.shape[1] for chunk in index)
+    lengths = np.concatenate([np.pad(part, ((0, 0), (0, columns - part.shape[1]))) for part in
+                              (chunk.lengths for chunk in index)])  # fmt: skip
+    source = np.concatenate([np.full(len(chunk.rows), chunk.source) for chunk in index])
+    rows = np.concatenate([chunk.rows for chunk in index])
+    times = np.array([uses[of][row] for of, row in zip(source, rows, strict=True)], dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))[:-1]])
-    order = _pair_order(source, np.where(good, examples.uses[used], 0))
-    origins = np.stack([source, facts["row"].to_numpy()], axis=1)
-    write_index(pairs, starts=starts[order], lengths=lengths[order], origins=origins[order], report=report)
+    order = _pair_order(source, times)
+    extras: dict[str, np.ndarray] = {}
+    if any(len(chunk.unlearned) for chunk in index):
+        extras["unlearned"] = np.concatenate([chunk.unlearned for chunk in index])
+    for name in ("margins", "weights"):
+        values = np.concatenate([getattr(chunk, name) for chunk in index])
+        if not np.isnan(values).all():
+            extras[name] = np.where(np.isnan(values), DEFAULTS[name], values)[order]
+    write_index(
+        folder,
+        starts=starts[order],
+        lengths=lengths[order],
+        origins=np.stack([source, rows], axis=1)[order],
+        report=report,
+        extras=extras,
+        sources=[_facts(number, of, index) for number, of in enumerate(sources)],
+    )
+
+
+DEFAULTS = {"margins": 0.0, "weights": 1.0}
+"""What a pair has where others of the data have a margin or weight and it has none."""
+
+
+def _facts(number: int, source: Source, index: Sequence[Chunk]) -> SourceFacts:
+    """What is to be known of one source."""
+    own = [chunk for chunk in index if chunk.source == number]
+    digests = np.concatenate([np.zeros(0, np.uint64), *(chunk.digests for chunk in own)])
+    dropped = Counter(kind for chunk in own for _, _, kind, _ in chunk.bad)
+    return SourceFacts(
+        path=source.config.path,
+        rows=sum(len(chunk.rows) + len(chunk.bad) for chunk in own),
+        pairs=len(digests),
+        dropped=dict(sorted(dropped.items())),
+        truncated=sum(int(chunk.truncated.sum()) for chunk in own),
+        tokens=sum(int(sequence_tokens(chunk.lengths).sum()) for chunk in own),
+        duplicates=len(digests) - len(np.unique(digests)),
+    )
 
 
 def _pair_order(source: np.ndarray, uses: np.ndarray) -> np.ndarray:
@@ -220,80 +251,6 @@ def _pair_order(source: np.ndarray, uses: np.ndarray) -> np.ndarray:
     return np.concatenate(passes)
 
 
-def _example_rows(source: Source, index: int, *, chat_template: bool) -> Iterator[dict[str, Any]]:
-    """One source's rows in EXAMPLE_COLUMNS."""
-    rows = tqdm(read_rows(source), desc=f"read {source.config.path}", unit=" rows", leave=False, disable=None)
-    for number, (place, row) in enumerate(rows):
-        kind = detail = example = ""
-        try:
-            fields = to_example(row, source.columns)
-            example = _as_json(fields)
-            if not chat_template and isinstance(fields["prompt"], list):
-                raise DataError(
-                    f"{source.key}: {place} holds messages, but the tokenizer has no chat template. Give one with "
-                    "model.chat_template, use a tokenizer that has one, or give rows whose fields are text."
-                )
-        except BadRow as bad:
-            kind, detail = bad.kind, bad.detail
-        yield {"source": index, "row": number, "place": place, "kind": kind, "detail": detail, "example": example}
-
-
-def _as_json(fields: dict[str, Any]) -> str:
-    """The fields as JSON text. Raises BadRow where they hold half a surrogate pair, which no tokenizer takes."""
-    text = json.dumps(fields, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("wrong_type", f"not valid Unicode: {error.reason}") from error
-    return text
-
-
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The rows in lists of BATCH_ROWS."""
-    batch: list[dict[str, Any]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == BATCH_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _tokenize_batch(batch: dict[str, list[Any]], *, encoder: Encoder) -> dict[str, list[Any]]:
-    """A batch of EXAMPLE_COLUMNS in PAIR_COLUMNS."""
-    good = [index for index, kind in enumerate(batch["kind"]) if not kind]
-    results = encode_examples([json.loads(batch["example"][index]) for index in good], encoder)
-    encoded: dict[int, Encoded] = {}
-    kinds, details = list(batch["kind"]), list(batch["detail"])
-    for index, result in zip(good, results, strict=True):
-        if isinstance(result, BadRow):
-            kinds[index], details[index] = result.kind, result.detail
-        else:
-            encoded[index] = result
-    empty = Encoded([], [], [], truncated=False, rewritten=False)
-    pairs = [encoded.get(index, empty) for index in range(len(kinds))]
-    return {
-        "kind": kinds,
-        "detail": details,
-        "tokens": [pair.prompt + pair.chosen + pair.rejected for pair in pairs],
-        "lengths": [[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs],
-        "truncated": [pair.truncated for pair in pairs],
-        "rewritten": [pair.rewritten for pair in pairs],
-    }
-
-
-def _bad_rows(table: datasets.Dataset, sources: list[Source]) -> Iterator[tuple[str, str, str, str]]:
-    """(source, kind, place, detail) of the rows of a table of bad rows."""
-    for row in table.with_format(None):
-        yield sources[row["source"]].config.path, row["kind"], row["place"], row["detail"]
-
-
-def _flat(lists: pa.ChunkedArray) -> np.ndarray:
-    """All numbers of a column of lists, one after the other."""
-    return np.asarray(lists.combine_chunks().flatten().to_numpy(zero_copy_only=False), dtype=np.int32)
-
-
 def _discard(folder: Path) -> None:
     """Deletes a folder of prepared pairs, which is out of the way at once."""
     with tempfile.TemporaryDirectory(prefix=".damaged-", dir=folder.parent, ignore_cleanup_errors=True) as away:
@@ -301,6 +258,15 @@ def _discard(folder: Path) -> None:
             os.rename(folder, Path(away) / "pairs")
         except FileNotFoundError:
             return  # another process was first
+
+
+def _discard_old(folder: Path) -> None:
+    """Deletes what preparations that nobody went on with have left beside `folder`, which has just been made."""
+    now = folder.stat().st_mtime
+    for left in [*folder.parent.glob(".pairs-*"), *folder.parent.glob(".making-*")]:
+        with suppress(OSError):
+            if now - left.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _publish(made: Path, folder: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dsdpo.config.data import DataConfig
+from dsdpo.data import chunks
 from dsdpo.data.encode import BadRow, Encoded, encode_examples, make_encoder
 from dsdpo.data.pairs import FILES, Pairs, damage
 from dsdpo.data.tokenize import open_pairs, prepare_pairs, template_digest, tokenizer_digest
@@ -118,11 +121,12 @@ def test_pair_is_the_row_of_the_file(tmp_path: Path) -> None:
         assert pairs.origins[pair.pair_id].tolist() == [0, pair.pair_id]
 
 
-def test_number_of_processes_changes_nothing(tmp_path: Path) -> None:
+def test_number_of_processes_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 7)
     rows = text_rows(40)
     rows[7]["chosen"] = ""
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    one, two = prepared(tmp_path / "one", path), prepared(tmp_path / "two", path, dataset_num_proc=2)
+    one, two = (prepared(tmp_path / str(count), path, dataset_num_proc=count) for count in (1, 2))
     assert one.digest == two.digest
     assert one.report == two.report
     assert np.array_equal(one.origins, two.origins)
@@ -282,6 +286,72 @@ def test_pairs_are_read_whole_only_where_a_file_has_changed(tmp_path: Path) -> N
     assert damage(folder) is None  # shows that the file was not read
     os.utime(tokens)
     assert "not what was written" in (damage(folder) or "")
+
+
+def test_what_was_encoded_before_a_kill_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process of its own prepares and is killed in the middle; the next one goes on, and its result is the same."""
+    path = write_jsonl(tmp_path / "a.jsonl", text_rows(60))
+    whole = prepared(tmp_path / "whole", path)
+    cache = tmp_path / "cut" / "dsdpo"
+    child = multiprocessing.get_context("fork").Process(target=_prepare_until_killed, args=(tmp_path / "cut", path))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    (left,) = cache.glob(".pairs-*")
+    done = sorted(left.iterdir())
+    assert len(done) == 3
+    done[1].write_bytes(done[1].read_bytes()[:-40])  # as a power cut might leave it
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 10)
+    with caplog.at_level(logging.WARNING):
+        again = prepared(tmp_path / "cut", path)
+    assert "20 rows were encoded by a preparation that was ended" in caplog.text
+    assert again.digest == whole.digest
+    assert [entry.name for entry in cache.iterdir() if not entry.name.startswith(".making-")] == [
+        entry.name for entry in (tmp_path / "whole" / "dsdpo").iterdir()
+    ]
+
+
+def _prepare_until_killed(cache: Path, path: Path) -> None:
+    chunks.CHUNK_ROWS = 10
+    save = chunks.Chunk.save
+
+    def save_and_die(chunk: chunks.Chunk, path: Path) -> None:
+        save(chunk, path)
+        if path.name == "chunk-000002.npz":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    chunks.Chunk.save = save_and_die  # type: ignore[method-assign]
+    prepared(cache, path, dataset_num_proc=1)
+
+
+def test_columns_of_numbers_stay_with_their_pairs(tmp_path: Path) -> None:
+    rows: list[Any] = text_rows(4)
+    rows[1] |= {"margin": 2.5, "strength": 3}
+    rows[2] |= {"margin": -1}
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    plain = prepared(tmp_path / "plain", path)
+    assert plain.margins is not None
+    assert plain.margins.tolist() == [0.0, 2.5, -1.0, 0.0], "0 where others have one"
+    assert plain.weights is None
+    mapped = prepared(tmp_path / "mapped", [{"path": str(path), "columns": {"weight": "strength"}, "weight": 2}])
+    assert mapped.weights is not None
+    assert mapped.weights.tolist() == [1.0, 3.0, 1.0, 1.0] * 2
+    assert (mapped[[5]][0].margin, mapped[[5]][0].weight) == (2.5, 3.0)
+    assert prepared(tmp_path / "none", write_jsonl(tmp_path / "b.jsonl", text_rows(4))).margins is None
+
+
+def test_facts_of_each_source(tmp_path: Path) -> None:
+    first = [*text_rows(5), text_rows(3)[2], {"prompt": "p", "chosen": "a", "rejected": "a"}, "{"]
+    second = [{"prompt": "q", "chosen": "x" * 60, "rejected": "b"}]
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("one", first), ("two", second))]
+    one, two = prepared(tmp_path, [{"path": str(path), "weight": 2} for path in paths], max_dropped_share=1).sources
+    assert (one.rows, one.pairs, one.duplicates, one.truncated) == (8, 6, 1, 0)
+    assert one.dropped == {"equal_responses": 1, "invalid_json": 1}
+    assert (two.rows, two.pairs, two.dropped, two.truncated) == (1, 1, {}, 1)
+    assert two.tokens == 2 * 1 + 49 + 2  # both prompts, the response cut to 50 - 1, "b" and its end
+    assert two.path == str(paths[1])
 
 
 def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
