@@ -96,7 +96,7 @@ def sft(policy: PairLogps, reference: PairLogps, *, step: StepPairs) -> Tensor:
 
     −p_c · pairs/tokens of the step, so that the mean over its pairs is that mean, however they are batched.
     """
-    return -policy.chosen * (step.pairs / step.chosen_tokens)
+    return -policy.chosen * step.pairs / step.chosen_tokens
 
 
 def _log_complement(logp: Tensor) -> Tensor:
