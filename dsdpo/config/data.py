@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from dsdpo.config.section import PathText, Section
 
-Column = Literal["prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "margin", "weight"]
+Column = Literal[
+    "prompt",
+    "chosen",
+    "rejected",
+    "preferred",
+    "system",
+    "history",
+    "tools",
+    "chat_template_kwargs",
+    "completions",
+    "scores",
+    "ranks",
+    "margin",
+    "weight",
+]
+
+
+def _as_list(value: Any) -> Any:
+    """One value or a list of them, as a list."""
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+Values = Annotated[tuple[bool | int | float | str, ...], BeforeValidator(_as_list)]
+
+
+class PreferredConfig(Section):
+    """What the values of the column under columns.preferred mean."""
+
+    chosen: Values
+    """Value or values that prefer the response under columns.chosen."""
+    rejected: Values
+    """Value or values that prefer the response under columns.rejected."""
+    tie: Values = ()
+    """Value or values that prefer neither; such rows are left out."""
 
 
 class SourceConfig(Section):
     """One place that preference pairs come from."""
 
     path: PathText
-    """Local file or folder (JSONL, JSON, Parquet, Arrow) or Hub id."""
+    """Local file or folder (JSONL, JSON, CSV, TSV, Parquet, Arrow, saved by datasets) or Hub id."""
     name: str | None = None
     """Hub configuration (subset) of the data set."""
     split: str | None = None
@@ -24,8 +58,11 @@ class SourceConfig(Section):
     """Hub branch, tag or commit of the data set."""
     weight: PositiveFloat = 1.0
     """Times each row is used per epoch; the fractional part is a sample drawn with train.seed."""
-    columns: dict[Column, str] | None = None
-    """Our column name to the file's, where they differ, e.g. {chosen: preferred, rejected: other}."""
+    columns: dict[Column, str | None] | None = None
+    """Our column name to the file's, where they differ, e.g. {chosen: better, rejected: worse}; dots go into objects
+    and lists. preferred: the column that says which of the two is better."""
+    preferred_values: PreferredConfig | None = None
+    """What columns.preferred holds, e.g. {chosen: 1, rejected: 0}; null: a, b, model_a, tie and the like."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -41,11 +78,25 @@ class DataConfig(Section):
     """Preference pairs and how they become tokens."""
 
     train: Sources
-    """Path or Hub id to train on, or a list of {path, name, split, revision, weight, columns}."""
+    """Path or Hub id to train on, or a list of {path, name, split, revision, weight, columns, preferred_values}."""
     eval: Annotated[list[SourceConfig] | None, BeforeValidator(_as_sources)] = None
     """Held-out pairs, given like train; null: no evaluation."""
     max_length: PositiveInt = 2048
     """Longest prompt plus one response, in tokens; longer ones are truncated."""
+    text: Literal["as_is", "chat"] = "as_is"
+    """Rows whose fields are all text: as_is, joined without a chat template; chat, put into it as messages."""
+    pairing: Literal["best_worst", "adjacent", "all"] = "best_worst"
+    """Pairs made of n scored or ranked completions: best and worst, neighbours by score, or all."""
+    min_score_gap: NonNegativeFloat = 0.0
+    """Smallest difference of two completions' scores that makes a pair; equal ones never do."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Variables for the chat template in every row, e.g. {enable_thinking: false}; a row's own win."""
+    add_eos: Literal["auto", "never"] = "auto"
+    """auto: add EOS where text has none, and where a chat template ends a response with no special token."""
+    keep_thoughts: Literal["drop", "refuse"] = "drop"
+    """Thoughts in responses that the chat template cuts on purpose: drop them, or refuse the row."""
+    date: str | None = None
+    """What a chat template that writes the date is told, YYYY-MM-DD; null: the date of the first preparation."""
     shuffle: bool = True
     """Draw a new order from train.seed each epoch; false keeps the order of the rows."""
     layout: Literal["auto", "packed", "padded"] = "auto"
@@ -59,3 +110,11 @@ class DataConfig(Section):
     """Processes that tokenize; null: one for each core."""
     cache_dir: str | None = None
     """Folder for prepared data; null: the cache of Hugging Face datasets."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_date(cls, value: Any) -> Any:
+        try:
+            return value if value is None else date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError(f"data.date is {value!r}: give a date as YYYY-MM-DD, or leave it out") from None

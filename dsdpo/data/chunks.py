@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.encode import Encoded, Encoder, encode_examples
-from dsdpo.data.examples import to_example
+from dsdpo.data.examples import to_examples
 from dsdpo.data.pairs import NO_RANGES, TOKEN
 from dsdpo.data.sources import Source, read_rows
 from dsdpo.errors import DataError
@@ -86,17 +86,17 @@ def encode_rows(rows: Sequence[NumberedRow], index: int, source: Source, encoder
     bad: list[tuple[int, str, str, str]] = []
     for number, place, row in rows:
         try:
-            example = to_example(row, source.columns)
-            _check_unicode(example)
+            found = to_examples(row, source.rules)
+            _check_unicode(found)
         except BadRow as problem:
             bad.append((number, place, problem.kind, problem.detail))
             continue
-        if isinstance(example["prompt"], list) and encoder.tokenizer.chat_template is None:
+        if isinstance(found[0]["prompt"], list) and encoder.tokenizer.chat_template is None:
             raise DataError(
                 f"{source.key}: {place} holds messages, but the tokenizer has no chat template. Give one with "
                 "model.chat_template, use a tokenizer that has one, or give rows whose fields are text."
             )
-        examples.append((number, place, example | _numbers(row, source.columns)))
+        examples += [(number, place, example) for example in found]
     encoded = encode_examples([example for _, _, example in examples], encoder)
     good: list[tuple[int, dict[str, Any], Encoded]] = []
     for (number, place, example), result in zip(examples, encoded, strict=True):
@@ -107,18 +107,12 @@ def encode_rows(rows: Sequence[NumberedRow], index: int, source: Source, encoder
     return _joined(index, good, sorted(bad))
 
 
-def _check_unicode(example: Mapping[str, Any]) -> None:
-    """Raises BadRow where an example holds half a surrogate pair, which no tokenizer takes."""
+def _check_unicode(examples: list[dict[str, Any]]) -> None:
+    """Raises BadRow where examples hold half a surrogate pair, which no tokenizer takes."""
     try:
-        json.dumps(example, ensure_ascii=False).encode()
+        json.dumps(examples, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadRow("wrong_type", f"not valid Unicode: {error.reason}") from error
-
-
-def _numbers(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, float]:
-    """Margin and weight of a row where they are numbers."""
-    found = {name: row.get(columns.get(name, name)) for name in ("margin", "weight")}
-    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def _joined(source: int, good: Sequence[tuple[int, dict[str, Any], Encoded]], bad: list[Any]) -> Chunk:
@@ -126,7 +120,7 @@ def _joined(source: int, good: Sequence[tuple[int, dict[str, Any], Encoded]], ba
     parts, lengths, unlearned, digests, notes = [], [], [], [], Counter[str]()
     before = 0
     for _, _, one in good:
-        responses = [one.chosen, one.rejected]
+        responses = one.responses
         ids = np.array([*one.prompt, *(token for response in responses for token in response)], dtype=TOKEN)
         sizes = [len(one.prompt), *map(len, responses)]
         masks = [True] * sizes[0]
@@ -138,7 +132,7 @@ def _joined(source: int, good: Sequence[tuple[int, dict[str, Any], Encoded]], ba
         lengths.append(sizes)
         unlearned.append(ranges + before)
         digests.append(int.from_bytes(digest.digest(), "little"))
-        notes.update(["rewritten"] if one.rewritten else [])
+        notes.update(one.notes)
         before += len(ids)
     widest = max(map(len, lengths), default=3)
     return Chunk(

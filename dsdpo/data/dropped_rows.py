@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dsdpo.errors import DataError
@@ -12,19 +12,42 @@ PLACES_LISTED = 5
 
 KINDS = {
     "invalid_json": "not valid JSON",
+    "invalid_table": "not a record of its table",
     "missing_field": "a field is missing",
     "empty_field": "a field is empty",
     "wrong_type": "a field has the wrong type",
+    "not_text": "the row holds images or other parts that are not text",
     "no_common_prompt": "no prompt given, and the two dialogues have no common beginning",
+    "prompt_mismatch": "prompt and responses do not fit together",
+    "unknown_preference": "the label column has a value whose meaning is not known",
+    "tie": "neither response is preferred",
     "equal_responses": "chosen and rejected are the same",
     "not_by_assistant": "the last message of a response is not by the assistant",
     "template_refused": "the chat template refuses the messages",
+    "template_drops": "the chat template leaves a part of the messages out",
     "empty_prompt": "the prompt has no tokens",
     "empty_response": "a response has no tokens",
     "prompt_too_long": "the prompt alone fills data.max_length",
     "equal_after_truncation": "chosen and rejected are the same once cut to data.max_length",
 }
+LEFT_OUT = ("tie",)  # kinds that say nothing against the row: they count towards no limit on bad rows
 CUT = ("prompt_too_long", "equal_after_truncation")  # kinds that a larger data.max_length mends
+
+
+# What is worth saying of rows that were kept; a note may name a token behind a space.
+NOTES = {
+    "rewritten": "the chat template renders the prompt differently once a response follows, so the prompt ends at the "
+    "last token that the prompt and all dialogues share",
+    "thoughts_cut": "the chat template cuts thoughts out of a response, which is learned without them "
+    "(data.keep_thoughts: refuse drops such rows)",
+    "thoughts_cut_before": "the chat template cuts thoughts out of earlier turns of the prompt, as it does in use",
+    "no_end": "a response has no end token, so the model does not learn to stop",
+    "end_added": "the chat template ends a response with no special token, so this end token was added",
+    "other_end": "a response ends with this token, which does not end the model's generation: add it to eos_token_id "
+    "in the generation_config.json of the model",
+    "text_rows": "prompt and responses are text and are not put into the model's chat template "
+    "(data.text: chat does that)",
+}
 
 
 class BadRow(Exception):  # noqa: N818 - an outcome that is counted, never an error that reaches the user
@@ -56,7 +79,8 @@ class DropReport:
     kept: int  # rows that became pairs
     problems: tuple[Problem, ...]
     truncated: int = 0  # kept rows with a response that was cut to data.max_length
-    rewritten: int = 0  # kept rows whose template renders the prompt differently once a response follows
+    notes: dict[str, int] = field(default_factory=dict)  # kept rows by what is worth saying of them, see NOTES
+    date: str | None = None  # YYYY-MM-DD, what the chat template was told, where it asks for the date
 
     @property
     def dropped(self) -> int:
@@ -64,16 +88,22 @@ class DropReport:
         return self.rows - self.kept
 
     @property
-    def dropped_share(self) -> float:
-        """Dropped rows over rows read, 0 to 1."""
-        return self.dropped / self.rows if self.rows else 0.0
+    def bad(self) -> int:
+        """Dropped rows with something wrong, which the limits on bad rows are about."""
+        return self.dropped - sum(problem.count for problem in self.problems if problem.kind in LEFT_OUT)
+
+    @property
+    def bad_share(self) -> float:
+        """Bad rows over rows read, 0 to 1."""
+        return self.bad / self.rows if self.rows else 0.0
 
     @property
     def text(self) -> str:
         """What a user should know, one line per kind and source with the first places; empty if every row is whole."""
-        if not (self.dropped or self.truncated or self.rewritten):
+        if not (self.dropped or self.truncated or self.notes):
             return ""
-        lines = [f"{self.kept} of {self.rows} rows kept, {self.dropped} dropped ({self.dropped_share:.1%})"]
+        share = self.dropped / max(1, self.rows)
+        lines = [f"{self.kept} of {self.rows} rows kept, {self.dropped} dropped ({share:.1%})"]
         for problem in self.problems:
             more = ", ..." if problem.count > len(problem.places) else ""
             lines.append(
@@ -82,11 +112,9 @@ class DropReport:
             )
         if self.truncated:
             lines.append(f"  {self.truncated} kept rows had a response cut to data.max_length")
-        if self.rewritten:
-            lines.append(
-                f"  {self.rewritten} kept rows: the chat template renders the prompt differently once a response "
-                "follows, so the prompt ends at the last token that prompt and both dialogues share"
-            )
+        for note, count in sorted(self.notes.items()):
+            name, _, token = note.partition(" ")
+            lines.append(f"  {count} kept rows: {name}{' ' + token if token else ''} ({NOTES[name]})")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -121,14 +149,14 @@ def check_report(report: DropReport, *, key: str, strict: bool, max_dropped_shar
         cut = any(problem.kind in CUT for problem in report.problems)
         remedy = "Raise data.max_length, or correct the rows." if cut else "Correct the rows."
         raise DataError(f"{key}: no usable row is left.\n{report.text}\n{remedy}")
-    if strict and report.dropped:
+    if strict and report.bad:
         raise DataError(
             f"{key}: bad rows, and data.strict is true.\n{report.text}\n"
             "Correct the rows, or set data.strict to false to train without them."
         )
-    if report.dropped_share > max_dropped_share:
+    if report.bad_share > max_dropped_share:
         raise DataError(
-            f"{key}: {report.dropped_share:.1%} of the rows are bad, "
+            f"{key}: {report.bad_share:.1%} of the rows are bad, "
             f"data.max_dropped_share allows {max_dropped_share:.1%}.\n{report.text}\n"
             "Correct the rows, or raise data.max_dropped_share to train without them."
         )

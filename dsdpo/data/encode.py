@@ -2,13 +2,15 @@
 
 Messages
   The prompt is rendered by the chat template with the generation prompt, prompt + response is rendered whole.
-  1. The prompt's ids begin the whole's ids: the response is the rest.
-  2. Only the prompt's text begins the whole's text (the tokenizer merges across the border): the rest of the text is
-     tokenized by itself.
+  1. The prompt's ids begin the ids of all wholes: the responses are the rests.
+  2. Only the prompt's text begins their texts (the tokenizer merges across the border): the rest of each text is
+     tokenized behind a character that does not merge with it, so that a tokenizer which begins texts with a space of
+     its own does not put one there.
   3. Neither, because the template renders the history differently once a response follows: the prompt ends at the
-     last token that prompt, prompt + chosen and prompt + rejected share. Counted in the report as `rewritten`.
-  Ids are taken as the template makes them: no BOS and no EOS is added. Everything after the prompt is the response,
-  later user turns included.
+     last token that the prompt and all wholes share. Counted in the report as `rewritten`.
+  Ids are taken as the template makes them: no BOS is added, and EOS only where the template ends a response with no
+  special token at all and `data.add_eos` is auto. Everything after the prompt is the response, later user turns
+  included.
 Text
   Rules 1 and 2 on the strings; what the tokenizer puts before plain text (BOS) begins the prompt once, EOS ends each
   response once.
@@ -16,38 +18,46 @@ Truncation
   Prompt + response is cut to `max_length` tokens from the end of the response; the prompt is never cut. A prompt that
   fills `max_length` alone makes a bad row.
 
-Both responses of a pair follow the same prompt ids.
+All responses of an example follow the same prompt ids by the same rule, and the ids of prompt + response spell the
+text: under 1 and 3 they are the whole's own, under 2 that is checked and 3 taken where it does not hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import date as day
+from typing import Any, Literal
 
-from jinja2.exceptions import TemplateError
-
+from dsdpo.config.data import DataConfig
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.examples import shared_length
+from dsdpo.data.render import RESPONSES, Rendered, Renderer, render
+
+# Characters to put before a text: the first that does not merge with its beginning is taken.
+GUARDS = ("\x01", "\n", ".", "a", "1")
 
 
 @dataclass(frozen=True)
 class Encoder:
     """What turns examples into ids."""
 
-    tokenizer: Any
+    renderer: Renderer
     max_length: int  # tokens of prompt + response
     opening: tuple[int, ...]  # ids that the tokenizer puts before plain text
+    end_tokens: tuple[str, ...]  # those that end a generation, the tokenizer's own first
+    special_tokens: tuple[str, ...]  # all that a template may end a turn with
+    add_eos: Literal["auto", "never"]
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of model and template."""
+        return self.renderer.tokenizer
 
-@dataclass(frozen=True)
-class Rendered:
-    """One example as text."""
-
-    prompt: str
-    chosen: str  # prompt and response
-    rejected: str  # prompt and response
-    plain: bool  # no chat template: BOS and EOS are ours to add
+    @property
+    def date_used(self) -> str | None:
+        """What the template is told, None where it does not ask."""
+        return self.renderer.date if self.renderer.asks_for_date else None
 
 
 @dataclass(frozen=True)
@@ -55,19 +65,60 @@ class Encoded:
     """One example as ids, cut to the maximal length."""
 
     prompt: list[int]
-    chosen: list[int]  # response alone
-    rejected: list[int]  # response alone
+    responses: tuple[list[int], ...]  # each alone, the better first
     truncated: bool  # a response was cut
-    rewritten: bool  # rule 3 was needed
+    notes: tuple[str, ...] = ()  # keys of dropped_rows.NOTES, some with a token behind a space
     learned: tuple[list[bool] | None, ...] = ()  # of each response's tokens; None, or () for all responses: all of them
 
+    @property
+    def chosen(self) -> list[int]:
+        """The first response of a pair."""
+        return self.responses[0]
 
-def make_encoder(tokenizer: Any, *, max_length: int) -> Encoder:
+    @property
+    def rejected(self) -> list[int]:
+        """The second response of a pair."""
+        return self.responses[1]
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether rule 3 was needed."""
+        return "rewritten" in self.notes
+
+
+def encoder_for(tokenizer: Any, data: DataConfig) -> Encoder:
+    """The encoder of a run's settings."""
+    return make_encoder(
+        tokenizer,
+        max_length=data.max_length,
+        add_eos=data.add_eos,
+        keep_thoughts=data.keep_thoughts,
+        date=data.date,
+    )
+
+
+def make_encoder(
+    tokenizer: Any,
+    *,
+    max_length: int,
+    add_eos: Literal["auto", "never"] = "auto",
+    keep_thoughts: Literal["drop", "refuse"] = "drop",
+    date: str | None = None,
+) -> Encoder:
     """The encoder for a tokenizer, which must have a chat template if there are messages to encode."""
     marked, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     starts = range(len(marked) - len(bare) + 1)
     start = next((i for i in starts if marked[i : i + len(bare)] == bare), 0)
-    return Encoder(tokenizer, max_length, tuple(marked[:start]))
+    own = tokenizer.eos_token
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return Encoder(
+        Renderer(tokenizer, keep_thoughts=keep_thoughts, date=date or day.today().isoformat()),
+        max_length,
+        opening=tuple(marked[:start]),
+        end_tokens=tuple(dict.fromkeys((*([str(own)] if own else []), *getattr(tokenizer, "end_tokens", ())))),
+        special_tokens=tuple(dict.fromkeys([*map(str, tokenizer.all_special_tokens), *map(str, added)])),
+        add_eos=add_eos,
+    )
 
 
 def encode_examples(examples: Sequence[dict[str, Any]], encoder: Encoder) -> list[Encoded | BadRow]:
@@ -76,77 +127,135 @@ def encode_examples(examples: Sequence[dict[str, Any]], encoder: Encoder) -> lis
     rendered: list[Rendered] = []
     for example in examples:
         try:
-            rendered.append(_render(example, encoder.tokenizer))
+            rendered.append(render(example, encoder.renderer))
             results.append(None)
         except BadRow as bad:
             results.append(bad)
-    # One call for all texts: a fast tokenizer works on them in parallel.
-    ids = iter(_ids([text for one in rendered for text in (one.prompt, one.chosen, one.rejected)], encoder))
-    for index, one in zip([i for i, result in enumerate(results) if result is None], rendered, strict=True):
+    good = [index for index, result in enumerate(results) if result is None]
+    for index, one, parts in zip(good, rendered, _split_all(rendered, encoder), strict=True):
         try:
-            results[index] = _encode(one, next(ids), next(ids), next(ids), encoder)
+            results[index] = _finished(one, parts, encoder)
         except BadRow as bad:
             results[index] = bad
     return [result for result in results if result is not None]
 
 
-def _render(example: dict[str, Any], tokenizer: Any) -> Rendered:
-    """The example's three texts. Raises BadRow where the chat template refuses it."""
-    prompt, chosen, rejected = example["prompt"], example["chosen"], example["rejected"]
-    if isinstance(prompt, str):
-        return Rendered(prompt, prompt + chosen, prompt + rejected, plain=True)
-    options = {**example.get("chat_template_kwargs", {}), "tools": example.get("tools"), "tokenize": False}
-    try:
-        return Rendered(
-            prompt=tokenizer.apply_chat_template(prompt, **{**options, "add_generation_prompt": True}),
-            chosen=tokenizer.apply_chat_template(prompt + chosen, **{**options, "add_generation_prompt": False}),
-            rejected=tokenizer.apply_chat_template(prompt + rejected, **{**options, "add_generation_prompt": False}),
-            plain=False,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        # Templates refuse by raise_exception (a TemplateError), or trip over a content that is not text.
-        roles = " ".join(message["role"] for message in prompt + chosen)
-        raise BadRow("template_refused", f"{error} (roles: {roles})") from error
+Parts = tuple[list[int], list[list[int]], bool]  # ids of prompt and responses, and whether rule 3 was needed
 
 
-def _encode(one: Rendered, prompt: list[int], chosen: list[int], rejected: list[int], encoder: Encoder) -> Encoded:
-    """The example's ids from those of its three texts. Raises BadRow where nothing is left to train on."""
-    tails = [
-        _tail(prompt, whole, one.prompt, text, encoder)
-        for whole, text in ((chosen, one.chosen), (rejected, one.rejected))
-    ]
-    rewritten = tails[0] is None or tails[1] is None
-    if rewritten:
-        prompt = prompt[: min(shared_length(prompt, chosen), shared_length(prompt, rejected))]
-        tails = [chosen[len(prompt) :], rejected[len(prompt) :]]
-    responses = [tail or [] for tail in tails]
-    for name, response in zip(("chosen", "rejected"), responses, strict=True):
+def _split_all(rendered: list[Rendered], encoder: Encoder) -> list[Parts]:
+    """The ids of each example's prompt and responses, by the first rule that holds for all its responses."""
+    # One call for all texts: a fast tokenizer works on them in parallel.
+    ids = iter(_ids([text for one in rendered for text in (one.prompt, *one.wholes)], encoder))
+    prompts, wholes = [], []
+    for one in rendered:
+        prompts.append(next(ids))
+        wholes.append([next(ids) for _ in one.wholes])
+    found: list[Parts | None] = [None] * len(rendered)
+    merged = []
+    for index, (one, prompt) in enumerate(zip(rendered, prompts, strict=True)):
+        if all(whole[: len(prompt)] == prompt for whole in wholes[index]):
+            found[index] = prompt, [whole[len(prompt) :] for whole in wholes[index]], False
+        elif all(text.startswith(one.prompt) for text in one.wholes):
+            merged.append(index)
+    for index, rests in _guarded(merged, rendered, prompts, wholes, encoder):
+        found[index] = prompts[index], rests, False
+    return [parts or _shared(prompts[index], wholes[index]) for index, parts in enumerate(found)]
+
+
+def _shared(prompt: list[int], wholes: list[list[int]]) -> Parts:
+    """Rule 3."""
+    shared = min(shared_length(prompt, whole) for whole in wholes)
+    return prompt[:shared], [whole[shared:] for whole in wholes], True
+
+
+def _guarded(
+    indices: list[int],
+    rendered: list[Rendered],
+    prompts: list[list[int]],
+    wholes: list[list[list[int]]],
+    encoder: Encoder,
+) -> list[tuple[int, list[list[int]]]]:
+    """Rule 2: the responses' ids of those examples for which some guard serves."""
+    done = []
+    for guard in GUARDS:
+        if not indices:
+            break
+        mark = _ids([guard], encoder)[0]
+        texts = [guard + text[len(rendered[index].prompt) :] for index in indices for text in rendered[index].wholes]
+        ids = iter(_ids(texts, encoder))
+        left = []
+        for index in indices:
+            marked = [next(ids) for _ in wholes[index]]
+            rests = [one[len(mark) :] for one in marked]
+            apart = bool(mark) and all(one[: len(mark)] == mark for one in marked)
+            if apart and all(
+                _spell_same(prompts[index] + rest, whole, encoder)
+                for rest, whole in zip(rests, wholes[index], strict=True)
+            ):
+                done.append((index, rests))
+            else:
+                left.append(index)
+        indices = left
+    return done
+
+
+def _spell_same(first: list[int], second: list[int], encoder: Encoder) -> bool:
+    """Whether two lists of ids stand for the same text."""
+    tokenizer = encoder.tokenizer
+    if "".join(tokenizer.convert_ids_to_tokens(first)) == "".join(tokenizer.convert_ids_to_tokens(second)):
+        return True
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return bool(tokenizer.decode(first, **options) == tokenizer.decode(second, **options))
+
+
+def _finished(one: Rendered, parts: Parts, encoder: Encoder) -> Encoded:
+    """The example with its ends, cut to length. Raises BadRow where nothing is left to train on."""
+    prompt, responses, rewritten = parts
+    notes = [*one.notes, *(["rewritten"] if rewritten else [])]
+    for index, response in enumerate(responses):
         if not response:
-            raise BadRow("empty_response", f"{name} has no tokens of its own")
+            raise BadRow("empty_response", f"{_name(index)} has no tokens of its own")
     if one.plain:
+        notes += ["text_rows"] if encoder.tokenizer.chat_template is not None else []
         prompt = prompt if tuple(prompt[: len(encoder.opening)]) == encoder.opening else [*encoder.opening, *prompt]
-        end = encoder.tokenizer.eos_token_id
-        responses = [ids if end is None or ids[-1] == end else [*ids, end] for ids in responses]
+    end = encoder.tokenizer.eos_token_id
+    for index, whole in enumerate(one.wholes):
+        note, add = _end(whole, responses[index], one.plain, encoder)
+        notes += note
+        responses[index] = [*responses[index], end] if add else responses[index]
     if not prompt:
         raise BadRow("empty_prompt", "prompt and responses share no first token")
     room = encoder.max_length - len(prompt)
     if room <= 0:
         raise BadRow("prompt_too_long", f"the prompt has {len(prompt)} tokens, data.max_length is {encoder.max_length}")
-    if responses[0] == responses[1]:
+    if all(response == responses[0] for response in responses[1:]):
         raise BadRow("equal_responses", "chosen and rejected have the same tokens")
-    if responses[0][:room] == responses[1][:room]:
+    if all(response[:room] == responses[0][:room] for response in responses[1:]):
         raise BadRow("equal_after_truncation", f"the first {room} tokens of both responses are the same")
     truncated = max(map(len, responses)) > room
-    return Encoded(prompt, responses[0][:room], responses[1][:room], truncated, rewritten)
+    return Encoded(prompt, tuple(response[:room] for response in responses), truncated, tuple(dict.fromkeys(notes)))
 
 
-def _tail(prompt: list[int], whole: list[int], prompt_text: str, whole_text: str, encoder: Encoder) -> list[int] | None:
-    """Ids of the response by rules 1 and 2; None where neither holds."""
-    if whole[: len(prompt)] == prompt:
-        return whole[len(prompt) :]
-    if whole_text.startswith(prompt_text):
-        return _ids([whole_text[len(prompt_text) :]], encoder)[0]
-    return None
+def _end(whole: str, response: list[int], plain: bool, encoder: Encoder) -> tuple[list[str], bool]:
+    """Notes on how a response ends, and whether the end token is to be added."""
+    end, auto = encoder.tokenizer.eos_token_id, encoder.add_eos == "auto"
+    if plain:
+        missing = end is not None and response[-1] != end
+        return (["no_end"] if missing and not auto else []), missing and auto
+    text = whole.rstrip()
+    if text.endswith(encoder.end_tokens):
+        return [], False
+    other = next((token for token in encoder.special_tokens if text.endswith(token)), None)
+    if other is not None:
+        return [f"other_end {other}"], False
+    if auto and end is not None:
+        return [f"end_added {encoder.end_tokens[0]}"], True
+    return ["no_end"], False
+
+
+def _name(index: int) -> str:
+    return RESPONSES[index] if index < len(RESPONSES) else f"response {index + 1}"
 
 
 def _ids(texts: list[str], encoder: Encoder) -> list[list[int]]:
@@ -154,4 +263,7 @@ def _ids(texts: list[str], encoder: Encoder) -> list[list[int]]:
     if not texts:
         return []
     # verbose=False: no warning for texts beyond the tokenizer's model_max_length, which are cut later.
-    return encoder.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    ids: list[list[int]] = encoder.tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+    ).input_ids
+    return ids

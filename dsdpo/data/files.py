@@ -1,16 +1,19 @@
 """Rows of one file or table, one at a time: (place, row), where place is what a person needs to find the row.
 
-A line that is not JSON is yielded as a `BadRow`, so that one odd line costs one row; a file that is not what its
+A line that is not JSON is yielded as a `BadRow`, so that one odd line costs one row; so is a record of a table with
+more or fewer cells than its header. A file that is not what its
 name says is a `DataError`. Memory does not grow with the file.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +26,8 @@ from dsdpo.data.dropped_rows import BadRow
 from dsdpo.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow")
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".parquet", ".arrow")
 
 HEAD_ROWS = 20  # a file with this many lines and not one JSON object among them is no JSON Lines file
 BATCH_ROWS = 1000
@@ -43,6 +47,8 @@ def read_file(path: Path) -> Iterator[Row]:
     try:
         if name.endswith(JSON_SUFFIXES):
             yield from _json_rows(path)
+        elif name.endswith(TABLE_SUFFIXES):
+            yield from _table_rows(path)
         elif name.endswith(".parquet"):
             with pq.ParquetFile(path) as parquet:
                 yield from table_rows(parquet.iter_batches(BATCH_ROWS), path.name)
@@ -129,6 +135,37 @@ def _line_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
         )
 
 
+def _table_rows(path: Path) -> Iterator[Row]:
+    """One row per record of a CSV or TSV file with a header; empty cells are left out."""
+    compressed = path.name.lower().endswith(".gz")
+    opened: Any = gzip.open if compressed else open
+    csv.field_size_limit(sys.maxsize)
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as text:
+        records = csv.reader(text, delimiter="\t" if ".tsv" in path.name.lower() else ",", strict=True)
+        line = 1
+        try:
+            header = next(records, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: its header names a column twice: {', '.join(header)}. Rename one.")
+            line = records.line_num + 1
+            for record in records:
+                if record:
+                    yield f"{path.name}:{line}", _record(record, header)
+                line = records.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}: the record that begins in line {line} is not valid {_suffix(path)} ({error}). Check quotes "
+                "and encoding (UTF-8)."
+            ) from error
+
+
+def _record(record: list[str], header: list[str]) -> Any:
+    """A record as an object, or as a bad row where it has another number of cells than the header."""
+    if len(record) != len(header):
+        return BadRow("invalid_table", f"{len(record)} cells, and the header has {len(header)}")
+    return {name: cell for name, cell in zip(header, record, strict=True) if cell != ""}
+
+
 def _array_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
     """The elements of a JSON array, decoded one after the other from a moving buffer."""
     text = io.TextIOWrapper(stream, encoding="utf-8")
@@ -141,6 +178,7 @@ def _array_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
         while True:
             at = cast(re.Match[str], between.match(buffer, at)).end()
             if buffer.startswith("]", at):
+                _check_end(buffer[at + 1 :], text, path)
                 return
             try:
                 value, end = decoder.raw_decode(buffer, at)
@@ -154,6 +192,18 @@ def _array_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
             index, at = index + 1, end
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: element {index} of its JSON array is not valid JSON ({error}).") from error
+
+
+def _check_end(rest: str, text: IO[str], path: Path) -> None:
+    """Raises DataError where anything but blanks follows a JSON array."""
+    while not rest.strip():
+        rest = text.read(CHUNK_CHARS)
+        if not rest:
+            return
+    raise DataError(
+        f"{path}: more follows its JSON array ({rest.strip()[:40]!r}), which would not be read. Give one array a file, "
+        "or one JSON object per line."
+    )
 
 
 def _suffix(path: Path) -> str:

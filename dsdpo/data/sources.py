@@ -1,7 +1,8 @@
 """Where rows come from: local files, folders and saved data sets, or the Hub; one table of examples in the end.
 
-- A file: .jsonl, .json (an array of objects, or JSON Lines), each also .gz, .parquet, .arrow.
-- A folder of such files, by name. Where names speak of splits (train-00000.parquet, test.jsonl), those of the split.
+- A file: .jsonl, .json (an array of objects, or JSON Lines), .csv, .tsv, each also .gz; .parquet, .arrow.
+- A folder of such files, or one with such files in data/ below it, by name. A split is a file's name without suffix and
+  number (train-00000-of-00002.parquet, train_prefs.jsonl); where names speak of splits, exactly one must fit.
 - A folder that `datasets` saved (`save_to_disk`).
 - Anything else is a Hub id. A path that looks local (starts with . / or ~, has more than one /, ends like a data
   file) and is missing is an error, never a question to the Hub.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +23,10 @@ import datasets
 import huggingface_hub
 import numpy as np
 
-from dsdpo.config.data import SourceConfig
+from dsdpo.config.data import DataConfig, SourceConfig
+from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.files import SUFFIXES, Row, has_known_suffix, read_file, without_nulls
+from dsdpo.data.formats import RowRules, look_up, read_fields, rules_for
 from dsdpo.errors import DataError
 
 DefaultSplit = Literal["train", "test"]
@@ -41,7 +45,12 @@ SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
-OTHER_DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".zip", ".tar", ".gz", ".zst", ".bz2", ".xz", ".xlsx", ".yaml", ".yml")
+SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?$")  # what the number of a part looks like
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+OTHER_DATA_SUFFIXES = (".txt", ".zip", ".tar", ".gz", ".zst", ".bz2", ".xz", ".xlsx", ".yaml", ".yml")
+# Column pairs that say which response came first, not which is better, and columns that say that.
+POSITIONS = re.compile(r"(?i)^(.*[-_. ])?(a|b|0|1|2|left|right|first|second)$|^(.*[a-z])[012]$")
+LABELS = re.compile(r"(?i)^(winner.*|labels?|prefer.*|.*_preference|better_.*|best_.*|safer_.*|choice|verdict)$")
 HEAD_ROWS = 100  # rows whose fields tell what a source has
 HUB_TIMEOUT_S = 10.0
 
@@ -56,16 +65,18 @@ class Source:
     files: tuple[Path, ...]  # of kind files, in reading order
     split: str | None  # of kinds saved (None: it has no splits) and hub
     fingerprint: str  # changes when the rows may have changed
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Our field names to the source's, where they differ."""
-        return {str(ours): theirs for ours, theirs in (self.config.columns or {}).items()}
+    unread: tuple[Path, ...] = ()  # data files of its folder that belong to no or another split
+    rules: RowRules = field(default_factory=RowRules)  # how its rows are read
 
 
-def find_sources(configs: Sequence[SourceConfig], default_split: DefaultSplit) -> list[Source]:
+def find_sources(
+    configs: Sequence[SourceConfig], default_split: DefaultSplit, data: DataConfig | None = None
+) -> list[Source]:
     """The sources, each found where it lies. Raises DataError for the first that is not there."""
-    return [_find(config, f"{SECTIONS[default_split]}[{index}]", default_split) for index, config in enumerate(configs)]
+    found = [
+        _find(config, f"{SECTIONS[default_split]}[{index}]", default_split) for index, config in enumerate(configs)
+    ]
+    return [replace(source, rules=rules_for(source.config, data)) for source in found]
 
 
 def read_rows(source: Source) -> Iterator[Row]:
@@ -81,7 +92,7 @@ def read_rows(source: Source) -> Iterator[Row]:
     if not head:
         where = ", ".join(str(path) for path in source.files) or source.config.path
         raise DataError(f"{where}: is empty. {source.key} needs at least one preference pair.")
-    _check_fields(source, {name for _, row in head if isinstance(row, dict) for name in row})
+    _check_fields(source, [row for _, row in head if isinstance(row, dict)])
     return chain(head, rows)
 
 
@@ -111,13 +122,15 @@ def _find(config: SourceConfig, key: str, default_split: str) -> Source:
         if config.split is not None:
             raise DataError(f"{key}: {config.path} is a saved data set without splits. Remove split.")
         return Source(config, key, "saved", (), None, _files_fingerprint(sorted(path.rglob("*"))))
-    files = _files_of_folder(path, config, key, default_split) if path.is_dir() else (path,)
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{key}: {config.path} is neither a file nor a folder (a pipe or device). Give a file.")
     if not path.is_dir() and config.split is not None:
         raise DataError(f"{key}: {config.path} is one file and has no splits. Remove split: {config.split}.")
+    files, unread = _files_of_folder(path, config, key, default_split) if path.is_dir() else ((path,), ())
     for file in files:
         if not has_known_suffix(file):
             raise DataError(f"{key}: {file}: the name does not end with a known format ({', '.join(SUFFIXES)}).")
-    return Source(config, key, "files", files, None, _files_fingerprint(files))
+    return Source(config, key, "files", files, None, _files_fingerprint(files), unread)
 
 
 def _looks_local(path: str) -> bool:
@@ -126,30 +139,60 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.lower().endswith(suffixes)
 
 
-def _files_of_folder(folder: Path, config: SourceConfig, key: str, default_split: str) -> tuple[Path, ...]:
-    """The folder's data files, only those of the split where their names speak of splits."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and has_known_suffix(path)]
+def _files_of_folder(
+    folder: Path, config: SourceConfig, key: str, default_split: str
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The folder's data files, only those of the split where their names speak of splits; and those left unread."""
+    files = _data_files(folder) or _data_files(folder / "data")
     if not files:
-        raise DataError(f"{key}: {folder} holds no data file ({', '.join(SUFFIXES)}).")
-    splits = {path: _split_of(path) for path in files}
-    if not any(splits.values()):
+        below = sorted(path.name for path in folder.iterdir() if path.is_dir() and _data_files(path))
+        hint = f" There are some in {', '.join(below)}: name one of these folders." if below else ""
+        raise DataError(f"{key}: {folder} holds no data file ({', '.join(SUFFIXES)}).{hint}")
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_name(path), []).append(path)
+    if not any(_split_words(name) for name in by_split) and config.split not in by_split:
         if config.split is not None:
             raise DataError(f"{key}: no file name in {folder} speaks of a split. Remove split: {config.split}.")
-        return tuple(files)
-    wanted = config.split or default_split
-    chosen = tuple(path for path, split in splits.items() if split == SPLIT_WORDS.get(wanted, wanted))
-    if not chosen:
-        found = ", ".join(sorted({split for split in splits.values() if split}))
-        raise DataError(
-            f"{key}: {folder} has no files of split {wanted!r}, only of: {found}. Set split, or name a file."
-        )
-    return chosen
+        return tuple(files), ()
+    chosen = by_split[_matching_split(by_split, config.split or default_split, folder, key)]
+    return tuple(chosen), tuple(path for path in files if path not in chosen)
 
 
-def _split_of(path: Path) -> str | None:
-    """The split that a file name speaks of: train, validation or test."""
-    words = re.split(r"[-._ \d]+", path.name.lower())
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+def _data_files(folder: Path) -> list[Path]:
+    """Files of a known format in a folder, by name; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and has_known_suffix(path)]
+    return [path for path in files if path.name not in NO_DATA and not path.name.startswith(".")]
+
+
+def _split_name(path: Path) -> str:
+    """The file's name without its suffix and the number of its part."""
+    suffix = max((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), key=len)
+    stem = path.name[: -len(suffix)]
+    return SHARD.sub("", stem) or stem
+
+
+def _split_words(name: str) -> set[str]:
+    """The splits that a name begins or ends with: train, validation or test."""
+    words = re.split(r"[-._ ]+", name.lower())
+    return {SPLIT_WORDS[word] for word in (words[0], words[-1]) if word in SPLIT_WORDS}
+
+
+def _matching_split(names: Collection[str], wanted: str, folder: Path, key: str) -> str:
+    """The one name that is the wanted split. Raises DataError where there is none, or more than one."""
+    if wanted in names:
+        return wanted
+    standard = SPLIT_WORDS.get(wanted.lower(), wanted)
+    alike = [name for name in names if SPLIT_WORDS.get(name.lower()) == standard]
+    found = alike or [name for name in names if standard in _split_words(name)]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(sorted(found or names))
+    if found:
+        raise DataError(f"{key}: split {wanted!r} of {folder} may be any of: {listed}. Set split to one of them.")
+    raise DataError(f"{key}: {folder} has no files of split {wanted!r}, only of: {listed}. Set split, or name a file.")
 
 
 def _files_fingerprint(files: list[Path] | tuple[Path, ...]) -> str:
@@ -208,17 +251,41 @@ def _dataset_rows(dataset: datasets.Dataset, name: str) -> Iterator[Row]:
         yield f"{name} row {number}", without_nulls(row)
 
 
-def _check_fields(source: Source, found: set[str]) -> None:
-    """Raises DataError unless the first rows have chosen and rejected, and every column that the config maps to."""
-    needed = {name: source.columns.get(name, name) for name in ("chosen", "rejected")} | source.columns
-    missing = {ours: theirs for ours, theirs in needed.items() if theirs not in found}
+def _check_fields(source: Source, rows: list[dict[str, Any]]) -> None:
+    """Raises DataError unless the first rows hold pairs, and every column that the config maps to."""
+    names = sorted({name for row in rows for name in row})
+    mapped = {ours: theirs for ours, theirs in source.rules.columns.items() if theirs}
+    missing = {ours: theirs for ours, theirs in mapped.items() if not any(_holds(look_up(row, theirs)) for row in rows)}
+    if not missing:
+        found: set[str] = set()
+        for row in rows:
+            with suppress(BadRow):
+                found |= {name for name, value in read_fields(row, source.rules).items() if value is not None}
+        if not found or "completions" in found:
+            return  # each row says what is wrong with it
+        missing = {name: mapped.get(name, name) for name in ("chosen", "rejected") if name not in found}
+    labels = [name for name in names if LABELS.match(name)]
     if missing:
         what = ", ".join(theirs if ours == theirs else f"{theirs} (for {ours})" for ours, theirs in missing.items())
+        hint = f" {labels[0]} looks like the column for preferred." if labels and "preferred" not in mapped else ""
         raise DataError(
-            f"{source.key}: {source.config.path} has no {what}; its fields are: {', '.join(sorted(found)) or 'none'}. "
+            f"{source.key}: {source.config.path} has no {what}; its fields are: {', '.join(names) or 'none'}. "
             "Preference pairs need chosen and rejected (and prompt, unless both are whole dialogues). If they have "
-            f"other names here, map them: {source.key}.columns: {{chosen: its name, rejected: its name}}."
+            f"other names here, map them: {source.key}.columns: {{chosen: its name, rejected: its name}}.{hint} "
+            "docs/data.md shows every layout that is read."
         )
+    pair = [mapped.get(name, name) for name in ("chosen", "rejected")]
+    if labels and "preferred" not in source.rules.columns and all(POSITIONS.match(name) for name in pair):
+        raise DataError(
+            f"{source.key}.columns: {pair[0]} and {pair[1]} say which response came first, not which is better, and "
+            f"{source.config.path} has a column {labels[0]}. Map it too, {{preferred: {labels[0]}}}, and say in "
+            "preferred_values what its values mean; or set preferred to null if the first is always better."
+        )
+
+
+def _holds(value: Any) -> bool:
+    """Whether a looked-up value is there: not null, and no list of nothing but nulls."""
+    return any(item is not None for item in value) if isinstance(value, list) and value else value is not None
 
 
 def _first_line(error: Any) -> str:

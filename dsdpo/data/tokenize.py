@@ -29,7 +29,7 @@ from dsdpo.config.data import DataConfig, SourceConfig
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.chunks import Chunk, make_chunks
 from dsdpo.data.dropped_rows import DropReport, check_report, collect_problems
-from dsdpo.data.encode import make_encoder
+from dsdpo.data.encode import Encoder, encoder_for
 from dsdpo.data.pairs import Pairs, SourceFacts, damage, open_pairs, write_index, write_tokens
 from dsdpo.data.sources import SECTIONS, DefaultSplit, Source, find_sources, read_rows, uses_of_rows
 from dsdpo.errors import DataError
@@ -38,7 +38,7 @@ __all__ = ["Pairs", "cache_folder", "open_pairs", "prepare_pairs", "template_dig
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the code that decides ids and order: raise it when they change for the same input
+VERSION = 3  # of the code that decides ids and order: raise it when they change for the same input
 # Settings of `data` that change nothing in the prepared pairs; all others are in their key.
 WITHOUT_EFFECT = {
     "train", "eval", "shuffle", "layout", "strict", "max_dropped_share", "dataset_num_proc", "cache_dir",
@@ -55,9 +55,10 @@ def prepare_pairs(
     finished is used. `default_split` is read where a source with splits names none; `seed` draws the fractional part of
     weights. Raises DataError for data that cannot be used: missing, unreadable, or more bad rows than `data` allows.
     """
-    found = find_sources(sources, default_split)
+    found = find_sources(sources, default_split, data)
+    encoder = encoder_for(tokenizer, data)
     key = SECTIONS[default_split]
-    folder = cache_folder(data) / f"pairs-{_key(found, tokenizer, data, seed)}"
+    folder = cache_folder(data) / f"pairs-{_key(found, encoder, data, seed)}"
     wrong = damage(folder) if folder.is_dir() else None
     if wrong:
         log.warning("%s: the prepared pairs are made again", wrong)
@@ -67,7 +68,7 @@ def prepare_pairs(
         chunks = folder.with_name(f".{folder.name}")
         try:
             with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent, ignore_cleanup_errors=True) as made:
-                _make(Path(made) / "pairs", chunks, found, tokenizer, data=data, seed=seed, key=key)
+                _make(Path(made) / "pairs", chunks, found, encoder, data=data, seed=seed, key=key)
                 _publish(Path(made) / "pairs", folder)
         except DataError:
             shutil.rmtree(chunks, ignore_errors=True)  # the next attempt would find the same
@@ -102,7 +103,7 @@ def template_digest(tokenizer: Any) -> str:
     return _digest(tokenizer.chat_template)
 
 
-def _key(sources: Sequence[Source], tokenizer: Any, data: DataConfig, seed: int) -> str:
+def _key(sources: Sequence[Source], encoder: Encoder, data: DataConfig, seed: int) -> str:
     """Hash over everything that prepared pairs depend on."""
     parts = [
         [source.fingerprint, source.split, source.config.model_dump(mode="json", exclude={"path"})]
@@ -110,7 +111,8 @@ def _key(sources: Sequence[Source], tokenizer: Any, data: DataConfig, seed: int)
     ]
     sampled = any(source.config.weight % 1 for source in sources)
     settings = data.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    rules = [tokenizer_digest(tokenizer), template_digest(tokenizer), settings]
+    tokenizer = encoder.tokenizer
+    rules = [tokenizer_digest(tokenizer), template_digest(tokenizer), encoder.end_tokens, settings]
     return _digest([VERSION, parts, rules, seed if sampled else None])[:32]
 
 
@@ -133,7 +135,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _make(
-    folder: Path, chunks: Path, sources: list[Source], tokenizer: Any, *, data: DataConfig, seed: int, key: str
+    folder: Path, chunks: Path, sources: list[Source], encoder: Encoder, *, data: DataConfig, seed: int, key: str
 ) -> None:
     """Reads, tokenizes and writes `folder`, by way of the files in `chunks`. Raises DataError if no row is left."""
     chunks.mkdir(exist_ok=True)
@@ -144,14 +146,13 @@ def _make(
     }
     if len(used) == len(sources) and not any(rows.any() for rows in used.values()):
         raise DataError(f"{key}: the weights leave none of {sum(map(len, used.values()))} rows. Raise weight.")
-    encoder = make_encoder(tokenizer, max_length=data.max_length)
     paths, progress = make_chunks(
         chunks, sources, encoder, used=used, processes=data.dataset_num_proc or usable_cores(), label=f"prepare {key}"
     )
     folder.mkdir()
     index: list[Chunk] = []
     write_tokens(folder, _tokens(paths, index))
-    report = _report(index, sources)
+    report = replace(_report(index, sources), date=encoder.date_used)
     check_report(report, key=key, strict=False, max_dropped_share=1.0)
     uses = [_uses(source, number, progress.rows[number], seed) for number, source in enumerate(sources)]
     _write_index(folder, index, sources, uses, report)
@@ -187,7 +188,7 @@ def _report(index: Sequence[Chunk], sources: Sequence[Source]) -> DropReport:
         kept=kept,
         problems=collect_problems(bad),
         truncated=sum(int(chunk.truncated.sum()) for chunk in index),
-        rewritten=notes["rewritten"],
+        notes=dict(notes),
     )
 
 

@@ -131,7 +131,15 @@ UNREADABLE: dict[str, tuple[str, bytes, str]] = {
     "not parquet": ("a.parquet", b"PAR0" * 30, "cannot be read as .parquet"),
     "not arrow": ("a.arrow", b"ARROW?" * 30, "cannot be read as .arrow"),
     "prompt only": ("a.jsonl", b'{"prompt": "a", "id": 1}\n' * 5, "no chosen, rejected; its fields are: id, prompt"),
-    "unknown format": ("a.csv", b"chosen,rejected\n", "known format"),
+    "unknown format": ("a.xlsx", b"chosen,rejected\n", "known format"),
+    "header alone": ("a.csv", b"chosen,rejected\n", "is empty"),
+    "open quote": ("a.csv", b'chosen,rejected\n"a,b\nc,d\n', "begins in line 2 is not valid .csv"),
+    "column twice": ("a.tsv", b"chosen\tchosen\n", "names a column twice"),
+    "second array": (
+        "a.json",
+        b'[{"chosen": "a", "rejected": "b"}]\n[{"chosen": "c", "rejected": "d"}]',
+        "more follows",
+    ),
 }
 
 

@@ -23,8 +23,8 @@ from dsdpo.errors import DataError
 from tests.data.helpers import TEMPLATE, assistant, letter_tokenizer, text_rows, user, words, write_jsonl
 
 
-def encoded(example: dict[str, Any], tokenizer: Any, max_length: int = 100) -> Encoded:
-    (result,) = encode_examples([example], make_encoder(tokenizer, max_length=max_length))
+def encoded(example: dict[str, Any], tokenizer: Any, max_length: int = 100, **settings: Any) -> Encoded:
+    (result,) = encode_examples([example], make_encoder(tokenizer, max_length=max_length, **settings))
     assert isinstance(result, Encoded), result
     return result
 
@@ -48,19 +48,32 @@ TEXT = {"prompt": "q:", "chosen": " yes", "rejected": " no"}
 
 def test_messages_begin_the_response_after_the_generation_prompt() -> None:
     tokenizer = letter_tokenizer(bos=True)  # the template's ids stand as they are: no <s>, no </s>
-    assert read(encoded(MESSAGES, tokenizer), tokenizer) == ("uq;a", "yes;", "no;")
+    assert read(encoded(MESSAGES, tokenizer, add_eos="never"), tokenizer) == ("uq;a", "yes;", "no;")
+
+
+def test_response_without_any_end_gets_one_unless_that_is_not_wanted() -> None:
+    tokenizer = letter_tokenizer()
+    added = encoded(MESSAGES, tokenizer)
+    assert read(added, tokenizer) == ("uq;a", "yes;</s>", "no;</s>")
+    assert added.notes == ("end_added </s>",)
+    assert encoded(MESSAGES, tokenizer, add_eos="never").notes == ("no_end",)
+    ended = letter_tokenizer(template=TEMPLATE.replace("};{", "}</s>{"))
+    assert read(encoded(MESSAGES, ended), ended) == ("uq</s>a", "yes</s>", "no</s>")
+    assert encoded(MESSAGES, ended).notes == ()
+    other = letter_tokenizer(template=TEMPLATE.replace("};{", "}<unk>{"))
+    assert encoded(MESSAGES, other).notes == ("other_end <unk>",)
 
 
 def test_tools_and_template_options_reach_the_template() -> None:
     tokenizer = letter_tokenizer(template="{% if loud %}!{% endif %}" + TEMPLATE)
-    example = {**MESSAGES, "tools": [{"name": "f"}, {"name": "g"}], "chat_template_kwargs": {"loud": True}}
-    assert read(encoded(example, tokenizer), tokenizer) == ("!T2uq;a", "yes;", "no;")
+    example = {**MESSAGES, "tools": [{"name": "T"}, {"name": "2"}], "chat_template_kwargs": {"loud": True}}
+    assert read(encoded(example, tokenizer), tokenizer) == ("!T2uq;a", "yes;</s>", "no;</s>")
 
 
 def test_border_inside_a_token_starts_the_response_where_generation_would() -> None:
     tokenizer = letter_tokenizer(merges=[("a", "y")])  # "uq;ayes;" is u q ; ay e s ;
     result = encoded(MESSAGES, tokenizer)
-    assert read(result, tokenizer) == ("uq;a", "yes;", "no;")
+    assert read(result, tokenizer) == ("uq;a", "yes;</s>", "no;</s>")
     assert len(result.prompt) == 4
     assert not result.rewritten
 
@@ -69,7 +82,7 @@ def test_template_that_rewrites_the_history_leaves_the_shared_beginning() -> Non
     # As templates of reasoning models do: the generation prompt opens a thought that no answer has.
     tokenizer = letter_tokenizer(template=TEMPLATE.replace("%}a{%", "%}a<t>{%"))
     result = encoded(MESSAGES, tokenizer)
-    assert read(result, tokenizer) == ("uq;a", "yes;", "no;")
+    assert read(result, tokenizer) == ("uq;a", "yes;</s>", "no;</s>")
     assert result.rewritten
 
 
@@ -113,7 +126,7 @@ def test_pair_is_the_row_of_the_file(tmp_path: Path) -> None:
     tokenizer = letter_tokenizer()
     pairs = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", text_rows(2500)), tokenizer)
     assert len(pairs) == 2500
-    assert pairs.report.text == ""
+    assert (pairs.report.dropped, pairs.report.truncated) == (0, 0)
     for pair in pairs[[0, 999, 1000, 2499]]:
         read_back = [words(tokenizer, ids) for ids in (pair.prompt, *pair.responses)]
         assert read_back == [f"p{pair.pair_id}", f" good{pair.pair_id}</s>", f" bad{pair.pair_id}</s>"]

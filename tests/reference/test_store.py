@@ -38,7 +38,7 @@ def make_pairs(folder: Path, pairs: list[tuple[list[int], list[int], list[int]]]
     write_tokens(folder, [np.array(prompt + chosen + rejected) for prompt, chosen, rejected in pairs])
     lengths = np.array([[len(part) for part in pair] for pair in pairs])
     starts = np.concatenate([[0], np.cumsum(lengths.sum(1))[:-1]])
-    report = DropReport(rows=len(pairs), kept=len(pairs), problems=(), truncated=0, rewritten=0)
+    report = DropReport(rows=len(pairs), kept=len(pairs), problems=(), truncated=0)
     write_index(folder, starts=starts, lengths=lengths, origins=np.zeros((len(pairs), 2)), report=report)
     return open_pairs(folder)
 
