@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -68,24 +68,15 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(tensor.item())
 
 
-def broadcast_array(array: np.ndarray, device: torch.device) -> np.ndarray:
-    """Rank 0's array, in pieces that go over `device`; the others give one of that shape and type. Collective."""
-    return _in_pieces(array, device, lambda piece: dist.broadcast(piece, src=0))
-
-
 def sum_over_ranks(array: np.ndarray, device: torch.device) -> np.ndarray:
     """The sum of all ranks' arrays, in pieces that go over `device`. Collective."""
-    return _in_pieces(array, device, dist.all_reduce)
-
-
-def _in_pieces(array: np.ndarray, device: torch.device, collective: Callable[[torch.Tensor], Any]) -> np.ndarray:
     if world_size() == 1:
         return array
     result = np.array(array, order="C")
     flat = result.reshape(-1)
     for start in range(0, len(flat), PIECE):
         piece = torch.from_numpy(flat[start : start + PIECE]).to(device)
-        collective(piece)
+        dist.all_reduce(piece)
         flat[start : start + PIECE] = piece.cpu().numpy()
     return result
 

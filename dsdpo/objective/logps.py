@@ -8,11 +8,12 @@ chunks: logits of one chunk live at a time, in the forward pass and, recomputed,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
@@ -32,18 +33,64 @@ ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5}
 
 @dataclass(frozen=True)
 class PairLogps:
-    """log p(response | prompt) of B pairs, summed over response tokens, in nats."""
+    """log p(response | prompt) of B pairs, summed over response tokens, in nats: one column a field."""
 
     chosen: Tensor  # (B,) float32
     rejected: Tensor  # (B,) float32
     chosen_tokens: Tensor  # (B,) int64: length normalisation is the loss's decision
     rejected_tokens: Tensor  # (B,) int64
 
+    def __len__(self) -> int:
+        return len(self.chosen)
+
     @classmethod
     def zeros(cls, n: int, *, device: torch.device | str = "cpu") -> PairLogps:
         """n pairs of log-prob 0 over no tokens."""
-        logps, tokens = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-        return cls(logps, logps, tokens, tokens)
+        logps, tokens = torch.zeros(2, n, device=device), torch.zeros(2, n, dtype=torch.int64, device=device)
+        return cls(*logps, *tokens)
+
+    @classmethod
+    def cat(cls, parts: Sequence[PairLogps]) -> PairLogps:
+        """The pairs of all parts, in order."""
+        return cls(**{name: torch.cat([part.columns()[name] for part in parts]) for name in parts[0].columns()})
+
+    @classmethod
+    def from_numpy(cls, columns: Mapping[str, np.ndarray]) -> PairLogps:
+        """What `numpy` gave, on the CPU."""
+        floats = {"chosen", "rejected"}
+        dtypes = {name: torch.float32 if name in floats else torch.int64 for name in columns}
+        return cls(**{name: torch.as_tensor(values).to(dtypes[name]) for name, values in columns.items()})
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """The columns by name, (B,) each."""
+        return {name: column.cpu().numpy() for name, column in self.detach().columns().items()}
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns by name, (B,) each."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def split(self, sizes: Sequence[int]) -> list[PairLogps]:
+        """Consecutive parts of these sizes."""
+        parts = {name: column.split(list(sizes)) for name, column in self.columns().items()}
+        return [PairLogps(**{name: parts[name][index] for name in parts}) for index in range(len(sizes))]
+
+    def take(self, rows: Tensor | np.ndarray) -> PairLogps:
+        """The pairs at these places, or where `rows` (B,) is true."""
+        return self._map(lambda column: column[torch.as_tensor(rows, device=column.device)])
+
+    def put(self, rows: Tensor | np.ndarray, values: PairLogps) -> None:
+        """Overwrite the pairs at these places."""
+        for name, column in self.columns().items():
+            column[torch.as_tensor(rows, device=column.device)] = values.columns()[name].to(column)
+
+    def to(self, device: torch.device | str) -> PairLogps:
+        return self._map(lambda column: column.to(device))
+
+    def detach(self) -> PairLogps:
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
+        return PairLogps(**{name: change(column) for name, column in self.columns().items()})
 
 
 def pair_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogps:

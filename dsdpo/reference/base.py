@@ -75,11 +75,5 @@ def score_batches(
         group = groups[min(index, len(groups) - 1)]
         logps = pair_logps(model, merge(group))
         if index < len(groups):
-            scored += split_logps(logps, [len(batch.pair_ids) for batch in group])
+            scored += logps.split([batch.num_pairs for batch in group])
     return scored
-
-
-def split_logps(logps: PairLogps, sizes: list[int]) -> list[PairLogps]:
-    """The log-probs of a merged batch, handed back to batches of `sizes` pairs."""
-    fields = (logps.chosen, logps.rejected, logps.chosen_tokens, logps.rejected_tokens)
-    return [PairLogps(*parts) for parts in zip(*(field.split(sizes) for field in fields), strict=True)]

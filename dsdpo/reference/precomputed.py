@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from dsdpo.data.binning import MicroBatchBudget
 from dsdpo.data.plan import plan_pass
 from dsdpo.data.prefetch import prefetch
 from dsdpo.data.steps import BatchSource
-from dsdpo.distributed import all_or_none, broadcast_array, broadcast_object, rank, sum_over_ranks
+from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, sum_over_ranks
 from dsdpo.engine.build import build_reference, device
 from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.lora import POLICY
@@ -33,7 +32,7 @@ from dsdpo.objective.logps import ROUNDING, PairLogps
 from dsdpo.reference.base import Reference, score_batches
 from dsdpo.reference.identity import ReferenceIdentity, identify_reference
 from dsdpo.reference.run_plan import RunPlan
-from dsdpo.reference.store import SHARD_ROWS, LogpTable, ShardWriter, open_store, pair_keys, read_rows
+from dsdpo.reference.store import SHARD_ROWS, ShardWriter, open_store, pair_keys, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +40,19 @@ log = logging.getLogger(__name__)
 class PrecomputedReference(Reference):
     """Log-probs of all the run's pairs in a table, looked up by pair id."""
 
-    def __init__(self, tables: Sequence[LogpTable], identity: ReferenceIdentity) -> None:
+    def __init__(self, tables: Sequence[PairLogps], identity: ReferenceIdentity) -> None:
         """One table for each data set, in the order in which the run numbers their pairs."""
         self.identity = identity
-        # On the device, 16 bytes a pair: looking up on the host would wait for the device at every batch.
-        self._logps = torch.from_numpy(np.concatenate([table.logps for table in tables])).to(device())
-        self._tokens = torch.from_numpy(np.concatenate([table.tokens for table in tables])).to(device())
+        # On the device, 24 bytes a pair: looking up on the host would wait for the device at every batch.
+        self._table = PairLogps.cat(tables).to(device())
 
     @classmethod
     def build(cls, plan: RunPlan, policy: Any) -> Reference:
         return precompute(plan)
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
-        return [self._look_up(batch.pair_ids) for batch in window]
-
-    def _look_up(self, pair_ids: Tensor) -> PairLogps:
         # A filler pair, id -1, gets the last row: anything finite does for what weighs nothing.
-        rows = pair_ids.to(self._logps.device)
-        logps, tokens = self._logps[rows].to(pair_ids.device), self._tokens[rows].long().to(pair_ids.device)
-        return PairLogps(logps[:, 0], logps[:, 1], tokens[:, 0], tokens[:, 1])
+        return [self._table.take(batch.pair_ids) for batch in window]
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class Scorer:
 class Filled:
     """What became of one data set."""
 
-    table: LogpTable
+    table: PairLogps
     scored: int  # distinct pairs that were not in the store
     audited: int
     seconds: float
@@ -138,41 +131,47 @@ def open_store_on_ranks(store: Path, identity: ReferenceIdentity) -> Path:
 def fill_table(scorer: Scorer, windows: BatchSource, folder: Path, *, dtype: str, seed: int, name: str) -> Filled:
     """Log-probs of every pair of a data set, from the store or else scored now and stored. Collective.
 
-    Rank 0 alone reads, so that no rank can decide otherwise than the others; rows travel by broadcast, as other nodes
-    may not see its files. Raises CacheError where stored rows are not what the engine gives.
+    Raises CacheError where stored rows are not what the engine gives.
     """
     started = time.monotonic()
     pairs = windows.pairs
-    table, first = LogpTable.zeros(len(pairs)), np.arange(len(pairs))
-    wanted, audit = np.zeros(len(pairs), dtype=bool), np.zeros(0, dtype=np.int64)
+    have, table = np.zeros(len(pairs), dtype=bool), PairLogps.zeros(len(pairs))
     with all_or_none():
-        if rank() == 0:
-            keys = pair_keys(pairs)
-            _, index, inverse = np.unique(keys, return_index=True, return_inverse=True)
-            first = index[inverse]  # a pair that stands in the data several times is scored once
+        keys = pair_keys(pairs)
+        if local_rank() == 0:
             have, table = read_rows(folder, keys)
-            wanted = ~have & (first == np.arange(len(pairs)))
-            known = np.flatnonzero(have & (first == np.arange(len(pairs))))
-            count = min(scorer.audit_rows, len(known))
-            audit = np.sort(np.random.default_rng(seed).choice(known, size=count, replace=False))
-    packed, audit = broadcast_object((np.packbits(wanted), audit))
-    missing = np.flatnonzero(np.unpackbits(packed, count=len(pairs)))
+    have, table = rows_of_all_nodes(have, table)
+    _, index, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    first = index[inverse]  # a pair that stands in the data several times is scored once
+    distinct = first == np.arange(len(pairs))
+    missing, known = np.flatnonzero(distinct & ~have), np.flatnonzero(distinct & have)
+    count = min(scorer.audit_rows, len(known))
+    audit = np.sort(np.random.default_rng(seed).choice(known, size=count, replace=False))
     if len(audit):
         again = score_rows(scorer, windows, audit, label=f"audit of {name} data")
         with all_or_none():
-            if rank() == 0:
-                check_audit(table[audit], again, origins=pairs.origins[audit], dtype=dtype, folder=folder)
+            check_audit(table.take(audit), again, origins=pairs.origins[audit], dtype=dtype, folder=folder)
     if len(missing):
-        new = score_rows(scorer, windows, missing, label=f"reference on {name} data", folder=folder)
-        table[missing] = new
-    table = table[first]
-    table = LogpTable(broadcast_array(table.logps, device()), broadcast_array(table.tokens, device()))
-    return Filled(table, len(missing), len(audit), time.monotonic() - started)
+        table.put(missing, score_rows(scorer, windows, missing, label=f"reference on {name} data", folder=folder))
+    return Filled(table.take(first), len(missing), len(audit), time.monotonic() - started)
+
+
+def rows_of_all_nodes(have: np.ndarray, table: PairLogps) -> tuple[np.ndarray, PairLogps]:
+    """Which pairs (n,) bool any rank has read, and their rows, the same on all ranks. Collective.
+
+    Nodes whose disks are not shared each hold what their own ranks have scored. A row that several ranks have read is
+    the lowest rank's.
+    """
+    masks = [np.unpackbits(mask, count=len(have)).astype(bool) for mask in gather_objects(np.packbits(have))]
+    mine = have & ~np.logical_or.reduce([np.zeros_like(have), *masks[: rank()]])
+    own = PairLogps.zeros(len(have))
+    own.put(mine, table.take(mine))
+    return np.logical_or.reduce(masks), _sum_of_ranks(own)
 
 
 def score_rows(
     scorer: Scorer, windows: BatchSource, rows: np.ndarray, *, label: str, folder: Path | None = None
-) -> LogpTable:
+) -> PairLogps:
     """Log-probs of these rows of `windows.pairs`, on every rank, stored in `folder` as they come. Collective.
 
     Long pairs come first, so that what does not fit memory fails at once. A rank with less to do scores filler pairs.
@@ -181,7 +180,7 @@ def score_rows(
     windows = replace(windows, pairs=pairs, budget=MicroBatchBudget(tokens=scorer.score_tokens), first_pair_id=0)
     plan = plan_pass(pairs.lengths, world_size=windows.world_size, budget=windows.budget, layout=windows.layout)
     writer = ShardWriter(folder, rank=rank(), shard_rows=scorer.shard_rows) if folder else None
-    table = LogpTable.zeros(len(pairs))
+    table = PairLogps.zeros(len(pairs))
     mininterval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
     bar = tqdm(
         desc=label, total=len(pairs), unit=" pairs", disable=rank() != 0, dynamic_ncols=True, mininterval=mininterval
@@ -193,36 +192,37 @@ def score_rows(
                     writer.make_room(len(ids))
             [logps] = score_batches(scorer.engine, window, score_tokens=scorer.score_tokens)
             if ids:
-                table[list(ids)] = _to_rows(logps)
+                table.put(np.asarray(ids), logps)
                 if writer is not None:
-                    writer.append(pair_keys(pairs, ids), table[list(ids)])
+                    writer.append(pair_keys(pairs, ids), logps.to("cpu"))
                     log.info("rank %d: %d pairs scored and not yet written", rank(), writer.pending_rows)
             bar.update(sum(len(theirs[index]) for theirs in plan))
     with all_or_none():
         if writer is not None:
             writer.flush()
     # Each row is zero on all ranks but the one that scored it.
-    return LogpTable(sum_over_ranks(table.logps, device()), sum_over_ranks(table.tokens, device()))
+    return _sum_of_ranks(table)
 
 
-def check_audit(stored: LogpTable, again: LogpTable, *, origins: np.ndarray, dtype: str, folder: Path) -> None:
+def _sum_of_ranks(table: PairLogps) -> PairLogps:
+    return PairLogps.from_numpy({name: sum_over_ranks(column, device()) for name, column in table.numpy().items()})
+
+
+def check_audit(stored: PairLogps, again: PairLogps, *, origins: np.ndarray, dtype: str, folder: Path) -> None:
     """Raises CacheError naming the first row whose stored log-prob is not, but for rounding, what was scored now."""
-    allowed = max(share for name, share in ROUNDING.items() if name in dtype) * (np.abs(stored.logps) + stored.tokens)
-    wrong = ~(np.abs(stored.logps - again.logps) <= allowed) | (stored.tokens != again.tokens)
-    if wrong.any():
-        row, side = np.argwhere(wrong)[0]
-        source, place = origins[row]
-        raise CacheError(
-            f"{folder}: the stored log-prob of the {('chosen', 'rejected')[side]} response of row {place} of source "
-            f"{source} is {stored.logps[row, side]:.4f} nats over {stored.tokens[row, side]} tokens, but the reference "
-            f"gives {again.logps[row, side]:.4f} over {again.tokens[row, side]}, and rounding in {dtype} explains "
-            f"{allowed[row, side]:.4f}; {wrong.any(axis=1).sum()} of {len(stored)} audited rows are off. Nothing of "
-            "this store is used: delete the folder to score everything again, or set reference.store to another"
-        )
-
-
-def _to_rows(logps: PairLogps) -> LogpTable:
-    return LogpTable(
-        torch.stack([logps.chosen, logps.rejected], dim=1).float().cpu().numpy(),
-        torch.stack([logps.chosen_tokens, logps.rejected_tokens], dim=1).to(torch.int32).cpu().numpy(),
-    )
+    share = max(share for name, share in ROUNDING.items() if name in dtype)
+    old, new = stored.numpy(), again.numpy()
+    for side in ("chosen", "rejected"):
+        tokens, found_tokens = old[f"{side}_tokens"], new[f"{side}_tokens"]
+        allowed = share * (np.abs(old[side]) + tokens)
+        wrong = ~(np.abs(old[side] - new[side]) <= allowed) | (tokens != found_tokens)
+        if wrong.any():
+            row = int(wrong.argmax())
+            source, place = origins[row]
+            raise CacheError(
+                f"{folder}: the stored log-prob of the {side} response of row {place} of source {source} is "
+                f"{old[side][row]:.4f} nats over {tokens[row]} tokens, but the reference gives {new[side][row]:.4f} "
+                f"over {found_tokens[row]}, and rounding in {dtype} explains {allowed[row]:.4f}; {wrong.sum()} of "
+                f"{len(stored)} audited rows are off. Nothing of this store is used: delete the folder to score "
+                "everything again, or set reference.store to another"
+            )

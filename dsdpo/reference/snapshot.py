@@ -62,8 +62,7 @@ class SnapshotReference(Reference):
         if not ids:  # after the last step
             return
         self._ids, order = torch.cat(ids).sort()
-        fields = zip(*(vars(answer).values() for answer in logps), strict=True)
-        self._logps = PairLogps(*(torch.cat(parts)[order] for parts in fields))
+        self._logps = PairLogps.cat(logps).take(order)
         self.age, self.seconds = 0, time.perf_counter() - started
 
     def _asked(self, step: int, *, until: int, first_evaluation: int) -> Iterator[Sequence[PreferenceBatch]]:
@@ -75,13 +74,9 @@ class SnapshotReference(Reference):
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         if self._ids is None:  # the start of a run that was not resumed
             self.take(0)
-        return [self._look_up(batch) for batch in window]
-
-    def _look_up(self, batch: PreferenceBatch) -> PairLogps:
-        # A filler pair, id -1, gets the first row: anything finite does for what weighs nothing.
         assert self._ids is not None
-        rows = torch.searchsorted(self._ids, batch.pair_ids)
-        return PairLogps(*(field[rows] for field in vars(self._logps).values()))
+        # A filler pair, id -1, gets the first row: anything finite does for what weighs nothing.
+        return [self._logps.take(torch.searchsorted(self._ids, batch.pair_ids)) for batch in window]
 
     def scorer(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, POLICY
@@ -95,7 +90,7 @@ class SnapshotReference(Reference):
     def save(self, folder: Path) -> None:
         assert self._ids is not None
         folder.mkdir(parents=True, exist_ok=True)
-        table = {name: field.cpu() for name, field in vars(self._logps).items()} | {"ids": self._ids.cpu()}
+        table = self._logps.to("cpu").columns() | {"ids": self._ids.cpu()}
         facts = {"syncs": self.syncs, "age": self.age, "step": self._step, "world_size": world_size()}
         metadata = {name: str(value) for name, value in facts.items()}
         save_file(table, folder / f"rank-{rank()}.safetensors", metadata=metadata)
@@ -112,7 +107,7 @@ class SnapshotReference(Reference):
             raise CheckpointError(f"{folder}: the snapshot cannot be read: {error}") from error
         table = {name: torch.cat([part[name] for part in tables]).to(device()) for name in tables[0]}
         self._ids, order = table.pop("ids").sort(stable=True)
-        self._logps = PairLogps(**{name: values[order] for name, values in table.items()})
+        self._logps = PairLogps(**table).take(order)
         self.syncs, self.age, self._step = facts["syncs"], facts["age"], facts["step"]
         self._check_complete(folder)
 

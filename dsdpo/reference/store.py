@@ -15,7 +15,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 
 from dsdpo.data.pairs import TOKEN, Pairs
 from dsdpo.errors import CacheError
+from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.identity import DECISIVE, ReferenceIdentity
 
 log = logging.getLogger(__name__)
@@ -40,27 +40,6 @@ COLUMNS = pa.schema(
         ("rejected_tokens", pa.int32()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class LogpTable:
-    """Log-probs of n pairs; columns are chosen and rejected."""
-
-    logps: np.ndarray  # (n, 2) float32, summed over response tokens, nats
-    tokens: np.ndarray  # (n, 2) int32, response tokens
-
-    @classmethod
-    def zeros(cls, n: int) -> LogpTable:
-        return cls(np.zeros((n, 2), np.float32), np.zeros((n, 2), np.int32))
-
-    def __len__(self) -> int:
-        return len(self.logps)
-
-    def __getitem__(self, rows: np.ndarray | list[int]) -> LogpTable:
-        return LogpTable(self.logps[rows], self.tokens[rows])
-
-    def __setitem__(self, rows: np.ndarray | list[int], values: LogpTable) -> None:
-        self.logps[rows], self.tokens[rows] = values.logps, values.tokens
 
 
 def pair_keys(pairs: Pairs, ids: Sequence[int] | None = None) -> np.ndarray:
@@ -105,20 +84,20 @@ def read_identity(folder: Path) -> ReferenceIdentity | None:
         return None
 
 
-def read_rows(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, LogpTable]:
+def read_rows(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, PairLogps]:
     """Which of the pairs (n,) bool have a row, and the rows (zeros elsewhere).
 
     Memory grows with the rows asked for, not with the store. A damaged shard is set aside and warned about; a key that
     stands in several shards counts once.
     """
     distinct, place = np.unique(keys, return_inverse=True)
-    have, table = np.zeros(len(distinct), dtype=bool), LogpTable.zeros(len(distinct))
+    have, table = np.zeros(len(distinct), dtype=bool), PairLogps.zeros(len(distinct))
     for part_keys, rows in _parts(folder) if len(distinct) else ():
         at = np.minimum(np.searchsorted(distinct, part_keys), len(distinct) - 1)
         new = (distinct[at] == part_keys) & ~have[at]
-        table[at[new]] = rows[new]
+        table.put(at[new], rows.take(new))
         have[at[new]] = True
-    return have[place], table[place]
+    return have[place], table.take(place)
 
 
 class ShardWriter:
@@ -127,14 +106,14 @@ class ShardWriter:
     def __init__(self, folder: Path, *, rank: int, shard_rows: int = SHARD_ROWS) -> None:
         self.folder, self.rank, self.shard_rows = folder, rank, shard_rows
         self._written = 0
-        self._pending: list[tuple[np.ndarray, LogpTable]] = []
+        self._pending: list[tuple[np.ndarray, PairLogps]] = []
 
     @property
     def pending_rows(self) -> int:
         """Rows that a kill would cost now."""
         return sum(len(keys) for keys, _ in self._pending)
 
-    def append(self, keys: np.ndarray, rows: LogpTable) -> None:
+    def append(self, keys: np.ndarray, rows: PairLogps) -> None:
         """Take rows on; nothing is written yet."""
         self._pending.append((keys, rows))
 
@@ -148,15 +127,15 @@ class ShardWriter:
         if not self._pending:
             return
         keys = np.concatenate([keys for keys, _ in self._pending])
-        logps = np.concatenate([rows.logps for _, rows in self._pending])
-        tokens = np.concatenate([rows.tokens for _, rows in self._pending])
-        if not np.isfinite(logps).all():
-            raise CacheError(
-                f"the reference gives log-probs that are not finite, such as {logps[~np.isfinite(logps)][0]}; none of "
-                "them is stored: check its weights, and try model.dtype float32"
-            )
-        columns = [logps[:, 0], logps[:, 1], tokens[:, 0], tokens[:, 1]]
-        table = pa.table([_as_binary(keys), *map(np.ascontiguousarray, columns)], schema=COLUMNS)
+        columns = PairLogps.cat([rows for _, rows in self._pending]).numpy()
+        for side in ("chosen", "rejected"):
+            if not np.isfinite(columns[side]).all():
+                raise CacheError(
+                    "the reference gives log-probs that are not finite, such as "
+                    f"{columns[side][~np.isfinite(columns[side])][0]}; none of them is stored: check its weights, and "
+                    "try model.dtype float32"
+                )
+        table = pa.table({"key": _as_binary(keys), **columns}, schema=COLUMNS)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none", use_dictionary=False)
         content = sink.getvalue().to_pybytes()
@@ -172,7 +151,7 @@ class ShardWriter:
         self._pending = []
 
 
-def _parts(folder: Path) -> Iterator[tuple[np.ndarray, LogpTable]]:
+def _parts(folder: Path) -> Iterator[tuple[np.ndarray, PairLogps]]:
     """Keys and rows of each whole shard, in the order of their names."""
     for path in sorted(folder.glob("part-*.parquet")):
         try:
@@ -183,9 +162,8 @@ def _parts(folder: Path) -> Iterator[tuple[np.ndarray, LogpTable]]:
             _set_aside(path)
             continue
         table = pq.read_table(pa.BufferReader(content), schema=COLUMNS)
-        logps = np.stack([table["chosen"].to_numpy(), table["rejected"].to_numpy()], axis=1)
-        tokens = np.stack([table["chosen_tokens"].to_numpy(), table["rejected_tokens"].to_numpy()], axis=1)
-        yield _from_binary(table["key"]), LogpTable(logps, tokens)
+        columns = {name: table[name].to_numpy() for name in COLUMNS.names if name != "key"}
+        yield _from_binary(table["key"]), PairLogps.from_numpy(columns)
 
 
 def _set_aside(path: Path) -> None:

@@ -13,7 +13,7 @@ from dsdpo.data.batch import collate_padded
 from dsdpo.data.pairs import Group
 from dsdpo.errors import ConfigError
 from dsdpo.objective import logps as module
-from dsdpo.objective.logps import ChunkedHead, LogitTransform, ResponseScorer, pair_logps
+from dsdpo.objective.logps import ChunkedHead, LogitTransform, PairLogps, ResponseScorer, pair_logps
 from tests.tiny import plain_logps, random_batch, random_pairs, tiny_lm
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "cohere", "granite", "mixtral"]
@@ -122,3 +122,21 @@ def test_an_unknown_head_is_refused() -> None:
     lm.lm_head = torch.nn.Sequential(lm.lm_head)
     with pytest.raises(ConfigError, match="output head of LlamaForCausalLM is a Sequential"):
         ResponseScorer(lm)
+
+
+def test_pairs_are_joined_cut_and_picked_in_all_columns() -> None:
+    logps = PairLogps(*torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]), *torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    one, two = logps.split([1, 2])
+    assert (len(one), len(two)) == (1, 2)
+    assert two.rejected.tolist() == [-5.0, -6.0]
+    assert two.chosen_tokens.tolist() == [2, 3]
+    again = PairLogps.cat([two, one])
+    assert again.chosen.tolist() == [-2.0, -3.0, -1.0]
+    back = again.take(torch.tensor([2, 0, 1]))
+    for name, column in PairLogps.from_numpy(back.numpy()).columns().items():
+        assert column.equal(logps.columns()[name]), name
+        assert column.dtype == logps.columns()[name].dtype
+    table = PairLogps.zeros(4)
+    table.put(torch.tensor([3, 1]), two)
+    assert table.rejected_tokens.tolist() == [0, 6, 0, 5]
+    assert table.take(np.array([False, True, False, True])).chosen.tolist() == [-3.0, -2.0]

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from dsdpo.data.batch import FILLER_ID
 from dsdpo.errors import CacheError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.precomputed import PrecomputedReference, check_audit
-from dsdpo.reference.store import LogpTable
 from tests.ranks import RankError, run_ranks
 from tests.reference.test_identity import IDENTITY
 from tests.runs import POLICIES, losses, settings, train_on
@@ -67,11 +67,12 @@ def precompute_here(run: dict[str, Any], shard_rows: int = 8) -> dict[str, Any]:
         filled = fill_tables(plan, scorer, folder, dtype=identity.dtype)
     finally:
         destroy_engine(engine)
+    table = PairLogps.cat([each.table for each in filled])
     return {
         "scored": [each.scored for each in filled],
         "audited": [each.audited for each in filled],
-        "logps": np.concatenate([each.table.logps for each in filled]),
-        "tokens": np.concatenate([each.table.tokens for each in filled]),
+        "logps": torch.stack([table.chosen, table.rejected], dim=1).numpy(),
+        "tokens": torch.stack([table.chosen_tokens, table.rejected_tokens], dim=1).numpy(),
         "folder": folder,
     }
 
@@ -197,22 +198,32 @@ def test_damaged_shard_is_scored_again(inputs: Path, tmp_path: Path) -> None:
 
 
 def precompute_apart(run: dict[str, Any], folder: str) -> dict[str, Any]:
-    """On a rank: the same with a store that no other rank sees, as on nodes that share no disk."""
+    """On a rank: the same as a node of its own, with a store that no other rank sees."""
     run["reference"]["store"] = str(Path(folder) / os.environ["RANK"])
-    return precompute_here(run)
+    mine = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        return precompute_here(run)
+    finally:
+        os.environ["LOCAL_RANK"] = mine
 
 
-def test_nodes_without_a_shared_disk(inputs: Path, tmp_path: Path) -> None:
-    """Rows travel between ranks, not through files; a later run finds what its rank 0 has on disk."""
+def test_nodes_without_a_shared_disk_use_the_rows_of_all(inputs: Path, tmp_path: Path) -> None:
+    """Each node has in its store what its own rank has scored; rows travel between ranks, not through files."""
     run = run_with(tmp_path, inputs, rows_of(inputs))
-    for _ in range(2):
-        known = sum(pq.read_metadata(path).num_rows for path in (tmp_path / "0").glob("*/part-*"))
-        first, second = run_ranks(2, precompute_apart, run, str(tmp_path))
-        assert first["scored"] == second["scored"] == [ROWS - known]
-        assert np.array_equal(first["logps"], second["logps"])
-        assert first["logps"].all()
-    assert 0 < known < ROWS
-    assert list((tmp_path / "1").glob("*/part-00001-*")), "each rank writes where it is"
+    first = run_ranks(2, precompute_apart, run, str(tmp_path))
+    assert [found["scored"] for found in first] == [[ROWS], [ROWS]]
+    stored = [sum(pq.read_metadata(path).num_rows for path in (tmp_path / node).glob("*/part-*")) for node in "01"]
+    assert sum(stored) == ROWS
+    assert min(stored) > 0
+    shutil.rmtree(next((tmp_path / "1").glob("*/part-*")).parent)  # half of the rows are lost with a node's disk
+    second = run_ranks(2, precompute_apart, run, str(tmp_path))
+    assert [found["scored"] for found in second] == [[stored[1]], [stored[1]]]
+    third = run_ranks(2, precompute_apart, run, str(tmp_path))
+    assert [found["scored"] for found in third] == [[0], [0]]
+    for found in (*first, *second, *third):
+        assert found["logps"] == pytest.approx(first[0]["logps"], abs=1e-4)
+        assert found["logps"].all()
 
 
 def test_audit_refuses_other_numbers(inputs: Path, tmp_path: Path) -> None:
@@ -227,7 +238,7 @@ def test_audit_refuses_other_numbers(inputs: Path, tmp_path: Path) -> None:
     assert have.all()
     for part in folder.glob("part-*"):
         part.unlink()
-    table.logps[7, 1] -= 0.5
+    table.rejected[7] -= 0.5
     writer = ShardWriter(folder, rank=0)
     writer.append(keys, table)
     writer.flush()
@@ -243,8 +254,9 @@ def test_audit_refuses_other_numbers(inputs: Path, tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_audit_tolerance(dtype: str, off: float, refused: bool, tmp_path: Path) -> None:
     """-300 nats over 200 tokens: 500 · 1e-5 = 0.005 in float32, 500 · 4e-3 = 2 in bfloat16, 0.25 in float16."""
-    stored = LogpTable(np.full((2, 2), -300, np.float32), np.full((2, 2), 200, np.int32))
-    again = LogpTable(stored.logps + np.array([[0, 0], [0, off]], np.float32), stored.tokens)
+    logps, tokens = torch.full((2,), -300.0), torch.full((2,), 200)
+    stored = PairLogps(logps, logps, tokens, tokens)
+    again = PairLogps(logps, logps + torch.tensor([0.0, off]), tokens, tokens)
 
     def check() -> None:
         check_audit(stored, again, origins=np.array([[0, 4], [0, 5]]), dtype=dtype, folder=tmp_path)
@@ -256,10 +268,11 @@ def test_audit_tolerance(dtype: str, off: float, refused: bool, tmp_path: Path) 
 
 
 def test_filler_pairs_get_something_finite() -> None:
-    table = LogpTable(np.array([[-5, -6], [-7, -8]], np.float32), np.array([[1, 2], [3, 4]], np.int32))
+    rows = torch.tensor([[-5.0, -7.0], [-6.0, -8.0]]), torch.tensor([[1, 3], [2, 4]])
+    table = PairLogps(*rows[0], *rows[1])
     batch = random_batch(3)
     batch.pair_ids[:] = batch.pair_ids.new_tensor([1, FILLER_ID, 0])
-    [found] = PrecomputedReference([table[[0]], table[[1]]], IDENTITY).score([batch])
+    [found] = PrecomputedReference(table.split([1, 1]), IDENTITY).score([batch])
     assert isinstance(found, PairLogps)
     assert found.chosen.tolist()[::2] == [-7, -5]
     assert found.rejected.tolist()[::2] == [-8, -6]
