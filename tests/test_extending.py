@@ -43,6 +43,16 @@ class UniformReference(Reference):
 '''
 
 
+LOSS = '''
+
+
+def squared(policy: PairLogps, reference: PairLogps, *, beta: float | Tensor, squared_target: float) -> Tensor:
+    """The squared distance of the margin from a target."""
+    h = (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
+    return (beta * h - squared_target) ** 2
+'''
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_inputs(tmp_path_factory.mktemp("inputs"))
@@ -96,3 +106,19 @@ def test_a_reference_strategy_is_a_class_and_a_line(package: Path, inputs: Path,
     assert len(rows) == 2
     # An untrained model is nearly uniform: its log-ratios are small, but not zero as against a copy of itself.
     assert all(0 < abs(row["reference/drift"]) < 0.1 * abs(row["logps/chosen"]) for row in rows)
+
+
+def test_a_loss_is_a_function_a_line_and_its_option(package: Path, inputs: Path, tmp_path: Path) -> None:
+    functions = package / "objective" / "losses" / "margins.py"
+    functions.write_text(functions.read_text() + LOSS)
+    settings_file = package / "config" / "loss.py"
+    add_line(settings_file, "LOSSES: dict[str, LossKind] = {", '    "squared": LossKind(("squared_target",)),')
+    add_line(settings_file, '    """The preference loss', "    squared_target: PositiveFloat = 1.0")
+    run = settings(
+        tmp_path, inputs, policy_zero="zero2", reference_zero=None,
+        loss={"type": "squared", "squared_target": 3.0}, train={"max_steps": 2},
+    )  # fmt: skip
+    rows = train(package, run)
+    # Policy and reference start alike, h = 0: the loss is 3 squared.
+    assert rows[0]["loss"] == pytest.approx(9.0, abs=1e-4)
+    assert rows[1]["loss"] != pytest.approx(9.0, abs=1e-4)

@@ -166,8 +166,8 @@ class ReferenceConfig(Section):
     strategy: StrategyName = AUTO
     """separate: its own inference-only engine; adapter: the policy's base weights, for model.lora; precomputed: an
     engine that scores all pairs before training and goes; policy_snapshot: TR-DPO with alpha 1 and no weights, where
-    the policy scores for the next steps at each sync; none: no reference, for losses without one; auto: adapter if
-    that fits the run, else separate."""
+    the policy scores for the next steps at each sync; none: no reference, for losses without one; auto: none for such a
+    loss, else adapter if that fits the run, else separate."""
     adapter: InitialAdapter = "initial"
     """For a policy that goes on with an adapter. initial: the reference has that adapter, frozen; base: none."""
     path: PathText | None = None
@@ -195,6 +195,11 @@ class ReferenceConfig(Section):
     def sync(self) -> Sync | None:
         """How the reference moves; None: it does not."""
         return Sync(self.ref_model_mixup_alpha, self.ref_model_sync_steps) if self.sync_ref_model else None
+
+    @property
+    def is_default(self) -> bool:
+        """True if nothing is asked of it."""
+        return self.strategy == AUTO and not any(self._changed())
 
     @property
     def names_a_model(self) -> bool:

@@ -20,8 +20,8 @@ from pydantic import (
 
 from dsdpo.config.data import DataConfig
 from dsdpo.config.lora import LoraConfig
-from dsdpo.config.loss import LossConfig
-from dsdpo.config.reference import AUTO, ReferenceConfig
+from dsdpo.config.loss import LOSSES, LossConfig, listed
+from dsdpo.config.reference import AUTO, STRATEGIES, ReferenceConfig
 from dsdpo.config.section import PathText, Section
 
 Scheduler = Literal[
@@ -267,11 +267,6 @@ class RunConfig(Section):
         if lora is None and (reference.strategy == "adapter" or reference.adapter != "initial"):
             key = "strategy adapter" if reference.strategy == "adapter" else f"adapter {reference.adapter}"
             raise ValueError(f"reference.{key} needs an adapter to train: set model.lora, or leave it out")
-        if reference.strategy == "none":
-            raise ValueError(
-                f"reference.strategy none is for losses without a reference, and loss.type {self.loss.type} compares "
-                "with one: choose another strategy"
-            )
         if lora is None and self.export.merge_adapter:
             raise ValueError("export.merge_adapter true has nothing to merge without model.lora: leave it out")
         if lora is not None and lora.bias != "none" and reference.strategy == "adapter":
@@ -283,6 +278,16 @@ class RunConfig(Section):
             raise ValueError(
                 "reference.sync_ref_model moves the reference's adapter, of which reference.adapter base has none: set "
                 "reference.adapter to initial"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_its_reference(self) -> RunConfig:
+        if not STRATEGIES[self.reference_strategy()].settings.exists and self.loss.reference_use == "needed":
+            without = [name for name, kind in LOSSES.items() if kind.reference != "needed"]
+            raise ValueError(
+                f"reference.strategy {self.reference.strategy} leaves no reference to compare with, which loss.type "
+                f"{' + '.join(self.loss.types)} needs: choose another strategy, or set loss.type to {listed(without)}"
             )
         return self
 
@@ -300,6 +305,8 @@ class RunConfig(Section):
         """The strategy as asked for, or what `auto` stands for."""
         if self.reference.strategy != AUTO:
             return self.reference.strategy
+        if self.loss.reference_use == "unused" and self.reference.is_default:
+            return "none"
         lora = self.model.lora
         shared = lora is not None and lora.bias == "none" and not self.reference.names_a_model
         return "adapter" if shared else "separate"

@@ -59,7 +59,7 @@ class PairLogps:
         """What `numpy` gave, on the CPU."""
         floats = {"chosen", "rejected"}
         dtypes = {name: torch.float32 if name in floats else torch.int64 for name in columns}
-        return cls(**{name: torch.as_tensor(values).to(dtypes[name]) for name, values in columns.items()})
+        return cls(**{name: torch.tensor(values, dtype=dtypes[name]) for name, values in columns.items()})
 
     def numpy(self) -> dict[str, np.ndarray]:
         """The columns by name, (B,) each."""
@@ -91,6 +91,11 @@ class PairLogps:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
         return PairLogps(**{name: change(column) for name, column in self.columns().items()})
+
+
+@dataclass(frozen=True)
+class NoLogps(PairLogps):
+    """What stands for the log-probs of a reference where there is none: zeros."""
 
 
 def pair_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogps:

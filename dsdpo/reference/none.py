@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.reference.base import Reference
 from dsdpo.reference.run_plan import RunPlan
 
@@ -22,4 +22,4 @@ class NoReference(Reference):
         return cls()
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
-        return [PairLogps.zeros(batch.num_pairs, device=batch.pair_ids.device) for batch in window]
+        return [NoLogps.zeros(batch.num_pairs, device=batch.pair_ids.device) for batch in window]

@@ -7,6 +7,7 @@ from typing import Any
 
 import dsdpo
 from dsdpo.config.load import dump_yaml
+from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.lora import merged_model, save_adapter
@@ -76,6 +77,8 @@ Trained from `{run.model.path}`{what} by Direct Preference Optimization
 def reference_text(run: RunConfig) -> str:
     """Which reference the policy was anchored to, in words."""
     lora = run.model.lora
+    if not plan_reference(run).exists:
+        return "no reference"
     if run.reference.path is not None or lora is None:
         return f"the reference `{run.reference.path or run.model.path}`"
     if lora.path is not None and run.reference.adapter == "initial":

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsdpo.distributed import world_size
-from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.objective.losses import LossOutput
 
 
@@ -57,9 +57,9 @@ def pair_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps) ->
     """The metrics of B pairs under TRL's names, (B,) each; rewards are beta · logratio.
 
     `reference/drift` is the mean logratio of both responses in nats: how far the policy has moved off its anchor, and
-    under TR-DPO what a sync takes away.
+    under TR-DPO what a sync takes away. There is none without a reference.
     """
-    return {
+    metrics = {
         "loss": output.losses,
         "rewards/chosen": output.chosen_rewards,
         "rewards/rejected": output.rejected_rewards,
@@ -67,5 +67,8 @@ def pair_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps) ->
         "rewards/margins": output.chosen_rewards - output.rejected_rewards,
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
-        "reference/drift": ((policy.chosen - reference.chosen) + (policy.rejected - reference.rejected)) / 2,
     }
+    if not isinstance(reference, NoLogps):
+        drift = (policy.chosen - reference.chosen) + (policy.rejected - reference.rejected)
+        metrics["reference/drift"] = drift / 2
+    return metrics

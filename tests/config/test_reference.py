@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from dsdpo.config.reference import (
     STRATEGIES,
     Adapter,
+    NoReference,
     Precomputed,
     ReferenceConfig,
     Separate,
@@ -24,13 +25,14 @@ MOVES = {"sync_ref_model": True}
 COPIES = {**MOVES, "ref_model_mixup_alpha": 1.0}
 
 
-def plan(lora: dict[str, Any] | None = None, **reference: Any) -> ReferencePlan:
+def plan(lora: dict[str, Any] | None = None, loss: str = "sigmoid", **reference: Any) -> ReferencePlan:
     """The reference of a run with these settings."""
     return plan_reference(
         RunConfig.model_validate(
             {
                 "model": {"path": "policy", "lora": lora},
                 "data": {"train": "rows.jsonl"},
+                "loss": {"type": loss},
                 "reference": reference,
                 "deepspeed": "ds.json",
                 "output_dir": "out",
@@ -48,6 +50,7 @@ def plan(lora: dict[str, Any] | None = None, **reference: Any) -> ReferencePlan:
         ({}, {**MOVES, "ref_model_sync_steps": 7}, Adapter, False, False, Sync(0.6, 7)),
         (None, {"strategy": "precomputed", "store": "s", "audit_rows": 0}, Precomputed, True, True, None),
         (None, {"strategy": "policy_snapshot", **COPIES}, Snapshot, False, False, Sync(1.0, 512)),
+        (None, {"strategy": "none"}, NoReference, False, False, None),
     ],
 )
 def test_the_plan_says_what_the_reference_is(
@@ -61,8 +64,17 @@ def test_the_plan_says_what_the_reference_is(
     found = plan(lora, **reference)
     assert type(found.settings) is kind
     assert (found.own_engine, found.before_training, found.sync) == (own_engine, before_training, sync)
-    assert found.exists
+    assert found.exists is (kind is not NoReference)
     assert STRATEGIES[found.strategy].settings is kind
+
+
+def test_a_reference_is_not_loaded_for_a_loss_without_one() -> None:
+    assert plan(loss="simpo").strategy == "none"
+    assert plan({}, loss="simpo").strategy == "none"
+    assert plan(loss="simpo", path="other").strategy == "separate", "asked for, such as for its metrics"
+    assert plan(loss="simpo", strategy="separate").strategy == "separate"
+    with pytest.raises(ValidationError, match=r"strategy none leaves no reference .* loss\.type robust needs"):
+        plan(loss="robust", strategy="none")
 
 
 def test_whose_weights() -> None:
