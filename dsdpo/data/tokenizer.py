@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from jinja2.exceptions import TemplateSyntaxError
+from transformers import AutoTokenizer, GenerationConfig
 
 from dsdpo.config.run import ModelConfig
 from dsdpo.errors import ConfigError
@@ -14,7 +16,7 @@ from dsdpo.errors import ConfigError
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer of `model.tokenizer` or `model.path`, with `model.chat_template` and `model.pad_token` applied.
 
-    Raises `ConfigError` when it cannot be loaded or has no pad token.
+    Raises `ConfigError` when it cannot be loaded or has no pad token, or its chat template is no Jinja.
     """
     source = model.tokenizer or model.path
     try:
@@ -34,6 +36,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
         if not path.is_file():
             raise ConfigError(f"model.chat_template: no file {path}; give the path of a Jinja template")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    _check_template(tokenizer, "model.chat_template" if model.chat_template else f"the chat template of {source!r}")
+    tokenizer.end_tokens = end_tokens(tokenizer, model)
     if model.pad_token is not None:
         if model.pad_token not in tokenizer.get_vocab():
             raise ConfigError(
@@ -47,3 +51,25 @@ def load_tokenizer(model: ModelConfig) -> Any:
             f"for example model.pad_token: {tokenizer.eos_token!r}"
         )
     return tokenizer
+
+
+def end_tokens(tokenizer: Any, model: ModelConfig) -> tuple[str, ...]:
+    """The tokens that end a generation of the model: its tokenizer's EOS and those of its generation config."""
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    with suppress(OSError, ValueError):  # most models without one
+        config = GenerationConfig.from_pretrained(model.path, revision=model.revision)
+        ids = config.eos_token_id
+        found += [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return tuple(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(i)) for i in found if 0 <= i < len(tokenizer)))
+
+
+def _check_template(tokenizer: Any, name: str) -> None:
+    """Raises `ConfigError` for a chat template that is no valid Jinja, which would refuse every row."""
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"{name}: line {error.lineno} is not valid Jinja: {error.message}; correct it") from error
+    except Exception:  # it may ask for more than this; rows that it refuses are counted
+        return

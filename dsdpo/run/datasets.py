@@ -9,12 +9,15 @@ from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig
 from dsdpo.console import say
 from dsdpo.data.binning import LayoutName, MicroBatchBudget, longest_sequences
+from dsdpo.data.dates import settled_date
 from dsdpo.data.pairs import Pairs, open_pairs
 from dsdpo.data.sources import DefaultSplit
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
-from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, world_size
+from dsdpo.distributed import all_or_none, broadcast_object, gather_objects, local_rank, rank, world_size
 from dsdpo.errors import ConfigError, DataError
+from dsdpo.training.checkpoint import read_state
+from dsdpo.training.resume import find_checkpoint
 
 
 def prepare_windows(
@@ -41,6 +44,21 @@ def prepare_windows(
         rank=rank(),
         world_size=world_size(),
     )
+
+
+def with_date(run: RunConfig, tokenizer: Any) -> RunConfig:
+    """The run with the date that its chat template is told, if that asks: a resumed run's own. Collective."""
+    settled = None
+    with all_or_none():
+        if rank() == 0:
+            settled = settled_date(run.data, tokenizer)
+    found: str | None = broadcast_object(settled)
+    if found is None:
+        return run
+    checkpoint, _ = find_checkpoint(run)
+    if checkpoint is not None and run.data.date is None:
+        found = read_state(checkpoint)["settings"]["data"].get("date") or found
+    return run.model_copy(update={"data": run.data.model_copy(update={"date": found})})
 
 
 def local_node() -> int:

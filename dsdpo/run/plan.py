@@ -26,7 +26,7 @@ from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config
 from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
-from dsdpo.run.datasets import prepare_windows
+from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.model_checks import check_model
 from dsdpo.training.cadence import Cadence
 
@@ -125,6 +125,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
 
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
     check_fresh_adapter(run.model)
+    run = with_date(run, tokenizer)
     # The smaller part first: its mistakes are not worth waiting for the larger one.
     evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model, layout) if run.data.eval else None
     train = prepare_windows(run, run.data.train, "train", tokenizer, model, layout)

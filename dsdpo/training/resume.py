@@ -88,7 +88,10 @@ def check_settings(path: Path, run: RunConfig, *, stage: int, data: str) -> list
         decides = key.startswith(MATHEMATICS)
         (refused if decides and not key.startswith(allowed or ("\0",)) else lines).append(line)
     if data != state["data"] and "data.train" not in allowed:
-        refused.append("the training pairs are others: the files of data.train have changed (data.train)")
+        refused.append(
+            "the training pairs are others: the files of data.train, or settings of data that decide tokens, have "
+            "changed (data.train)"
+        )
     if refused:
         raise CheckpointError(
             f"{path} belongs to a run with other settings:\n  "
