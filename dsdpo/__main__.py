@@ -75,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     # The deepspeed launcher puts its own argument first.
     launcher = [word for word in argv[:1] if word.startswith("--local_rank")]
     name, *rest = argv[len(launcher) :] or ["--help"]
-    if name in ("-h", "--help"):
+    if name in ("--version", "-V", "version"):
+        print(versions())
+        return 0
+    if name in ("-h", "--help", "help"):
         print(__doc__, *(f"  {command:<12}{text}" for command, text in COMMANDS.items()), sep="\n")
         return 0
     try:
@@ -96,6 +99,13 @@ def main(argv: list[str] | None = None) -> int:
         elif is_main():
             print(f"dsdpo: {error}", file=sys.stderr, flush=True)
         return FAILED if isinstance(error, TrainingError) else BAD_INPUT
+
+
+def versions() -> str:
+    """This version of dsdpo and those of what it stands on, read without importing them."""
+    from importlib.metadata import version
+
+    return "\n".join(f"{name} {version(name)}" for name in ("dsdpo", "torch", "deepspeed", "transformers", "peft"))
 
 
 def in_process_group() -> bool:

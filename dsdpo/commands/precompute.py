@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from dsdpo.config.load import load_run, run_parser
+from dsdpo.config.load import check_deepspeed_files, load_run, run_parser
 from dsdpo.console import quiet_libraries, say
 from dsdpo.errors import ConfigError
 
@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
         "--shard-pairs", type=int, default=None, help="pairs that a rank scores between writes; a kill costs as many"
     )
     run, flags = load_run(argv, parser)
+    check_deepspeed_files(run)
     if run.reference.strategy != "precomputed":
         raise ConfigError(
             f"{flags.run}: reference.strategy is {run.reference.strategy}, under which training would not use what "

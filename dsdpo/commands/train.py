@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsdpo.config.load import dump_yaml, load_run, run_parser
+from dsdpo.config.load import check_deepspeed_files, dump_yaml, load_run, run_parser
 from dsdpo.console import quiet_libraries, say
 
 STOPPED = 75  # exit code: saved and stopped early, to be started again with --resume auto (EX_TEMPFAIL)
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
     argv = [re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv]
     run, flags = load_run(argv, parser)
+    check_deepspeed_files(run)
 
     # torch, transformers and DeepSpeed take seconds to import, which a wrong setting need not wait for.
     from dsdpo.run.plan import plan_run

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
-from dsdpo.config.section import PathText, Section
+from dsdpo.config.section import FolderText, PathText, Section
 
 Column = Literal[
     "prompt",
@@ -68,7 +68,9 @@ class SourceConfig(Section):
 def _as_sources(value: Any) -> Any:
     """A path, one source or a list of either, as a list of sources."""
     entries = value if isinstance(value, list) else [value]
-    return value if value is None else [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+    if entries in ([None], ["null"]):  # --data.eval null
+        return None
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 Sources = Annotated[list[SourceConfig], Field(min_length=1), BeforeValidator(_as_sources)]
@@ -108,7 +110,7 @@ class DataConfig(Section):
     """Largest share of rows (0 to 1) that may be dropped as bad before it is an error."""
     dataset_num_proc: PositiveInt | None = None
     """Processes that tokenize; null: one for each core."""
-    cache_dir: str | None = None
+    cache_dir: FolderText | None = None
     """Folder for prepared data; null: the cache of Hugging Face datasets."""
 
     @field_validator("date", mode="before")

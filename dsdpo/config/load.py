@@ -7,23 +7,26 @@ directory, as in Hugging Face and DeepSpeed; where nothing lies there, the folde
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
+import shutil
 import types
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig, Section
+from dsdpo.config.unknown_keys import about_unknown, did_you_mean
+from dsdpo.config.yaml_file import read_yaml
 from dsdpo.errors import ConfigError
 
+__all__ = ["did_you_mean", "dotted_keys", "dump_yaml", "load_run", "read_yaml", "run_parser"]
+
 COMMAND_LINE = "command line"
-MISSING = object()
 
 
 class RunParser(argparse.ArgumentParser):
@@ -34,10 +37,11 @@ class RunParser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Help at 100 columns, with defaults written as in YAML."""
+    """Help as wide as the terminal, 100 columns at most, with defaults written as in YAML."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=100, max_help_position=38)
+        width = max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
+        super().__init__(prog, width=width, max_help_position=min(38, width // 3))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         yaml_words = {"None": "null", "True": "true", "False": "false"}
@@ -57,7 +61,7 @@ def run_parser(prog: str, description: str) -> RunParser:
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    parser.add_argument("run", metavar="RUN.yaml", type=Path, help="the run's settings")
+    parser.add_argument("run", metavar="RUN.yaml", type=lambda text: Path(text).expanduser(), help="the run's settings")
     # The deepspeed launcher passes this to every rank; the rank itself is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
@@ -81,51 +85,35 @@ def load_run(argv: list[str], parser: RunParser) -> tuple[RunConfig, argparse.Na
         raise ConfigError("\n".join(_unknown_options(unknown)))
     # Options that were not given are absent here; the command's own flags are no settings.
     settings = set(dotted_keys())
-    overrides = options(parsed_args={key: value for key, value in vars(flags).items() if key in settings})()
+    given = {key: value for key, value in vars(flags).items() if key in settings}
+    try:
+        overrides = options(parsed_args=given)()
+    except SettingsError as error:  # a value that begins as JSON and is none
+        raise ConfigError(f"{COMMAND_LINE}: {error}; check brackets and quotes") from None
     content = read_yaml(flags.run)
     try:
         run = RunConfig.model_validate(_merge(content, overrides), context={"folder": flags.run.parent})
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail, flags.run, overrides) for detail in error.errors())) from None
+        raise ConfigError(
+            "\n".join(_explain(detail, flags.run, content, overrides) for detail in error.errors())
+        ) from None
     return run, flags
+
+
+def check_deepspeed_files(run: RunConfig) -> None:
+    """Raise `ConfigError` unless the DeepSpeed JSONs that the run names are files: at once, before any import."""
+    for key, path in (("deepspeed", run.deepspeed), ("reference.deepspeed", run.reference.deepspeed)):
+        if path is not None and not Path(path).is_file():
+            what = "no file" if not Path(path).exists() else "not a regular file:"
+            raise ConfigError(
+                f"{key}: {what} {path} in {Path.cwd()} or beside the run file; give a DeepSpeed JSON such as "
+                "ds_configs/zero3.json"
+            )
 
 
 def dump_yaml(run: RunConfig) -> str:
     """The run with every value written out; loading it again gives the same run."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key may stand only once per mapping; PyYAML itself silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} stands here a second time", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `ConfigError` naming the file, and the line where it is not valid YAML."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read as a run file: {error.strerror}") from error
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a text file with YAML in it") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds {_kind(content)}, but a run file is a mapping of sections such as model:")
-    # A section whose every line is commented out stands for its defaults.
-    return {key: value for key, value in content.items() if value is not None}
 
 
 def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> list[str]:
@@ -139,16 +127,6 @@ def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> list[st
     return keys
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """'; did you mean X?' with the nearest of `names`, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
-
-
 def _merge(base: Any, over: Any) -> Any:
     """`over` on top of `base`, section by section."""
     if isinstance(base, dict) and isinstance(over, dict):
@@ -159,30 +137,21 @@ def _merge(base: Any, over: Any) -> Any:
 def _unknown_options(unknown: list[str]) -> Iterator[str]:
     names = [token.split("=")[0] for token in unknown if token.startswith("-")]
     for name in names:
-        yield f"{COMMAND_LINE}: {name} is not an option{_nearest(name.lstrip('-'), option='--')}"
+        about = about_unknown(name.lstrip("-"), dotted_keys(), shown=lambda key: f"--{key}")
+        yield f"{COMMAND_LINE}: {name} is not an option{about}"
     if unknown and not names:
         yield f"{COMMAND_LINE}: {' '.join(unknown)} does not belong to any option"
 
 
-def _nearest(key: str, option: str = "") -> str:
-    """A suggestion for a mistyped dotted key: the same name in another section, else the nearest of all."""
-    # The section that it stands in is no advice.
-    valid = [name for name in dotted_keys() if not key.startswith(f"{name}.")]
-    leaf = key.split(".")[-1]
-    elsewhere = [name for name in valid if name.split(".")[-1] == leaf]
-    return did_you_mean(option + (elsewhere[0] if elsewhere else key), [option + name for name in valid])
-
-
-def _explain(error: Any, path: Path, overrides: dict[str, Any]) -> str:
+def _explain(error: Any, path: Path, content: dict[str, Any], overrides: dict[str, Any]) -> str:
     """One line on one pydantic error: where the value came from, its dotted key, the value and what is allowed."""
-    where: Any = path
-    given: Any = overrides
-    for part in error["loc"]:
-        given = given.get(part, MISSING) if isinstance(given, dict) else MISSING
-    if error["loc"] and given is not MISSING:
-        where = COMMAND_LINE
-    key, value = _dotted(error["loc"]), _shown(error["input"])
     message = error["msg"].removeprefix("Value error, ")
+    where = str(path)
+    if _given(error["loc"], overrides):
+        where = COMMAND_LINE
+    elif error["type"] == "value_error":
+        where = _blamed(message, path, content, overrides)
+    key, value = _dotted(error["loc"]), _shown(error["input"])
     match error["type"]:
         case "value_error":
             return f"{where}: {message}"
@@ -192,8 +161,30 @@ def _explain(error: Any, path: Path, overrides: dict[str, Any]) -> str:
             return f"{where}: {key} is missing{_meaning(error['loc'])}"
         case "model_type" | "model_attributes_type":
             return f"{where}: {key} is {value}, but it is a section of settings{_meaning(error['loc'])}"
+        case "string_type" if isinstance(error["input"], (bool, int, float)):
+            return f"{where}: {key} is {value}: input should be a text; in YAML, put it in quotes"
         case _:
             return f"{where}: {key} is {value}: {message[0].lower()}{message[1:]}"
+
+
+def _blamed(message: str, path: Path, content: dict[str, Any], overrides: dict[str, Any]) -> str:
+    """Who gave the settings that a message names as contradicting each other: the file, the command line or both."""
+    named = [key.split(".") for key in dotted_keys() if re.search(rf"(?<![\w.-]){re.escape(key)}(?![\w.])", message)]
+    if not any(_given(key, overrides) for key in named):
+        return str(path)
+    from_file = any(_given(key, content) and not _given(key, overrides) for key in named)
+    return f"{path} and {COMMAND_LINE}" if from_file else COMMAND_LINE
+
+
+def _given(loc: Sequence[int | str], overrides: Any) -> bool:
+    """True if `overrides` hold what stands at this place, or what it is a part of."""
+    for part in loc:
+        if not isinstance(overrides, dict):
+            return True
+        if part not in overrides:
+            return False
+        overrides = overrides[part]
+    return bool(loc) and not isinstance(overrides, dict)
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
@@ -204,16 +195,17 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = {None: "null", True: "true", False: "false"}.get(value, "") if isinstance(value, (bool, type(None))) else ""
+    text = text or repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:
     """The nearest valid key; inside a list, among the keys of its entries."""
     if not any(isinstance(part, int) for part in loc):
-        return _nearest(_dotted(loc))
+        return about_unknown(_dotted(loc), dotted_keys())
     section = _section(loc[:-1])
-    return did_you_mean(str(loc[-1]), section.model_fields) if section else ""
+    return about_unknown(str(loc[-1]), list(section.model_fields)) if section else ""
 
 
 def _meaning(loc: tuple[int | str, ...]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from dsdpo.config.section import PathText, Section
+from dsdpo.config.section import FolderText, PathText, Section
 
 AUTO = "auto"
 SYNC_SETTINGS = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
@@ -186,7 +186,7 @@ class ReferenceConfig(Section):
     """Share of the policy in the moved reference; 1 copies it."""
     ref_model_sync_steps: PositiveInt = 512
     """Optimizer steps between two moves."""
-    store: Annotated[str | None, Field(min_length=1)] = None
+    store: FolderText | None = None
     """Folder that precomputed log-probs are kept in and taken from; null: beside the prepared data (data.cache_dir)."""
     audit_rows: NonNegativeInt = 16
     """Pairs per data set that are scored again to check those found in the store; 0: none."""

@@ -19,10 +19,11 @@ from pydantic import (
 )
 
 from dsdpo.config.data import DataConfig
+from dsdpo.config.durations import Duration, PositiveDuration
 from dsdpo.config.lora import LoraConfig
 from dsdpo.config.loss import LOSSES, LossConfig, listed
 from dsdpo.config.reference import AUTO, STRATEGIES, ReferenceConfig
-from dsdpo.config.section import PathText, Section
+from dsdpo.config.section import FolderText, PathText, Section
 
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
@@ -181,16 +182,16 @@ class CheckpointConfig(Section):
     """The held-out metric of keep_best: a lower loss, a higher accuracy or margin is better."""
     save_attempts: PositiveInt = 5
     """Failures to save in a row, as on a full disk, before the run ends; training goes on between attempts."""
-    save_pause: timedelta = timedelta(seconds=30)
+    save_pause: Duration = timedelta(seconds=30)
     """Time between attempts to save after the last step or before stopping, as HH:MM:SS or seconds."""
-    resume: Annotated[str | None, Field(min_length=1)] = None
+    resume: FolderText | None = None
     """auto: go on from the newest whole checkpoint in output_dir, from the start if there is none; or one's path."""
     allow_changes: tuple[str, ...] = ()
     """Settings, by dotted name, that may differ from the checkpoint's although they change the mathematics."""
     allow_other_reference: bool = False
     """Resume although the reference is not the checkpoint's. Recorded in identity.json."""
-    deadline: timedelta | None = None
-    """Time from the start, as HH:MM:SS or seconds, after which to save and stop before the next step."""
+    deadline: PositiveDuration | None = None
+    """Time from the start, as HH:MM:SS, D-HH:MM:SS or seconds, after which to save and stop before the next step."""
 
 
 class ExportConfig(Section):
@@ -235,7 +236,7 @@ class DistributedConfig(Section):
 
     timeout_minutes: PositiveFloat = 30
     """Minutes a collective may wait for the other ranks before the run fails."""
-    lost_after: timedelta = timedelta(minutes=3)
+    lost_after: PositiveDuration = timedelta(minutes=3)
     """Time without a sign of life, as HH:MM:SS or seconds, after which a rank is taken for lost and the others end."""
 
 
@@ -256,7 +257,7 @@ class RunConfig(Section):
     distributed: DistributedConfig = DistributedConfig()
     deepspeed: PathText
     """DeepSpeed JSON of the policy engine."""
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: FolderText
     """Folder for everything the run writes."""
     overwrite_output_dir: bool = False
     """Write into output_dir even if it is not empty."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+NULLS = ("None", "null", "Null", "NULL", "~")
+LARGEST_INT = 2**63 - 1  # what a tensor can count to
 
 
 def _beside_run_file(path: str, info: ValidationInfo) -> str:
     """The path as given if it exists from here, else the same path beside the run file, else as given."""
+    path = os.path.expanduser(path)
     folder = (info.context or {}).get("folder")
     if folder is None or os.path.exists(path):
         return path
@@ -19,6 +26,8 @@ def _beside_run_file(path: str, info: ValidationInfo) -> str:
 
 # A file or folder, or for models and data also a Hub id: so a path that is nowhere stays as it is.
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_beside_run_file)]
+# A folder that the run may make: from here, never beside the run file.
+FolderText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
@@ -27,3 +36,41 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    @field_validator("*", mode="before", check_fields=False)
+    @classmethod
+    def _means_what_it_says(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python and YAML write null, true and numbers in more ways than pydantic keeps apart."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str) and value in NULLS:
+            if _takes(annotation, type(None)):
+                return None
+            raise PydanticCustomError("null", "this setting has no null; give a value or leave it out")
+        if value is None and not _takes(annotation, type(None)):
+            raise PydanticCustomError("null", "this setting has no null; give a value or leave it out")
+        if _holds_bool(value) and not _takes(annotation, bool):
+            raise PydanticCustomError("bool_as_number", "true and false are no values of this setting")
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            raise PydanticCustomError("too_large", "larger than any number that a run could count to")
+        return value
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    """True if a value of this kind may stand somewhere in the annotated type; sections look after their own."""
+    if annotation is Any or annotation is kind:
+        return True
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return kind is not type(None)
+    inner: Iterable[Any] = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _takes(next(iter(inner)), kind)
+    if kind is type(None) and get_origin(annotation) not in (Union, types.UnionType):
+        return False
+    return any(_takes(each, kind) for each in inner if each is not Ellipsis)
+
+
+def _holds_bool(value: Any) -> bool:
+    """True for a boolean, or a list or mapping with one in it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(isinstance(each, bool) for each in (value if isinstance(value, (list, tuple)) else [value]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dsdpo.config.load import check_deepspeed_files
 from dsdpo.config.reference_plan import ReferencePlan, plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.data.batch import PreferenceBatch
@@ -175,8 +176,9 @@ def resolve_configs(
     run: RunConfig, run_file: str | Path, *, hidden_size: int, total_steps: int | None, ranks: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The DeepSpeed configs of policy and reference, complete."""
+    check_deepspeed_files(run)
     policy = resolve_policy_config(
-        read_named_json(run.deepspeed, key="deepspeed"),
+        read_deepspeed_json(run.deepspeed),
         source=run.deepspeed,
         run=run,
         world_size=ranks,
@@ -186,7 +188,7 @@ def resolve_configs(
     )
     own = run.reference.deepspeed
     reference = resolve_reference_config(
-        read_named_json(own, key="reference.deepspeed") if own else None,
+        read_deepspeed_json(own) if own else None,
         policy_config=policy,
         source=own,
         run=run,
@@ -195,16 +197,6 @@ def resolve_configs(
         run_source=run_file,
     )
     return policy, reference
-
-
-def read_named_json(path: str, *, key: str) -> dict[str, Any]:
-    """The DeepSpeed JSON that a setting names. Raises `ConfigError`, naming the setting if there is no such file."""
-    if not Path(path).exists():
-        raise ConfigError(
-            f"{key}: no file {path} in {Path.cwd()} or beside the run file; give a DeepSpeed JSON such as "
-            "ds_configs/zero3.json"
-        )
-    return read_deepspeed_json(path)
 
 
 def check_output_folder(run: RunConfig) -> None:

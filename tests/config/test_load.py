@@ -1,11 +1,15 @@
 """RUN.yaml and the command line: what wins, what is refused and in which words."""
 
+import os
+import subprocess
+import sys
 import textwrap
+import time
 
 import pytest
 import yaml
 
-from dsdpo.config.load import dotted_keys, dump_yaml, load_run, run_parser
+from dsdpo.config.load import check_deepspeed_files, dotted_keys, dump_yaml, load_run, run_parser
 from dsdpo.config.loss import LOSSES, listed
 from dsdpo.errors import ConfigError
 
@@ -184,3 +188,173 @@ def test_help_shows_every_setting_within_100_columns(capsys):
     # argparse does not break one long list of choices.
     assert [line for line in text.splitlines() if len(line) > 100 and "{" not in line] == []
     assert "None" not in text
+
+
+DURATIONS = {
+    "3600": 3600,
+    "1.5": 1.5,
+    "12:00": 720,
+    "90:00": 5400,
+    "12:00:00": 43200,
+    "1:30:00": 5400,
+    "01:30:00": 5400,
+    "1-00:00:00": 86400,
+    "1-12": 129600,
+    "PT30S": 30,
+}
+
+
+@pytest.mark.parametrize("text", DURATIONS)
+def test_a_length_of_time_is_the_same_in_yaml_quoted_or_not_and_on_the_command_line(text):
+    in_yaml = load(GOOD + f"checkpoint: {{deadline: {text}}}\n")[0]
+    quoted = load(GOOD + f"checkpoint: {{deadline: '{text}'}}\n")[0]
+    option = load(GOOD, "--checkpoint.deadline", text)[0]
+    for run in (in_yaml, quoted, option, load(dump_yaml(option), name="again.yaml")[0]):
+        assert run.checkpoint.deadline.total_seconds() == DURATIONS[text]
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-5", "-00:10:00", "1:90", "1:60:00", "1-25", "soon", "2h", "nan", "1e300", "true", "''"]
+)
+def test_what_is_no_length_of_time_is_refused(text):
+    for key in ("checkpoint.deadline", "distributed.lost_after"):
+        section, name = key.split(".")
+        assert f"run.yaml: {key} is " in refusal(GOOD + f"{section}: {{{name}: {text or chr(39) * 2}}}\n")
+        assert f"command line: {key} is " in refusal(GOOD, f"--{key}={text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "key", "value"),
+    [
+        ("", ["--train.seed", "010"], "train.seed", 10),
+        ("train: {seed: 010}", [], "train.seed", 10),
+        ("train: {seed: 1_000}", [], "train.seed", 1000),
+        ("train: {seed: 0x10}", [], "train.seed", 16),
+        ("evaluation: {at_start: no}", [], "evaluation.at_start", False),
+        ("reference: {revision: 2024-01-01}", [], "reference.revision", "2024-01-01"),
+        ("reference: {path: None}", [], "reference.path", None),
+        ("reference: {path: 'null'}", [], "reference.path", None),
+        ("reference: {path: ~}", [], "reference.path", None),
+        ("reference: {path: x}", ["--reference.path", "None"], "reference.path", None),
+        ("reference: {path: x}", ["--reference.path", "null"], "reference.path", None),
+        ("", ["--data.eval", "null"], "data.eval", None),
+        ("", ["--data.eval=null"], "data.eval", None),
+    ],
+)
+def test_values_mean_what_they_say(text, options, key, value):
+    run, _ = load(GOOD.replace("train: some/data", "train: some/data, eval: held/out") + text + "\n", *options)
+    for name in key.split("."):
+        run = getattr(run, name)
+    assert run == value
+
+
+def test_a_home_folder_is_found_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = """
+    model: {path: ~/model, tokenizer: ~/tokenizer, chat_template: ~/chat.jinja, lora: {path: ~/adapter}}
+    data: {train: ~/rows, eval: [{path: ~/held_out}], cache_dir: ~/cache}
+    reference: {strategy: precomputed, path: ~/reference, deepspeed: ~/r.json, store: ~/store}
+    checkpoint: {resume: ~/run/checkpoints/step-000001}
+    deepspeed: ~/ds.json
+    output_dir: ~/run
+    """
+    written = dump_yaml(load(text)[0])
+    assert "~" not in written
+    assert written.count("/home/someone/") == 13
+    assert load(GOOD, "--output_dir=~/run")[0].output_dir == "/home/someone/run"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "begins", "mentions"),
+    [
+        ("loss: {beta: true}", [], "run.yaml: ", "loss.beta is true: true and false are no values of this setting"),
+        ("train: {max_steps: true}", [], "run.yaml: ", "train.max_steps is true"),
+        ("", ["--train.max_steps", "true"], "command line: ", "train.max_steps is 'true'"),
+        ("train: {seed: 12:30}", [], "run.yaml: ", "train.seed is '12:30'"),
+        ("train: {seed: " + "9" * 30 + "}", [], "run.yaml: ", "larger than any number"),
+        ("train: {seed: " + "9" * 5000 + "}", [], "run.yaml: ", "not valid YAML"),
+        ("reference: {revision: 123}", [], "run.yaml: ", "put it in quotes"),
+        ("", ["--data.train", "null"], "command line: ", "data.train is null"),
+        ("", ["--data.train", '{"path": "a", "wieght": 2}'], "command line: ", "did you mean weight?"),
+        ("", ["--data.train", '{"path"'], "command line: ", "check brackets and quotes"),
+        ("", ["--model", "null"], "command line: ", "model is null"),
+        ("", ["--loss", "3"], "command line: ", "loss is 3"),
+        ("", ["--batch.pairs_per_micro_batch", "128"], "command line: ", "is more than batch.pairs_per_step 64"),
+        ("batch: {pairs_per_micro_batch: 128}", [], "run.yaml: ", "is more than batch.pairs_per_step 64"),
+        (
+            "batch: {pairs_per_step: 100}",
+            ["--batch.pairs_per_micro_batch", "128"],
+            "run.yaml and command line: ",
+            "is more than batch.pairs_per_step 100",
+        ),
+    ],
+)
+def test_whoever_gave_the_value_is_blamed(text, options, begins, mentions):
+    message = refusal(GOOD.replace("loss:   # all defaults\n", "") + text + "\n", *options)
+    assert message.startswith(begins)
+    assert mentions in message
+    assert "\n" not in message
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "mentions"),
+    [
+        (BOMB, "aliases stand for more than"),
+        ("a: &a [*a]", "run.yaml:1: an alias stands within"),
+        ("[" * 50_000, "nested more than"),
+        ("a: " + "{a: " * 50_000, "nested more than"),
+        ("- " * 50_000 + "a", "nested more than"),
+        ("a: !!int abc", "not valid YAML"),
+        ("a: !!bool maybe", "not valid YAML"),
+        ("a: !!timestamp never", "not valid YAML"),
+        ("a: !!python/object:os.system x", "run.yaml:1: not valid YAML"),
+        ("a: b\n---\nc: d", "run.yaml:2: not valid YAML"),
+    ],
+    ids=range(10),
+)
+def test_hostile_yaml_is_refused_at_once(text, mentions):
+    started = time.process_time()
+    assert mentions in refusal(text)
+    assert time.process_time() - started < 3
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(folder):
+    os.mkfifo(folder / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: .*a pipe"):
+        load_run(["pipe.yaml"], run_parser("dsdpo train", "Train."))
+    with pytest.raises(ConfigError, match="a pipe or device"):
+        load_run(["/dev/zero"], run_parser("dsdpo train", "Train."))
+
+
+def test_a_missing_deepspeed_json_is_named(folder):
+    (folder / "ds.json").write_text("{}")
+    check_deepspeed_files(load(GOOD)[0])
+    with pytest.raises(ConfigError, match=r"reference\.deepspeed: no file nowhere\.json"):
+        check_deepspeed_files(load(GOOD, "--reference.deepspeed", "nowhere.json")[0])
+    os.mkfifo(folder / "pipe.json")
+    with pytest.raises(ConfigError, match=r"deepspeed: not a regular file: pipe\.json"):
+        check_deepspeed_files(load(GOOD, "--deepspeed", "pipe.json")[0])
+
+
+@pytest.mark.parametrize("columns", [70, 80, 100])
+def test_help_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        load_run(["--help"], run_parser("dsdpo train", "Train."))
+    lines = capsys.readouterr().out.splitlines()
+    # argparse does not break one long word, such as a list of choices.
+    assert [line for line in lines if len(line) > columns and len(line.split()) > 1 and "{" not in line] == []
+    assert max(map(len, lines)) > columns - 15
+
+
+def test_the_version_costs_no_imports():
+    code = "import sys, dsdpo.__main__ as m\n"
+    code += "[m.main([word]) for word in ('--version', 'help')]; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert answer.startswith("dsdpo 0.1.0\ntorch 2")
+    assert answer.endswith("False\n")
