@@ -14,6 +14,7 @@ from dsdpo.errors import DsdpoError, LostRankError, TrainingError
 
 COMMANDS = {
     "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
+    "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
     "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
     "demo": "make a small model and data set, train on two ranks and show what happened",
     "plot": "draw the metrics of a run: dsdpo plot RUN_FOLDER",

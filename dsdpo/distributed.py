@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from dsdpo.errors import DsdpoError
 
 T = TypeVar("T")
 STORE_ANSWERS = timedelta(seconds=20)
+SIGN_S, SILENT_S = 2.0, 300.0  # between signs of life of a rank that others wait for, and until it counts as lost
 PIECE = 1 << 22  # elements of an array that travel at once
 
 
@@ -112,6 +114,62 @@ def own_store() -> Any:
     store = store.clone()
     store.set_timeout(STORE_ANSWERS)
     return store
+
+
+_shifts = 0  # of `on_some_ranks` in this process: all ranks count alike
+
+
+def on_some_ranks(works: bool, work: Callable[[], T], *, silent_s: float = SILENT_S) -> T | None:
+    """What `work` gives on the ranks that do it; the others wait for as long as it takes, and get None. Collective.
+
+    Unlike in a collective of the process group, waiting has no time limit: only when no working rank has given a sign
+    of life for `silent_s` is it an error. What `work` raises is raised on all ranks.
+    """
+    global _shifts
+    _shifts += 1
+    with all_or_none():
+        if world_size() == 1:
+            return work() if works else None
+        shift = f"dsdpo/shift/{_shifts}"
+        store, stop = own_store(), threading.Event()
+        beat = threading.Thread(target=_give_signs, args=(shift, stop), daemon=True, name="signs of life")
+        try:
+            if works:
+                beat.start()
+            result = work() if works else None
+        finally:
+            stop.set()
+            store.set(f"{shift}/done/{rank()}", "")
+        _await_all(store, shift, silent_s)
+    return result
+
+
+def _give_signs(shift: str, stop: threading.Event) -> None:
+    """Count up until told to stop."""
+    with suppress(RuntimeError):  # rank 0, which keeps the store, is gone: whoever waits says so
+        store = own_store()
+        while not stop.wait(SIGN_S):
+            store.add(f"{shift}/signs", 1)
+
+
+def _await_all(store: Any, shift: str, silent_s: float) -> None:
+    """Wait until all ranks have done their share. Raises DsdpoError once there is neither that nor a sign of life."""
+    keys = [f"{shift}/done/{peer}" for peer in range(world_size())]
+    signs, heard = -1, time.monotonic()
+    try:
+        while not store.check(keys):
+            now = store.add(f"{shift}/signs", 0)
+            if now != signs:
+                signs, heard = now, time.monotonic()
+            if time.monotonic() - heard > silent_s:
+                missing = [str(peer) for peer, key in enumerate(keys) if not store.check([key])]
+                raise DsdpoError(
+                    f"rank {' and '.join(missing)} gave no sign of life for {silent_s:.0f} s while others waited for "
+                    "its data: see what became of its process"
+                )
+            time.sleep(0.2)
+    except RuntimeError as error:
+        raise DsdpoError("the process group's store no longer answers: rank 0 is gone") from error
 
 
 def part(seconds: float) -> None:

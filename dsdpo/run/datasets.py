@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from dsdpo.config.data import SourceConfig
@@ -10,11 +12,20 @@ from dsdpo.config.run import RunConfig
 from dsdpo.console import say
 from dsdpo.data.binning import LayoutName, MicroBatchBudget, longest_sequences
 from dsdpo.data.dates import settled_date
-from dsdpo.data.pairs import Pairs, open_pairs
+from dsdpo.data.pairs import Pairs, SourceFacts, open_pairs
 from dsdpo.data.sources import DefaultSplit
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
-from dsdpo.distributed import all_or_none, broadcast_object, gather_objects, local_rank, rank, world_size
+from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.distributed import (
+    all_or_none,
+    broadcast_object,
+    gather_objects,
+    local_rank,
+    on_some_ranks,
+    rank,
+    world_size,
+)
 from dsdpo.errors import ConfigError, DataError
 from dsdpo.training.checkpoint import read_state
 from dsdpo.training.resume import find_checkpoint
@@ -29,10 +40,8 @@ def prepare_windows(
     layout: LayoutName,
 ) -> BatchSource:
     """The token pairs of some sources, prepared by one rank of each node and opened by all. Collective."""
-    folder = None
-    with all_or_none():
-        if local_rank() == 0:
-            folder = prepare_pairs(sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
+    prepare = partial(prepare_pairs, sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
+    folder = on_some_ranks(local_rank() == 0, prepare)
     folders = gather_objects((local_node(), folder))
     pairs = open_pairs(next(path for node, path in folders if path is not None and node == local_node()))
     check_pairs(pairs, split, run, model)
@@ -59,6 +68,35 @@ def with_date(run: RunConfig, tokenizer: Any) -> RunConfig:
     if checkpoint is not None and run.data.date is None:
         found = read_state(checkpoint)["settings"]["data"].get("date") or found
     return run.model_copy(update={"data": run.data.model_copy(update={"date": found})})
+
+
+def prepare_data(run: RunConfig) -> Iterator[str]:
+    """Prepare the data of a run in this process; what became of it, in lines. No model is read but its tokenizer.
+
+    Raises `ConfigError` or `DataError`.
+    """
+    tokenizer = load_tokenizer(run.model)
+    run = with_date(run, tokenizer)
+    parts: list[tuple[str, list[SourceConfig] | None, DefaultSplit]] = [
+        ("held-out", run.data.eval, "test"), ("training", run.data.train, "train"),
+    ]  # fmt: skip
+    for name, sources, split in parts:
+        if sources:
+            folder = prepare_pairs(sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
+            pairs = open_pairs(folder)
+            if pairs.report.text:
+                yield f"{name} data: {pairs.report.text}"
+            yield f"{name} data: {len(pairs):,} pairs in {folder}"
+            yield from (f"  {describe_source(source)}" for source in pairs.sources)
+
+
+def describe_source(source: SourceFacts) -> str:
+    """What became of a source's rows, in a line."""
+    dropped = ", ".join(f"{count:,} {kind}" for kind, count in source.dropped.items())
+    return (
+        f"{source.path}: {source.rows:,} rows, {source.pairs:,} pairs, {source.tokens:,} tokens, "
+        f"dropped {dropped or 'none'}, {source.truncated:,} truncated, {source.duplicates:,} duplicates"
+    )
 
 
 def local_node() -> int:
