@@ -65,7 +65,7 @@ def prepare_pairs(
         _discard(folder)
     if not folder.is_dir():
         _check_writable(folder.parent)
-        chunks = folder.with_name(f".{folder.name}")
+        chunks = folder.with_name(f".{folder.name}-{encoder.date_used or 'undated'}")
         try:
             with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent, ignore_cleanup_errors=True) as made:
                 _make(Path(made) / "pairs", chunks, found, encoder, data=data, seed=seed, key=key)
