@@ -21,6 +21,7 @@ from torch.autograd.graph import save_on_cpu
 from dsdpo.data.batch import Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
+from dsdpo.objective.token_weights import TokenWeights
 
 # Of float32 logits alive at once: large products suit a GPU, and what fits its caches suits a CPU, which takes no more
 # time for 16 MiB than for 256 and a fifth less where memory comes fresh from the system.
@@ -109,20 +110,29 @@ def response_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> tupl
     """Summed log-prob (n, B) float32 and learned tokens (n, B) int64 of the responses of B groups, 0 where there is
     none, from one forward pass of `model`: a `ResponseScorer`, or the engine around one (then collective under ZeRO-3).
     """
-    summed = model(batch=batch)
-    tokens = torch.zeros(len(summed), dtype=torch.int64, device=summed.device)
-    tokens.index_add_(0, batch.response, torch.ones_like(batch.response))
     shape = batch.group_size, batch.num_pairs
-    return summed.view(shape), tokens.view(shape)
+    return model(batch=batch).view(shape), token_counts(batch).view(shape)
+
+
+def token_counts(batch: PreferenceBatch) -> Tensor:
+    """Learned tokens of each response, (nB,) int64."""
+    counts = torch.zeros(batch.num_responses, dtype=torch.int64, device=batch.response.device)
+    return counts.index_add_(0, batch.response, torch.ones_like(batch.response))
 
 
 class ResponseScorer(nn.Module):
     """A causal language model that answers a `PreferenceBatch` with log-probs (nB,) instead of logits."""
 
-    def __init__(self, lm: Any, *, activations_on_host: bool = False) -> None:
-        """`activations_on_host`: what the layers keep for the backward pass goes to the host and comes back for it."""
+    def __init__(
+        self, lm: Any, *, activations_on_host: bool = False, token_weights: TokenWeights | None = None
+    ) -> None:
+        """`activations_on_host`: what the layers keep for the backward pass goes to the host and comes back for it.
+
+        `token_weights`: how much each token counts in a response's sum; None: all alike.
+        """
         super().__init__()
         self.lm = lm
+        self.token_weights = token_weights
         self.activations_on_host = activations_on_host
         head = lm.get_output_embeddings()
         for linear in linear_heads(head):
@@ -136,18 +146,31 @@ class ResponseScorer(nn.Module):
             linear.__class__ = ChunkedHead
             vars(linear)["transform"] = LogitTransform.of(lm.config)
 
-    def forward(self, batch: PreferenceBatch) -> Tensor:
-        """Summed log-prob of each response, (nB,) float32: response k of group i at k * B + i."""
+    def forward(self, batch: PreferenceBatch, *, extras: tuple[str, ...] = ()) -> Tensor:
+        """Summed log-prob of each response, (nB,) float32: response k of group i at k * B + i.
+
+        With `extras`, a row of such sums for each after it, (1 + E, nB): "plain", the log-probs with every token
+        counted once; "alignment" and "entropy", see `ChunkedHead`, without gradient.
+        """
         decoder = self.lm.get_decoder()
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch, self.lm)}
         # Under gradient checkpointing these are the inputs of the blocks alone: what is within is recomputed.
         with save_on_cpu(pin_memory=True) if self.activations_on_host else nullcontext():
             hidden = decoder(**inputs, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.score_at)
-        logps = self.lm.get_output_embeddings()(hidden, batch.targets)
+        head, of_head = self.lm.get_output_embeddings(), tuple(name for name in extras if name != "plain")
+        if not extras:
+            return self._sum(head(hidden, batch.targets), batch, self.token_weights)
+        logps, *others = head(hidden, batch.targets, extras=of_head).view(1 + len(of_head), -1)
+        rows = {"plain": logps, **{name: row.detach() for name, row in zip(of_head, others, strict=True)}}
+        weighted = self._sum(logps, batch, self.token_weights)
+        return torch.stack([weighted, *(self._sum(rows[name], batch) for name in extras)])
+
+    def _sum(self, values: Tensor, batch: PreferenceBatch, weights: TokenWeights | None = None) -> Tensor:
         # Added up in float32, 3,000 tokens of the same log-prob lose half a nat, and on CUDA their order is chance.
-        summed = torch.zeros(batch.num_responses, dtype=torch.float64, device=logps.device)
-        return summed.index_add(0, batch.response, logps.double()).float()
+        wide = values.double() if weights is None else values.double() * weights(batch)
+        summed = torch.zeros(batch.num_responses, dtype=torch.float64, device=values.device)
+        return summed.index_add(0, batch.response, wide).float()
 
 
 def attention_inputs(batch: PreferenceBatch, lm: Any) -> dict[str, Any]:
@@ -203,13 +226,23 @@ class ChunkedHead(nn.Linear):
 
     transform: LogitTransform
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, chunk: int | None = None) -> Tensor:
-        """Log-prob (N,) float32 of `targets` (N,) after `hidden` (N, H), in chunks of `chunk` tokens."""
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        chunk: int | None = None,
+        extras: tuple[str, ...] = (),
+    ) -> Tensor:
+        """Log-prob (N,) float32 of `targets` (N,) after `hidden` (N, H), in chunks of `chunk` tokens.
+
+        With `extras`, a row for each after it, (1 + E, N), whose gradient is not taken: "alignment", the log-prob less
+        log Σ_v p(v)² (WPO); "entropy" of the distribution over the vocabulary, nats.
+        """
         if targets is None:
             return super().forward(hidden)
         live = CHUNK_BYTES_ON_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
         chunk = chunk or max(1, live // (4 * self.out_features))
-        return _ChunkedLogp.apply(hidden, self.weight, self.bias, targets, self.transform, chunk)
+        return _ChunkedLogp.apply(hidden, self.weight, self.bias, targets, self.transform, chunk, extras)
 
 
 class _ChunkedLogp(torch.autograd.Function):
@@ -222,20 +255,25 @@ class _ChunkedLogp(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         chunk: int,
+        extras: tuple[str, ...],
     ) -> Tensor:
-        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        rows = torch.empty(1 + len(extras), len(hidden), dtype=torch.float32, device=hidden.device)
+        logps = rows[0]
         normalizer = torch.empty_like(logps)
         for at in _slices(len(hidden), chunk):
             logits = _logits(hidden[at], weight, bias, transform)
             normalizer[at] = logits.logsumexp(-1)
             logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - normalizer[at]
+            for row, name in enumerate(extras, start=1):
+                rows[row, at] = _extra(name, logits, logps[at], normalizer[at])
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
         ctx.transform, ctx.chunk = transform, chunk
-        return logps
+        return rows if extras else logps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        grad = grad if grad.dim() == 1 else grad[0]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         # Sums over chunks stay in float32: adding chunk products in bfloat16 drifts with their number.
@@ -261,6 +299,7 @@ class _ChunkedLogp(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -269,6 +308,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logi
     if bias is not None:
         logits = logits + bias
     return transform(logits.float())
+
+
+def _extra(name: str, logits: Tensor, logps: Tensor, normalizer: Tensor) -> Tensor:
+    """(n,) of `ChunkedHead`'s extras for the logits (n, V) of a chunk."""
+    if name == "alignment":
+        return logps - ((2.0 * logits).logsumexp(-1) - 2.0 * normalizer)
+    return normalizer - (torch.exp(logits - normalizer[:, None]) * logits).sum(-1)
 
 
 def _slices(length: int, chunk: int) -> list[slice]:

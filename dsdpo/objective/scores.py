@@ -1,0 +1,55 @@
+"""What a policy's forward pass gives a loss beside summed log-probs, where the loss asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsdpo.config.loss import LossConfig
+from dsdpo.data.batch import PreferenceBatch
+from dsdpo.objective.logps import PairLogps, token_counts
+
+
+@dataclass(frozen=True)
+class PolicyScores:
+    """One forward pass over B pairs."""
+
+    logps: PairLogps  # with the loss's token weights, with gradient
+    chosen: Tensor  # (B,) log-prob of chosen with every token counted once; with gradient
+    likelihood: Tensor | None = None  # (B,) WPO: see `wpo_likelihood`
+    entropy: Tensor | None = None  # (2B,) mean over a response's tokens, nats
+
+
+def extras_of(loss: LossConfig, *, entropy: bool = False) -> tuple[str, ...]:
+    """What the scorer has to give beside its sums, by the names of `ResponseScorer.forward`."""
+    plain = loss.token_weights is not None and (loss.rpo_alpha is not None or "sft" in loss.types)
+    wanted = {"plain": plain, "alignment": loss.use_weighting, "entropy": entropy}
+    return tuple(name for name, needed in wanted.items() if needed)
+
+
+def policy_scores(model: Callable[..., Tensor], batch: PreferenceBatch, extras: tuple[str, ...] = ()) -> PolicyScores:
+    """One forward pass of the policy on pairs. Collective under ZeRO-3."""
+    assert batch.group_size == 2, f"groups of {batch.group_size} responses are no pairs"
+    answer = model(batch=batch, extras=extras) if extras else model(batch=batch)
+    rows = answer.view(1 + len(extras), 2, batch.num_pairs)
+    tokens = token_counts(batch).view(2, -1)
+    logps = PairLogps(rows[0, 0], rows[0, 1], tokens[0], tokens[1])
+    found = dict(zip(extras, rows[1:], strict=True))
+    return PolicyScores(
+        logps,
+        found["plain"][0] if "plain" in found else logps.chosen,
+        wpo_likelihood(found["alignment"], tokens) if "alignment" in found else None,
+        (found["entropy"] / tokens.clamp(min=1)).detach() if "entropy" in found else None,
+    )
+
+
+def wpo_likelihood(alignment: Tensor, tokens: Tensor) -> Tensor:
+    """WPO's weight of B pairs (Zhou et al. 2024, arXiv 2406.11827, eq. 2), without gradient.
+
+    For each response exp of the mean over its tokens of log p(token) − log Σ_v p(v)², `alignment` (2, B) being the sum
+    over tokens; the weights of both responses are multiplied.
+    """
+    return torch.exp((alignment / tokens.clamp(min=1)).sum(0)).detach()
