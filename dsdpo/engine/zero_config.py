@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsdpo.config.run import RunConfig
-from dsdpo.engine.deepspeed_keys import Config, find_mistakes, lookup
+from dsdpo.engine.deepspeed_keys import OPTIMIZERS, Config, find_mistakes, lookup
 from dsdpo.engine.zero_limits import (
+    NUMERIC_KEYS,
     batch_problems,
     inference_problems,
     left_auto,
@@ -45,6 +46,22 @@ REFERENCE_KEYS = (
 )  # fmt: skip
 
 
+# What only training has a use for: left out where a reference's JSON has it, whatever it says.
+TRAINING_KEYS = (
+    "gradient_clipping", "gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor", "checkpoint",
+    "activation_checkpointing", "managed_gradient_accumulation", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "train_batch_size", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "flops_profiler", "comms_logger", "tensorboard", "csv_monitor", "wandb", "comet", "compile", "dump_state",
+)  # fmt: skip
+# DeepSpeed 0.19's own, for "auto".
+DEFAULTS: dict[str, Any] = {
+    "stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000, "allgather_bucket_size": 500_000_000, "contiguous_gradients": True,
+    "reduce_scatter": True, "allgather_partitions": True, "round_robin_gradients": False,
+    "stage3_gather_16bit_weights_on_model_save": False,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Statement:
     """What the run says about one key of the JSON."""
@@ -58,13 +75,17 @@ class _Statement:
 def read_deepspeed_json(path: str | Path) -> Config:
     """The content of a DeepSpeed JSON, null keys left out. Raises `ConfigError` naming the file, and line if known."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a DeepSpeed JSON: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file with JSON in it") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: blocks stand inside blocks too deep to be a DeepSpeed JSON") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path}: not a DeepSpeed JSON: {error}") from error
     except KeyError as error:
         raise ConfigError(f"{path}: the key {error.args[0]} stands twice in one block") from error
     if not isinstance(content, dict):
@@ -90,13 +111,16 @@ def resolve_policy_config(
     """
     _refuse(source, find_mistakes(raw))
     config = copy.deepcopy(raw)
+    _fill_typical_auto(config)
     statements = [*_precision(run), *_optimizer(config, run), *_schedule(config, run, total_steps)]
     problems = [*_settle(config, [*statements, *_sizes(hidden_size)], run_source)]
     problems += _schedule_problems(config, run, run_source)
     problems += batch_problems(config, run, run_source)
     _keep_books(config, world_size)
     config["managed_gradient_accumulation"] = False
-    if "optimizer" not in config:
+    # Which waits for the device before every micro-batch of a training engine; dsdpo has timers that do not.
+    config["timers"] = {"throughput": {"enabled": False}} | config.get("timers", {})
+    if str(lookup(config, "optimizer.type")).lower() not in OPTIMIZERS:  # ours, or one of torch's
         config.setdefault("zero_allow_untested_optimizer", True)
     problems += type_problems(config)
     problems += [*left_auto(config)] or [*training_problems(config, run), *stage_problems(config, world_size)]
@@ -117,12 +141,15 @@ def resolve_reference_config(
     """The reference engine's config: `raw` filled from the run, or where it is None, derived from the policy's.
 
     Derived: no optimizer, no schedule, the policy's precision, stage 3 from 3 with the policy's parameter offload,
-    else stage 0. Raises `ConfigError` as `resolve_policy_config` does, also for what two engines cannot share.
+    else stage 0. So too where `raw` is the policy's own JSON. What decides the policy's numbers is taken over where
+    `raw` leaves it open. Raises `ConfigError` as `resolve_policy_config` does, also for what two engines cannot share.
     """
     if raw is None:
         return _derive_reference(policy_config, world_size)
     _refuse(source, find_mistakes(raw))
-    config = copy.deepcopy(raw)
+    config = {key: copy.deepcopy(value) for key, value in raw.items() if key not in TRAINING_KEYS}
+    _fill_typical_auto(config)
+    _take_over_numerics(config, policy_config)
     problems = [*_settle(config, [*_precision(run), *_sizes(hidden_size)], run_source)]
     problems += inference_problems(config)
     _keep_books(config, world_size)
@@ -130,6 +157,11 @@ def resolve_reference_config(
     problems += sharing_problems(config, policy_config)
     _refuse(source, problems)
     return config
+
+
+def serves_both(raw: Config | None, policy_raw: Config) -> bool:
+    """True if a reference's JSON is the policy's: then it is read as "derive the reference's from this"."""
+    return raw is not None and raw == policy_raw
 
 
 def stage(config: Config) -> int:
@@ -213,7 +245,11 @@ def _optimizer(config: Config, run: RunConfig) -> Iterator[_Statement]:
         return
     yield _Statement("optimizer.params.lr", ours.learning_rate, "optimizer.learning_rate")
     yield _Statement("optimizer.params.weight_decay", ours.weight_decay, "optimizer.weight_decay")
-    if str(config["optimizer"].get("type")).lower() in ("adam", "adamw"):
+    kind = str(config["optimizer"].get("type")).lower()
+    if kind == "lion":
+        betas = [ours.adam_beta1, ours.adam_beta2]
+        yield _Statement("optimizer.params.betas", betas, "optimizer.adam_beta1 and adam_beta2", if_absent=False)
+    if kind in ("adam", "adamw"):
         betas = [ours.adam_beta1, ours.adam_beta2]
         yield _Statement("optimizer.params.betas", betas, "optimizer.adam_beta1 and adam_beta2")
         yield _Statement("optimizer.params.eps", ours.adam_epsilon, "optimizer.adam_epsilon")
@@ -263,6 +299,25 @@ def _sizes(hidden_size: int) -> list[_Statement]:
 def _keep_books(config: Config, world_size: int) -> None:
     """DeepSpeed wants a batch triple; where dsdpo owns gradient accumulation it only counts samples with it."""
     config |= {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+
+
+def _fill_typical_auto(config: Config) -> None:
+    """DeepSpeed's defaults for "auto" in keys that Hugging Face's examples write so and transformers leaves to it."""
+    zero: Config = config.get("zero_optimization", {})
+    for key, default in DEFAULTS.items():
+        if zero.get(key) == "auto":
+            zero[key] = default
+
+
+def _take_over_numerics(config: Config, policy: Config) -> None:
+    """Fill what an engine computes with from the policy, where a reference's JSON says nothing of it."""
+    for name in ("torch_autocast", "data_types"):
+        theirs = {key: value for key, value in policy.get(name, {}).items() if f"{name}.{key}" in NUMERIC_KEYS}
+        if theirs:
+            config[name] = copy.deepcopy(theirs) | config.get(name, {})
+    quantized = lookup(policy, "zero_optimization.zero_quantized_weights")
+    if quantized is not None and lookup(config, "zero_optimization.stage") == 3:
+        config["zero_optimization"].setdefault("zero_quantized_weights", quantized)
 
 
 def _derive_reference(policy: Config, world_size: int) -> Config:

@@ -5,6 +5,7 @@ Each function yields one message per problem; `zero_config` puts the file's name
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,13 @@ from dsdpo.config.load import did_you_mean
 from dsdpo.config.run import RunConfig
 from dsdpo.engine.deepspeed_keys import OPTIMIZERS, SCHEDULES, Config, lookup
 
+MONITORS = {"tensorboard": "tensorboard", "comet": "comet_ml"}  # block -> the package it takes
+# What an engine computes with, beside its dtype: policy and reference must have the same.
+NUMERIC_KEYS = (
+    "torch_autocast.enabled", "torch_autocast.dtype", "torch_autocast.lower_precision_safe_modules",
+    "data_types.param_dtype", "data_types.buffer_dtype", "data_types.keep_in_fp32_modules",
+    "zero_optimization.zero_quantized_weights",
+)  # fmt: skip
 # "auto" that is a value of DeepSpeed's own.
 KEPT_AUTO = ("data_types.keep_in_fp32_modules",)
 
@@ -96,10 +104,39 @@ def training_problems(config: Config, run: RunConfig) -> Iterator[str]:
         )
 
 
+def reduction_problems(config: Config) -> Iterator[str]:
+    """What DeepSpeed refuses beside `reduce_scatter`, which is its default."""
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) < 2 or zero.get("reduce_scatter") is False:
+        return
+    if config.get("prescale_gradients"):
+        yield f"prescale_gradients is true, which stage {zero['stage']} refuses with reduce_scatter: delete it"
+    if (factor := config.get("gradient_predivide_factor", 1)) != 1:
+        yield (
+            f"gradient_predivide_factor is {factor}, which stage {zero['stage']} refuses with reduce_scatter: delete it"
+        )
+    if str(lookup(config, "optimizer.type")).lower() == "muon" and zero["stage"] == 3:
+        yield (
+            "optimizer.type Muon takes whole gradients, which stage 3 has without zero_optimization.reduce_scatter "
+            'only: write "reduce_scatter": false, or use stage 1 or 2'
+        )
+
+
+def package_problems(config: Config) -> Iterator[str]:
+    """Monitors and optimizers whose package is not installed."""
+    kind = str(lookup(config, "optimizer.type")).lower()
+    if kind in ("muadam", "muadamw", "musgd") and importlib.util.find_spec("mup") is None:
+        yield f"optimizer.type {config['optimizer']['type']} needs the package mup, which is not installed: install it"
+    for block, package in MONITORS.items():
+        if lookup(config, f"{block}.enabled") and importlib.util.find_spec(package) is None:
+            yield f"{block}.enabled is true, but the package {package} is not installed: install it or delete {block}"
+
+
 def stage_problems(config: Config, world_size: int) -> Iterator[str]:
     """Blocks that do not go with the ZeRO stage."""
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
+    yield from reduction_problems(config)
     yield from _offload_problems(zero, stage)
     if zero.get("overlap_comm") and stage < 2:
         yield (
@@ -143,7 +180,14 @@ def inference_problems(config: Config) -> Iterator[str]:
 
 
 def sharing_problems(config: Config, policy: Config) -> Iterator[str]:
-    """What a reference and a policy in one process cannot both have."""
+    """What a reference and a policy in one process cannot both have, and what decides numbers, which both must have."""
+    for key in NUMERIC_KEYS:
+        mine, given = lookup(config, key), lookup(policy, key)
+        if mine != given:
+            yield (
+                f"{key} is {json.dumps(mine)}, but the policy's DeepSpeed JSON has {json.dumps(given)}: the two would "
+                "differ before any training; make them agree"
+            )
     path = "zero_optimization.offload_param.nvme_path"
     theirs = [lookup(policy, path), lookup(policy, "zero_optimization.offload_optimizer.nvme_path")]
     ours = lookup(config, path)

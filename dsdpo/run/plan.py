@@ -24,7 +24,7 @@ from dsdpo.data.tokenize import cache_folder
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.distributed import all_or_none, rank, world_size
 from dsdpo.engine.adapter_folder import check_adapter
-from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config
+from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config, serves_both
 from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows, with_date
@@ -125,6 +125,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     from dsdpo.engine.lora import check_fresh_adapter
 
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
+    ask_deepspeed(run, resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=world_size()))
     check_fresh_adapter(run.model)
     run = with_date(run, tokenizer)
     # The smaller part first: its mistakes are not worth waiting for the larger one.
@@ -177,8 +178,9 @@ def resolve_configs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The DeepSpeed configs of policy and reference, complete."""
     check_deepspeed_files(run)
+    raw = read_deepspeed_json(run.deepspeed)
     policy = resolve_policy_config(
-        read_deepspeed_json(run.deepspeed),
+        raw,
         source=run.deepspeed,
         run=run,
         world_size=ranks,
@@ -187,8 +189,9 @@ def resolve_configs(
         run_source=run_file,
     )
     own = run.reference.deepspeed
+    raw_reference = read_deepspeed_json(own) if own else None
     reference = resolve_reference_config(
-        read_deepspeed_json(own) if own else None,
+        None if serves_both(raw_reference, raw) else raw_reference,
         policy_config=policy,
         source=own,
         run=run,
@@ -197,6 +200,17 @@ def resolve_configs(
         run_source=run_file,
     )
     return policy, reference
+
+
+def ask_deepspeed(run: RunConfig, configs: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Raise `ConfigError` for configs of policy and reference that DeepSpeed itself refuses. Collective."""
+    from dsdpo.engine.trial import check_with_deepspeed
+
+    policy, reference = configs
+    check_with_deepspeed(policy, source=run.deepspeed, trains=True)
+    if plan_reference(run).own_engine:
+        source = run.reference.deepspeed or f"{run.deepspeed}, from which the reference's is derived"
+        check_with_deepspeed(reference, source=source, trains=False)
 
 
 def check_output_folder(run: RunConfig) -> None:

@@ -12,7 +12,9 @@ import torch
 from dsdpo.config.run import RunConfig
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
-from dsdpo.engine.zero_config import offload_device, stage
+from dsdpo.engine.config_remarks import json_remarks
+from dsdpo.engine.deepspeed_keys import untested_deepspeed
+from dsdpo.engine.zero_config import TRAINING_KEYS, offload_device, read_deepspeed_json, serves_both, stage
 from dsdpo.run.plan import Plan
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
@@ -39,7 +41,7 @@ def describe_plan(plan: Plan) -> str:
 
 def remarks(plan: Plan) -> list[str]:
     """What a user may not have meant, and what would do the same for less."""
-    sync, found = plan.reference.sync, []
+    sync, found = plan.reference.sync, deepspeed_remarks(plan)
     if sync and sync.every >= plan.total_steps:
         found.append(
             f"reference.ref_model_sync_steps {sync.every} is not reached in {plan.total_steps} "
@@ -50,6 +52,26 @@ def remarks(plan: Plan) -> list[str]:
             "with reference.ref_model_mixup_alpha 1, reference.strategy policy_snapshot gives the same numbers and "
             "needs no reference weights"
         )
+    return found
+
+
+def deepspeed_remarks(plan: Plan) -> list[str]:
+    """What the DeepSpeed JSONs do otherwise than they read."""
+    run = plan.run
+    raw = read_deepspeed_json(run.deepspeed)
+    found = [*json_remarks(raw, run.deepspeed, learning_rate=run.optimizer.learning_rate)]
+    own = run.reference.deepspeed
+    if own and plan.reference.own_engine:
+        theirs = read_deepspeed_json(own)
+        if serves_both(theirs, raw):
+            found.append(
+                f"{own} is the policy's JSON too: the reference gets its stage {stage(plan.reference_config)} share of "
+                "it, without optimizer, scheduler, batch sizes and gradients"
+            )
+        elif dropped := [key for key in TRAINING_KEYS if key in theirs]:
+            found.append(f"{own}: {', '.join(dropped)} left out: a reference has no use for them")
+    if (line := untested_deepspeed()) is not None:
+        found.append(line)
     return found
 
 

@@ -54,6 +54,7 @@ def with_data(content: str | bytes, **settings: Any) -> dict[str, Any]:
     return {"sections": {"data": {"train": "rows.jsonl", **settings}}, "files": {"rows.jsonl": content}}
 
 
+ZERO_3 = {"zero_optimization": {"stage": 3}}
 NVME = '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp/nvme"}}}'
 RUN_FILE = [
     Case("missing run file", ("nowhere.yaml", "cannot be read as a run file", "No such file"), options=("RUN",)),
@@ -129,6 +130,58 @@ DEEPSPEED = [
         ("reference.json", "nvme_path /tmp/nvme is the policy's too", "use another folder"),
         {"reference": {"deepspeed": "reference.json"}},
         {"reference.json": NVME, "ds.json": NVME},
+    ),
+]
+DEEPSPEED += [
+    Case(
+        "removed block of another DeepSpeed",
+        ("compile.disable was removed", "compile.backend was removed"),
+        files={"ds.json": json.dumps({"compile": {"disable": False, "backend": "inductor"}, **ZERO_3})},
+    ),
+    Case(
+        "monitor key typo", ("csv_monitor.path is not",), files={"ds.json": json.dumps({"csv_monitor": {"path": "x"}})}
+    ),
+    Case("timer key typo", ("did you mean enabled?",), files={"ds.json": '{"timers": {"throughput": {"enable": 1}}}'}),
+    Case("bucket of 0", ("reduce_bucket_size is 0, but must be 1",), files=policy(reduce_bucket_size=0)),
+    Case(
+        "checkpoint writer",
+        ("checkpoint.writer is", "must be left out"),
+        files={"ds.json": json.dumps({"checkpoint": {"writer": {"type": "FAST"}}, **ZERO_3})},
+    ),
+    Case(
+        "universal checkpoint",
+        ("checkpoint.load_universal is true",),
+        files={"ds.json": json.dumps({"checkpoint": {"load_universal": True}, **ZERO_3})},
+    ),
+    Case(
+        "gradients scaled early",
+        ("prescale_gradients is true, which stage 3 refuses",),
+        files={"ds.json": json.dumps({"prescale_gradients": True, **ZERO_3})},
+    ),
+    Case("JSON 50,000 blocks deep", ("blocks stand inside blocks",), files={"ds.json": "[" * 50_000 + "]" * 50_000}),
+    Case("number of 5,000 digits", ("not a DeepSpeed JSON",), files={"ds.json": '{"a": 1' + "0" * 5000 + "}"}),
+    Case("DeepSpeed JSON is a folder", ("deepspeed: not a regular file",), files={"ds.json/inside": ""}),
+    Case(
+        "optimizer parameter that DeepSpeed refuses",
+        ("ds.json: DeepSpeed", "optimizer.params.velocity 1", "SGD"),
+        files={"ds.json": json.dumps({"optimizer": {"type": "SGD", "params": {"velocity": 1}}, **ZERO_3})},
+    ),
+    Case(
+        "data type that conflicts",
+        ("ds.json: DeepSpeed", 'data_types.param_dtype "fp16"', "conflicts"),
+        files={"ds.json": json.dumps({"data_types": {"param_dtype": "fp16"}, **ZERO_3})},
+    ),
+    Case(
+        "quantized weights without the operator",
+        ("ds.json: DeepSpeed", "zero_optimization.zero_quantized_weights true"),
+        files=policy(zero_quantized_weights=True),
+    ),
+    Case(
+        "autocast of one engine only",
+        ("reference.json: torch_autocast.enabled is true", "the two would differ"),
+        **with_reference(
+            '{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}, "zero_optimization": {"stage": 3}}'
+        ),
     ),
 ]
 MODEL = [
@@ -214,7 +267,8 @@ def write(case: Case, folder: Path, inputs: Path) -> list[str]:
     }
     for name, values in case.sections.items():
         run[name] = {**run.get(name, {}), **values} if isinstance(values, dict) else values
-    for name, content in {**policy(), **case.files}.items():
+    files = policy() if not any(name.startswith("ds.json") for name in case.files) else {}
+    for name, content in {**files, **case.files}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -1,110 +1,57 @@
-"""Our list of DeepSpeed's keys against the installed DeepSpeed: an upgrade that changes them fails here."""
+"""Our page of DeepSpeed's keys against the installed DeepSpeed: an upgrade that changes them fails here."""
 
-from enum import Enum
-from pathlib import Path
-from typing import get_args
+import json
 
 import pytest
-from pydantic import BaseModel
 
 from dsdpo.engine import deepspeed_keys
+from dsdpo.engine.deepspeed_keys import BESIDE, BLOCKS, REMOVED, RENAMED, REQUIRED, SCHEMA_FILE, UNSUPPORTED
 
 
-def test_top_level_keys():
-    read = Recorder({"train_micro_batch_size_per_gpu": 1})
-    deepspeed_config(read)
-    ours = {*deepspeed_keys.BLOCKS[""], *(key for key in deepspeed_keys.REMOVED if "." not in key), "bfloat16"}
-    # DeepSpeed reads it only once the ranks are connected.
-    assert read.keys_read | {"sequence_parallel_size"} == ours
+@pytest.fixture(scope="module")
+def schema():
+    from dsdpo.engine.quirks.make_schema import make_schema
+
+    return make_schema()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["aio", "data_types", "torch_autocast", "optimizer", "scheduler", "checkpoint", "activation_checkpointing"],
-)
-def test_blocks_read_key_by_key(name):
-    values = {"optimizer": {"type": "Adam", "params": {}}, "scheduler": {"type": "WarmupLR", "params": {}}}
-    block = Recorder(values.get(name, {"dtype": "bfloat16"} if name == "torch_autocast" else {}))
-    deepspeed_config({"train_micro_batch_size_per_gpu": 1, name: block})
-    assert block.keys_read == set(deepspeed_keys.BLOCKS[name])
+def test_the_file_is_what_the_script_writes(schema):
+    """`python -m dsdpo.engine.quirks.make_schema` writes it anew; read what changes before taking it."""
+    assert json.loads(SCHEMA_FILE.read_text()) == schema
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer", "bf16", "fp16"],
-)
-def test_blocks_with_a_schema(name):
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
-
-    models = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
-        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
-        "bf16": DeepSpeedBF16Config,
-        "fp16": DeepSpeedFP16Config,
-    }
-    current = {
-        field.alias or key: kind_of(field.annotation)
-        for key, field in models[name].model_fields.items()
-        if not (field.json_schema_extra or {}).get("deprecated")
-    }
-    assert current == deepspeed_keys.BLOCKS[name]
-    accepted = {key for key, field in models[name].model_fields.items()} | set(current)
-    renamed = {key.rsplit(".", 1)[1] for key in deepspeed_keys.RENAMED if key.startswith(f"{name}.")}
-    assert accepted - set(current) == renamed
+def test_a_block_read_key_by_key_and_one_with_a_model_are_whole(schema):
+    blocks = schema["blocks"]
+    assert blocks["bf16"]["bf16_master_weights_and_grads"] == "flag"
+    assert blocks["zero_optimization"]["stage3_prefetch_bucket_size"] == "count"
+    assert blocks["zero_optimization.offload_optimizer"]["ratio"] == "number"
+    assert blocks["timers.throughput"] == {"enabled": "flag", "synchronized": "flag"}
+    assert blocks[""]["prescale_gradients"] == "flag"
+    assert "zero_optimization.max_live_parameters" in schema["old_names"]
 
 
-def test_types():
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
-
-    assert set(deepspeed_keys.OPTIMIZERS) == set(DEEPSPEED_OPTIMIZERS)
-    assert set(deepspeed_keys.SCHEDULES) == set(VALID_LR_SCHEDULES)
-
-
-class Recorder(dict):
-    """A dict that remembers which keys were asked for."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.keys_read = set()
-
-    def get(self, key, default=None):
-        self.keys_read.add(key)
-        return super().get(key, default)
-
-    def __getitem__(self, key):
-        self.keys_read.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key):
-        self.keys_read.add(key)
-        return super().__contains__(key)
-
-    def keys(self):
-        return self
-
-    def __copy__(self):
-        return self
+def test_rules_are_about_keys_that_exist():
+    """A rule about a key that DeepSpeed no longer has would never be met."""
+    names = {f"{path}.{key}".removeprefix(".") for path, kinds in BLOCKS.items() for key in kinds}
+    ruled = {*REQUIRED, *UNSUPPORTED, *deepspeed_keys.AT_LEAST, *deepspeed_keys.CHOICES}
+    assert {name for name in ruled if not name.startswith("optimizer.params.")} <= names
+    assert not names & {*REMOVED, *RENAMED}
 
 
-def deepspeed_config(config):
-    from deepspeed.runtime.config import DeepSpeedConfig
+def test_kinds_beside_the_file_are_only_those_it_does_not_tell(schema):
+    for path, kinds in BESIDE.items():
+        for key, kind in kinds.items():
+            told = schema["blocks"][path].get(key, "any")
+            assert told in ("any", "flag", "block", "text"), (path, key, told, kind)
 
-    return DeepSpeedConfig(config)
+
+def test_every_old_name_says_what_to_write(schema):
+    for old, new in RENAMED.items():
+        if old in schema["old_names"] and new.startswith("stage3_"):
+            assert new in BLOCKS["zero_optimization"]
 
 
-def kind_of(annotation):
-    """Our name for a DeepSpeed annotation."""
-    kinds = [part for part in (get_args(annotation) or (annotation,)) if part is not type(None)]
-    kind = kinds[0]
-    if issubclass(kind, BaseModel):
-        return "block"
-    if issubclass(kind, Enum):
-        return "count" if issubclass(kind, int) else "text"
-    return {bool: "flag", int: "count", float: "number", str: "text", Path: "text"}[kind]
+def test_another_deepspeed_than_the_tested_one_is_named(monkeypatch):
+    assert deepspeed_keys.untested_deepspeed() is None
+    monkeypatch.setattr(deepspeed_keys, "TESTED_VERSION", "0.18.0")
+    assert "was tested with 0.18.0 only" in deepspeed_keys.untested_deepspeed()

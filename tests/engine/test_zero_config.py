@@ -155,6 +155,16 @@ class TestFilling:
         own = reference(read_deepspeed_json(CONFIGS / "reference/zero3.json"))
         assert reference(own) == own
 
+    def test_optimizers_of_torch_are_let_into_zero_and_lion_gets_the_runs_betas(self):
+        assert policy({"optimizer": {"type": "SGD"}})["zero_allow_untested_optimizer"] is True
+        config = policy({"optimizer": {"type": "Lion", "params": {"betas": "auto"}}})
+        assert config["optimizer"]["params"]["betas"] == [0.9, 0.999]
+
+    def test_throughput_timer_which_waits_for_the_device_is_off_unless_asked_for(self):
+        assert policy({})["timers"] == {"throughput": {"enabled": False}}
+        asked = {"timers": {"throughput": {"enabled": True}}}
+        assert policy(asked)["timers"] == asked["timers"]
+
     def test_stated_values_are_kept(self):
         raw = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}, "steps_per_print": 10}
         config = policy(raw)
@@ -177,6 +187,20 @@ class TestRefusals:
             ({"bf16": {"enable": True}}, "bf16.enable is not a DeepSpeed key; did you mean enabled?"),
             ({"amp": {"enabled": True}}, "amp was removed from DeepSpeed"),
             ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size was removed"),
+            ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size is 0, but must be 1 or"),
+            ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e30}}, "but it takes a whole number"),
+            ({"gradient_clipping": float("nan")}, "gradient_clipping is NaN, but it takes a number"),
+            ({"compile": {"disable": False, "backend": "inductor"}}, "compile.disable was removed from DeepSpeed"),
+            ({"timers": {"throughput": {"enable": False}}}, "did you mean enabled?"),
+            ({"csv_monitor": {"path": "x"}}, "csv_monitor.path is not a DeepSpeed key"),
+            ({"comms_logger": {"enabled": "yes"}}, "comms_logger.enabled is"),
+            ({"prescale_gradients": True}, "prescale_gradients is true, which stage 3 refuses with reduce_scatter"),
+            ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0, which stage 3 refuses"),
+            ({"optimizer": {"type": "Muon", "params": {}}}, 'write "reduce_scatter": false, or use stage 1 or 2'),
+            ({"checkpoint": {"writer": {"type": "FAST"}}}, "checkpoint.writer is"),
+            ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is true, but must be false"),
+            ({"checkpoint": {"checkpoint_serialization": True}}, "checkpoint.checkpoint_serialization is true"),
+            ({"torch_autocast": {"enabled": True, "dtype": "int8"}}, 'allowed: "bfloat16", "float16"'),
             ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'write offload_optimizer: {"device": "cpu"}'),
             ({"zero_optimization": True}, "zero_optimization is true, but it takes a block"),
             ({"zero_optimization": "auto"}, 'zero_optimization is "auto", but it takes a block'),
@@ -267,12 +291,20 @@ class TestRefusals:
             (b'{"bf16": {"enabled": true, "enabled": false}}', "ds.json: the key enabled stands twice"),
             (b"[1]", "ds.json: holds [1]"),
             (bytes(range(128, 256)), "ds.json: not a text file"),
+            (b"[" * 50_000 + b"]" * 50_000, "ds.json: blocks stand inside blocks too deep"),
+            (b'{"gradient_clipping": 1' + b"0" * 5000 + b"}", "ds.json: not a DeepSpeed JSON: Exceeds the limit"),
+            (b'{"a": ' * 50_000 + b"1" + b"}" * 50_000, "ds.json: blocks stand inside blocks too deep"),
         ],
     )
     def test_a_file_that_is_no_deepspeed_json(self, tmp_path, text, message):
         path = tmp_path / "ds.json"
         path.write_bytes(text)
         assert message in refusal(read_deepspeed_json, path)
+
+    def test_a_byte_order_mark_is_no_mistake(self, tmp_path):
+        path = tmp_path / "ds.json"
+        path.write_bytes(b'\xef\xbb\xbf{"zero_optimization": {"stage": 3}}')
+        assert stage(read_deepspeed_json(path)) == 3
 
     def test_a_missing_file(self, tmp_path):
         assert "none.json: cannot be read" in refusal(read_deepspeed_json, tmp_path / "none.json")
@@ -329,11 +361,103 @@ class TestReference:
             ({"train_micro_batch_size_per_gpu": 8}, "reference.score_tokens"),
             ({"zero_optimization": {"stage": 3, "offload_param": NVME | {"nvme_path": "/nvme/"}}}, "the policy's too"),
             ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "that group only once"),
+            (
+                {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+                "torch_autocast.enabled is true, but the policy",
+            ),
+            (
+                {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+                "zero_quantized_weights is true, but",
+            ),
+            ({"data_types": {"buffer_dtype": "fp32"}}, "would differ before any training"),
         ],
     )
     def test_refusals(self, raw, message):
         theirs = policy({"zero_optimization": {"stage": 3, "offload_param": NVME, "zero_hpz_partition_size": 2}})
         assert message in refusal(reference, raw, theirs)
+
+    def test_numerics_that_only_the_policy_states_are_the_references_too(self):
+        autocast = {"enabled": True, "dtype": "bfloat16"}
+        theirs = policy(
+            {"torch_autocast": autocast, "data_types": {"grad_accum_dtype": "fp32", "buffer_dtype": "bf16"}}
+        )
+        config = reference({"zero_optimization": {"stage": 0}}, theirs)
+        assert config["torch_autocast"] == autocast
+        assert config["data_types"] == {"buffer_dtype": "bf16"}
+
+    def test_quantized_weights_cannot_be_taken_over_at_stage_0(self):
+        theirs = policy({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}})
+        assert reference({"zero_optimization": {"stage": 3}}, theirs)["zero_optimization"]["zero_quantized_weights"]
+        assert "zero_quantized_weights is null" in refusal(reference, {"zero_optimization": {"stage": 0}}, theirs)
+
+    def test_what_only_training_needs_is_left_out(self):
+        raw = {
+            "gradient_clipping": "auto",
+            "steps_per_print": 10,
+            "wall_clock_breakdown": True,
+            "train_batch_size": "auto",
+        }
+        config = reference({"zero_optimization": {"stage": 3}, **raw})
+        assert not {"gradient_clipping", "steps_per_print", "wall_clock_breakdown"} & config.keys()
+
+
+# Whole files that circulate, as their projects ship or document them.
+AUTO_16_BIT = {"fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
+                        "hysteresis": 2, "min_loss_scale": 1}, "bf16": {"enabled": "auto"}}  # fmt: skip
+AUTO_BATCH = dict.fromkeys(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
+STAGE_3_AUTO = {
+    "stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+    "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+    "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}  # fmt: skip
+STAGE_2 = {
+    "stage": 2, "allgather_partitions": True, "allgather_bucket_size": 5e8, "overlap_comm": True,
+    "reduce_scatter": True, "reduce_bucket_size": 5e8, "contiguous_gradients": True, "round_robin_gradients": True,
+}  # fmt: skip
+CIRCULATING = {
+    "LLaMA-Factory z2": AUTO_BATCH | AUTO_16_BIT | {
+        "zero_allow_untested_optimizer": True, "zero_optimization": STAGE_2,
+    },
+    "LLaMA-Factory z3": AUTO_BATCH
+    | AUTO_16_BIT
+    | {"zero_allow_untested_optimizer": True, "zero_optimization": STAGE_3_AUTO},
+    "axolotl zero3_bf16": {
+        "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True, **AUTO_BATCH,
+        "zero_optimization": STAGE_3_AUTO | {"sub_group_size": 0, "stage3_max_live_parameters": 0,
+                                             "stage3_max_reuse_distance": 0},
+        "bf16": {"enabled": True}, "steps_per_print": 2000, "wall_clock_breakdown": False,
+    },
+    "transformers z3": AUTO_BATCH | AUTO_16_BIT | {
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+        "zero_optimization": STAGE_3_AUTO, "steps_per_print": 2000, "wall_clock_breakdown": False,
+    },
+    "OpenRLHF train": {
+        "steps_per_print": 100, "gradient_clipping": 1.0, "prescale_gradients": False, "wall_clock_breakdown": False,
+        "data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 3, "offload_param": {"device": "none"}, "sub_group_size": "auto",
+            "stage3_max_live_parameters": "auto", "stage3_max_reuse_distance": "auto",
+            "stage3_param_persistence_threshold": "auto", "stage3_prefetch_bucket_size": "auto",
+            "reduce_bucket_size": "auto", "zero_hpz_partition_size": 1, "zero_quantized_weights": False,
+            "zero_quantized_gradients": False,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", CIRCULATING.values(), ids=CIRCULATING)
+def test_files_that_circulate_resolve_and_keep_what_they_state(raw):
+    config = policy(raw)
+    assert autos(config) == []
+    for key, value in raw["zero_optimization"].items():
+        assert value == "auto" or config["zero_optimization"][key] == value
+    deepspeed_config(policy(raw, world_size=1))
+    derived = reference(None, config)
+    assert autos(derived) == []
+    assert "optimizer" not in derived
 
 
 @pytest.mark.parametrize(
