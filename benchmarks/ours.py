@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks.recorder import Recorder
-from dsdpo.commands import train
+from dsdpo.commands import arguments, train
 from dsdpo.training.tracking import Tracker
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         recorder.step()
 
     Tracker.log = log_and_report  # type: ignore[method-assign]
-    return train.main(argv)
+    return train.main(arguments.train(argv))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,13 @@ import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from typing import NoReturn
 
+from dsdpo.commands.arguments import PARSERS
+from dsdpo.console import is_main, launched_rank
 from dsdpo.errors import DsdpoError, LostRankError, TrainingError
+from dsdpo.stop_signals import noted_signals
 
 COMMANDS = {
     "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
@@ -70,8 +74,6 @@ def end_process(code: int, *, waits: bool) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 training failed, 2 the input is wrong (and said so on rank 0)."""
-    from dsdpo.console import is_main, launched_rank
-
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher puts its own argument first.
     launcher = [word for word in argv[:1] if word.startswith("--local_rank")]
@@ -85,8 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise DsdpoError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
-        code = importlib.import_module(f"dsdpo.commands.{name}").main(rest)
-        leave_process_group()
+        # Settings are checked before torch is imported, and signals noted from before that on.
+        given = PARSERS[name](rest) if name in PARSERS else rest
+        with noted_signals() if name in PARSERS else nullcontext():
+            code: int = importlib.import_module(f"dsdpo.commands.{name}").main(given)
+            leave_process_group()
         return code
     except LostRankError as error:
         print(f"dsdpo (rank {launched_rank()}): {error}", file=sys.stderr, flush=True)

@@ -27,3 +27,7 @@ class TrainingError(DsdpoError):
 
 class LostRankError(TrainingError):
     """Another rank is gone; every rank that is left raises this for itself."""
+
+
+class StoppedError(DsdpoError):
+    """A signal, a file or a deadline asks the run to stop before it is done; the text says which. Not a failure."""

@@ -36,14 +36,20 @@ def policy_of(plan: Any) -> Any:
     """The policy engine of a plan. Collective."""
     from dsdpo.engine.build import build_policy
 
-    return build_policy(plan.run, plan.policy_config, total_steps=100, second_adapter=plan.reference.second_adapter)
+    return build_policy(
+        plan.run,
+        plan.policy_config,
+        total_steps=100,
+        layout=plan.layout.name,
+        second_adapter=plan.reference.second_adapter,
+    )
 
 
 def reference_of(plan: Any) -> Any:
     """The reference engine of a plan. Collective."""
     from dsdpo.engine.build import build_reference
 
-    return build_reference(plan.run.model, plan.reference_config)
+    return build_reference(plan.run.model, plan.reference_config, layout=plan.layout.name)
 
 
 def train_steps(policy: Any, batches: Sequence[PreferenceBatch]) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dsdpo.errors import ConfigError
 from dsdpo.run.summary import read_metrics
+from dsdpo.run_folder import RunFolder
 
 PANELS = (
     ("loss", "loss (nats)"),
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> int:
 
 def plot(folder: Path, output: Path | None = None) -> Path:
     """Draw `metrics.jsonl` of a run folder; the path of the picture."""
-    if not (folder / "metrics.jsonl").is_file():
+    files = RunFolder(folder)
+    if not files.metrics.is_file():
         raise ConfigError(f"{folder}: no metrics.jsonl; give the output_dir of a run")
     import matplotlib
 
@@ -45,7 +47,7 @@ def plot(folder: Path, output: Path | None = None) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    output = output or folder / "metrics.png"
+    output = output or files.picture
     figure.savefig(output, dpi=120)
     pyplot.close(figure)
     return output

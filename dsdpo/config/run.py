@@ -152,6 +152,8 @@ class TrainConfig(Section):
     """Decides data order, weighted samples and every other random choice."""
     on_nonfinite: NonFinite = "stop"
     """A step whose loss or gradient is NaN or infinite is never taken: stop the run there, or skip it and go on."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row that on_nonfinite skip may leave out before the run ends with an error."""
 
     @model_validator(mode="after")
     def _trains(self) -> TrainConfig:

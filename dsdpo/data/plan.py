@@ -34,6 +34,26 @@ def steps_per_epoch(num_pairs: int, pairs_per_step: int) -> int:
     return -(-num_pairs // pairs_per_step)
 
 
+def pairs_after(steps: int, *, start: int, num_pairs: int, pairs_per_step: int) -> int:
+    """Pairs trained on, over all epochs, `steps` steps after `start` of them; an epoch's last step may be smaller."""
+    rest = -start % num_pairs or num_pairs  # of the epoch that `start` is in
+    first = steps_per_epoch(rest, pairs_per_step)
+    if steps < first:
+        return start + steps * pairs_per_step
+    epochs, into_epoch = divmod(steps - first, steps_per_epoch(num_pairs, pairs_per_step))
+    return start + rest + epochs * num_pairs + into_epoch * pairs_per_step
+
+
+def remaining_steps(target: int, *, start: int, num_pairs: int, pairs_per_step: int) -> int:
+    """Steps from `start` to `target` pairs over all epochs; the last may go beyond, but for an epoch's end."""
+    if start >= target:
+        return 0
+    rest = min(-start % num_pairs or num_pairs, target - start)
+    epochs, more = divmod(target - start - rest, num_pairs)
+    per_epoch = steps_per_epoch(num_pairs, pairs_per_step)
+    return steps_per_epoch(rest, pairs_per_step) + epochs * per_epoch + steps_per_epoch(more, pairs_per_step)
+
+
 @lru_cache(maxsize=2)
 def epoch_order(num_pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """(num_pairs,) int64 pair ids in the order an epoch uses them; read-only."""

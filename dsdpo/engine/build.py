@@ -16,11 +16,12 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dsdpo.config.run import ModelConfig, OptimizerConfig, RunConfig
 from dsdpo.data.batch import PreferenceBatch
+from dsdpo.data.binning import LayoutName
 from dsdpo.distributed import rank
 from dsdpo.engine.lora import add_adapter, add_reference_adapter
 from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
@@ -28,7 +29,6 @@ from dsdpo.engine.quirks.gather_trace import count_gathers_of
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.logps import ResponseScorer
-from dsdpo.objective.packed_support import packed_refusal
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +84,14 @@ def device() -> torch.device:
 
 
 def build_policy(
-    run: RunConfig, config: dict[str, Any], *, total_steps: int, second_adapter: bool = False
+    run: RunConfig, config: dict[str, Any], *, total_steps: int, layout: LayoutName, second_adapter: bool = False
 ) -> deepspeed.DeepSpeedEngine:
     """The training engine around a `ResponseScorer`, with a `second_adapter` for the reference if asked. Collective.
 
     The optimizer is the JSON's own if it has one; else DeepSpeed's CPU Adam when optimizer states are offloaded, and
     torch's AdamW (fused where the device has it) when they are not.
     """
-    lm = load_lm(run.model, config, layout=run.data.layout)
+    lm = load_lm(run.model, config, layout=layout)
     if run.model.gradient_checkpointing:
         # Reentrant checkpointing fails under ZeRO-2/3 when one backward covers two forwards, and with an adapter it
         # would need inputs that require gradients.
@@ -121,7 +121,7 @@ def build_policy(
     return engine
 
 
-def build_reference(model: ModelConfig, config: dict[str, Any], *, layout: str = "auto") -> deepspeed.DeepSpeedEngine:
+def build_reference(model: ModelConfig, config: dict[str, Any], *, layout: LayoutName) -> deepspeed.DeepSpeedEngine:
     """An inference-only engine (no optimizer, no gradients) around a frozen `ResponseScorer`. Collective.
 
     Never call `backward`, `step` or `save_checkpoint` on the result: without an optimizer they fail or hang
@@ -159,10 +159,10 @@ def warm_up(policy: deepspeed.DeepSpeedEngine, batch: PreferenceBatch) -> None:
     policy.backward(policy(batch=batch).sum() * 0.0, scale_wrt_gas=False)
 
 
-def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: str) -> Any:
+def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: LayoutName) -> Any:
     """The causal language model, under stage 3 straight into shards, with every dropout off. Collective.
 
-    Unless `layout` is padded, a model that can take packed batches gets the attention that takes both.
+    In the packed `layout` it gets the attention that takes both layouts, else the one that it asks for.
     """
     with partitioned_loading(config):
         lm = AutoModelForCausalLM.from_pretrained(
@@ -178,15 +178,11 @@ def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: str) -> Any:
     return lm
 
 
-def attention_name(model: ModelConfig, layout: str) -> str | None:
+def attention_name(model: ModelConfig, layout: LayoutName) -> str | None:
     """The name under which transformers finds the attention for a model, None for transformers' choice."""
     name = model.attn_implementation
-    if layout != "padded":
-        settings = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-        if packed_refusal(settings, name) is None:
-            return NAMES[name]
+    if layout == "packed":
+        return NAMES[name]
     return None if name == "auto" else name
 
 

@@ -48,6 +48,10 @@ class Reference(ABC):
     def after_step(self, step: int) -> None:  # noqa: B027 (a frozen reference has nothing to do)
         """Called after optimizer step number `step`, counted from 1; where a moving reference moves. Collective."""
 
+    def moves_after(self, step: int) -> bool:
+        """Whether `after_step(step)` will make it another reference."""
+        return False
+
     def metrics(self) -> dict[str, float]:
         """What to record of the reference itself beside the training metrics, under its full names."""
         return {}

@@ -87,7 +87,7 @@ def precompute(plan: RunPlan, *, shard_rows: int | None = None) -> PrecomputedRe
     settings, model = plan.reference.settings, plan.reference.model
     assert isinstance(settings, Precomputed)
     before = used_memory()
-    engine = build_reference(model, plan.reference_config, layout=plan.run.data.layout)
+    engine = build_reference(model, plan.reference_config, layout=plan.train.layout)
     check_layout(engine, plan.train, dtype=model.dtype)
     identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     folder = open_store_on_ranks(plan.store_folder, identity)

@@ -29,7 +29,7 @@ class SeparateReference(Reference):
     def build(cls, plan: RunPlan, policy: Any) -> Reference:
         settings, model = plan.reference.settings, plan.reference.model
         assert isinstance(settings, Separate)
-        engine = build_reference(model, plan.reference_config, layout=plan.run.data.layout)
+        engine = build_reference(model, plan.reference_config, layout=plan.train.layout)
         check_layout(engine, plan.train, dtype=model.dtype)
         reference: Reference = cls(engine, score_tokens=settings.score_tokens)
         reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)

@@ -34,7 +34,11 @@ def reference_class(strategy: str) -> type[Reference]:
 def build_warm_policy(plan: Plan) -> Any:
     """The policy engine, after one pass that changes nothing. Collective."""
     policy = build_policy(
-        plan.run, plan.policy_config, total_steps=plan.total_steps, second_adapter=plan.reference.second_adapter
+        plan.run,
+        plan.policy_config,
+        total_steps=plan.total_steps,
+        layout=plan.layout.name,
+        second_adapter=plan.reference.second_adapter,
     )
     warm_up(policy, plan.train.largest_batch(device()))
     check_layout(policy, plan.train, dtype=plan.run.model.dtype)

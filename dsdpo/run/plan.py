@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +15,16 @@ from dsdpo.config.reference_plan import ReferencePlan, plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName
-from dsdpo.data.plan import steps_per_epoch
+from dsdpo.data.plan import pairs_after
 from dsdpo.data.prefetch import prefetch
 from dsdpo.data.steps import BatchSource, StepBatches
 from dsdpo.data.tokenize import cache_folder
 from dsdpo.data.tokenizer import load_tokenizer
-from dsdpo.distributed import all_or_none, rank, world_size
+from dsdpo.distributed import world_size
 from dsdpo.engine.adapter_folder import check_adapter
+from dsdpo.engine.build import start_distributed
+from dsdpo.engine.lora import check_fresh_adapter
+from dsdpo.engine.trial import check_with_deepspeed
 from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config, serves_both
 from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
@@ -31,24 +32,13 @@ from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.model_checks import check_model
 from dsdpo.training.cadence import Cadence
 
-# What a run writes into its output folder.
-RUN_FILES = (
-    "config.yaml",
-    "deepspeed.json",
-    "deepspeed_reference.json",
-    "environment.json",
-    "identity.json",
-    "metrics.jsonl",
-    "pairs.jsonl",
-    "nonfinite.jsonl",
-    "metrics.png",
-    "wandb_run_id",
-    "wandb",
-    "checkpoints",
-    "stopped.json",
-    "model",
-    "merged",
-)
+
+@dataclass(frozen=True)
+class Layout:
+    """How batches are laid out for policy and reference, which get the same ones."""
+
+    name: LayoutName
+    why_padded: str | None = None  # None: they are packed
 
 
 @dataclass(frozen=True)
@@ -62,17 +52,25 @@ class Plan:
     tokenizer: Any
     train: BatchSource
     evaluation: BatchSource | None
-    total_steps: int
-    why_padded: str | None  # None: batches are packed
+    total_steps: int  # of the whole run
+    layout: Layout
+    run_file: str  # as errors name it
+    hidden_size: int  # of the policy
+    start_step: int = 0  # where training starts, which a resumed run does not at 0
+    start_pairs: int = 0  # pairs that have been trained on by then
 
     def training_windows(self, device: torch.device, step: int = 0) -> Generator[StepBatches, None, None]:
-        """This rank's windows of the steps after `step`, made ahead of time."""
-        size, pairs = self.run.batch.pairs_per_step, len(self.train.pairs)
-        epochs, steps_into_epoch = divmod(step, steps_per_epoch(pairs, size))
+        """This rank's windows of the steps after `step`, made ahead of time; `step` is `start_step` or later."""
+        size = self.run.batch.pairs_per_step
         windows = self.train.steps(
-            consumed_pairs=epochs * pairs + steps_into_epoch * size,
+            consumed_pairs=pairs_after(
+                step - self.start_step,
+                start=self.start_pairs,
+                num_pairs=len(self.train.pairs),
+                pairs_per_step=size,
+            ),
             steps=self.total_steps - step,
-            pairs_per_step=self.run.batch.pairs_per_step,
+            pairs_per_step=size,
             seed=self.run.train.seed,
             shuffle=self.run.data.shuffle,
         )
@@ -103,7 +101,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     models = {"model.path": check_model(run.model, key="model.path")}
     if run.reference.path or run.reference.revision:
         models["reference.path"] = check_model(reference.model, key="reference.path")
-    layout, why_padded = choose_layout(run, models)
+    layout = choose_layout(run, models)
     model = models["model.path"].get_text_config()
     check_adapter(run, trains_biases=not reference.shares_policy)
     if writes_output:
@@ -119,42 +117,59 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
             f"model.tokenizer: {len(tokenizer)} tokens, but the embedding of {run.model.path} has {model.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
-
-    # These import DeepSpeed and peft: seconds that a wrong setting need not wait.
-    from dsdpo.engine.build import start_distributed
-    from dsdpo.engine.lora import check_fresh_adapter
-
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
     ask_deepspeed(run, resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=world_size()))
     check_fresh_adapter(run.model)
     run = with_date(run, tokenizer)
     # The smaller part first: its mistakes are not worth waiting for the larger one.
-    evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model, layout) if run.data.eval else None
-    train = prepare_windows(run, run.data.train, "train", tokenizer, model, layout)
+    evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model, layout.name) if run.data.eval else None
+    train = prepare_windows(run, run.data.train, "train", tokenizer, model, layout.name)
     if evaluation is not None:
         evaluation = replace(evaluation, first_pair_id=len(train.pairs))
     total_steps = run.total_steps(len(train.pairs))
     policy_config, reference_config = resolve_configs(
         run, run_file, hidden_size=hidden_size, total_steps=total_steps, ranks=world_size()
     )
-    return Plan(run, reference, policy_config, reference_config, tokenizer, train, evaluation, total_steps, why_padded)
+    return Plan(
+        run,
+        reference,
+        policy_config,
+        reference_config,
+        tokenizer,
+        train,
+        evaluation,
+        total_steps,
+        layout,
+        str(run_file),
+        hidden_size,
+    )
 
 
-def choose_layout(run: RunConfig, models: dict[str, Any]) -> tuple[LayoutName, str | None]:
-    """The layout of all batches, and why it is not the packed one. `models`: settings to Hugging Face configurations.
+def with_total_steps(plan: Plan, total_steps: int) -> Plan:
+    """The plan with another length, which a schedule in the DeepSpeed JSON follows."""
+    if total_steps == plan.total_steps:
+        return plan
+    policy_config, _ = resolve_configs(
+        plan.run, plan.run_file, hidden_size=plan.hidden_size, total_steps=total_steps, ranks=world_size()
+    )
+    return replace(plan, total_steps=total_steps, policy_config=policy_config)
+
+
+def choose_layout(run: RunConfig, models: dict[str, Any]) -> Layout:
+    """The layout of all batches. `models`: settings to Hugging Face configurations.
 
     Policy and reference get the same batches, so both must be able to take them. Raises `ConfigError` where packed is
     asked for and cannot be.
     """
     if run.data.layout == "padded":
-        return "padded", "data.layout asks for it"
+        return Layout("padded", "data.layout asks for it")
     for key, config in models.items():
         refusal = packed_refusal(config, run.model.attn_implementation)
         if refusal and run.data.layout == "packed":
             raise ConfigError(f"data.layout: packed, but {refusal} ({key}); set data.layout to auto or padded")
         if refusal:
-            return "padded", refusal
-    return "packed", None
+            return Layout("padded", refusal)
+    return Layout("packed")
 
 
 def store_folder(run: RunConfig) -> Path:
@@ -163,14 +178,18 @@ def store_folder(run: RunConfig) -> Path:
 
 
 def check_store(folder: Path) -> None:
-    """Raise `ConfigError` unless precomputed log-probs can be kept in `folder`, which is made where it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    """Raise `ConfigError` unless precomputed log-probs can be kept in `folder`, which need not be there yet."""
+    existing = nearest_existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
-            f"reference.store: {folder} cannot be written ({error.strerror}); give a folder that can"
-        ) from error
+            f"reference.store: {folder} cannot be written: {existing} is no folder that this user may write to; give "
+            "a folder that can"
+        )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or what there is of the folders above it."""
+    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
 def resolve_configs(
@@ -204,8 +223,6 @@ def resolve_configs(
 
 def ask_deepspeed(run: RunConfig, configs: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Raise `ConfigError` for configs of policy and reference that DeepSpeed itself refuses. Collective."""
-    from dsdpo.engine.trial import check_with_deepspeed
-
     policy, reference = configs
     check_with_deepspeed(policy, source=run.deepspeed, trains=True)
     if plan_reference(run).own_engine:
@@ -216,7 +233,7 @@ def ask_deepspeed(run: RunConfig, configs: tuple[dict[str, Any], dict[str, Any]]
 def check_output_folder(run: RunConfig) -> None:
     """Raise `ConfigError` unless the run may write into its output folder."""
     folder = Path(run.output_dir)
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
             f"output_dir: {folder} cannot be written: {existing} is no folder that this user may write to; "
@@ -227,18 +244,3 @@ def check_output_folder(run: RunConfig) -> None:
             f"output_dir: {folder} is not empty; choose another folder, add --resume auto to go on with the run in it, "
             "or --overwrite_output_dir true to replace it"
         )
-
-
-def make_output_folder(run: RunConfig, *, keep: bool) -> Path:
-    """The run's folder, emptied of an earlier run's files unless they are to `keep`. Collective."""
-    folder = Path(run.output_dir)
-    with all_or_none():
-        if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in () if keep else RUN_FILES:
-                path = folder / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-    return folder

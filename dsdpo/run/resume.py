@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dsdpo.console import say
+from dsdpo.data.plan import remaining_steps
 from dsdpo.distributed import all_or_none, rank
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
 from dsdpo.reference.base import Reference
-from dsdpo.run.identity import record_identity
-from dsdpo.run.plan import Plan
-from dsdpo.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, writing
+from dsdpo.reference.identity import ReferenceIdentity
+from dsdpo.run.plan import Plan, with_total_steps
+from dsdpo.run_folder import RunFolder, write_json
+from dsdpo.training.checkpoint import TrainState, load_checkpoint, read_state
 from dsdpo.training.metrics import Meter
-from dsdpo.training.pruning import Keep
 from dsdpo.training.resume import check_identity, check_settings, find_checkpoint
-from dsdpo.training.tracking import Tracker, drop_rows_after
+from dsdpo.training.tracking import drop_rows_after
 
 
 def checkpoint_to_resume(plan: Plan) -> Path | None:
@@ -29,7 +32,7 @@ def checkpoint_to_resume(plan: Plan) -> Path | None:
     for line in skipped:
         say(line)
     if path is None:
-        finished = Path(run.output_dir) / "model"
+        finished = RunFolder(run.output_dir).model
         if run.checkpoint.resume and finished.exists() and not run.overwrite_output_dir:
             raise ConfigError(
                 f"checkpoint.resume: {run.output_dir} holds a finished run without checkpoints; choose another "
@@ -50,29 +53,48 @@ def checkpoint_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def save(plan: Plan, folder: Path, state: TrainState, *, tracker: Tracker, **parts: Any) -> None:
-    """Write a checkpoint of the run as it stands, and delete those that are no longer kept. Collective.
+def resumed_plan(plan: Plan, state: TrainState) -> Plan:
+    """The plan of what is left from there on.
 
-    `parts` are `save_checkpoint`'s. Raises `CheckpointError`.
+    The position in the data is the number of pairs trained on; how many steps are left follows from that and from
+    today's `batch.pairs_per_step`, which may be another than before.
     """
-    settings, checkpoints = plan.run.checkpoint, folder / "checkpoints"
-    with all_or_none(), writing(checkpoints):
-        tracker.sync()
-    keep = Keep(last=settings.keep_last, best=settings.keep_best, metric=settings.best_metric)
-    record = checkpoint_record(plan) | {"evaluation": tracker.evaluation_of(state.step)}
-    save_checkpoint(checkpoints, state, record=record, keep=keep, **parts)
+    train, num_pairs, total = plan.run.train, len(plan.train.pairs), plan.total_steps
+    if train.max_steps < 0:
+        left = remaining_steps(
+            round(train.num_train_epochs * num_pairs),
+            start=state.consumed_pairs,
+            num_pairs=num_pairs,
+            pairs_per_step=plan.run.batch.pairs_per_step,
+        )
+        total = max(1, state.step + left)
+    return replace(with_total_steps(plan, total), start_step=state.step, start_pairs=state.consumed_pairs)
 
 
-def begin(
-    checkpoint: Path | None, plan: Plan, folder: Path, *, policy: Any, reference: Reference, meter: Meter
-) -> tuple[TrainState, dict[str, Any]]:
-    """Where training starts, with everything that the checkpoint holds put back; and the reference's identity.
+def state_of(checkpoint: Path | None) -> TrainState:
+    """How far a run was at a checkpoint; the start without one."""
+    if checkpoint is None:
+        return TrainState()
+    progress = read_state(checkpoint)
+    return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"])
+
+
+def restore_or_start(
+    checkpoint: Path | None,
+    plan: Plan,
+    folder: RunFolder,
+    *,
+    policy: TrainingEngine,
+    reference: Reference,
+    meter: Meter,
+) -> dict[str, Any]:
+    """Put back everything that the checkpoint holds, if there is one; the reference's identity as JSON. Collective.
 
     Rows of later steps leave `metrics.jsonl`. Raises `CheckpointError` for another reference than the checkpoint's,
-    unless `checkpoint.allow_other_reference` permits it, which is then recorded. Collective.
+    unless `checkpoint.allow_other_reference` permits it, which is then recorded.
     """
     if checkpoint is None:
-        return TrainState(), record_identity(reference, folder, overridden=[])
+        return record_identity(reference.identity, folder, overridden=[])
     others = []
     if reference.identity is not None:
         others = check_identity(checkpoint, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
@@ -84,4 +106,20 @@ def begin(
         if rank() == 0:
             drop_rows_after(folder, state.step)
     say(f"resumed from {checkpoint}: step {state.step} of {plan.total_steps}")
-    return state, record_identity(reference, folder, overridden=others)
+    return record_identity(reference.identity, folder, overridden=others)
+
+
+def record_identity(identity: ReferenceIdentity | None, folder: RunFolder, *, overridden: list[str]) -> dict[str, Any]:
+    """Say which reference this is, write it into the run folder, and return it as JSON. Collective.
+
+    Without a reference nothing is written, and the answer is empty.
+    `overridden` says in what it is not the one that training began with.
+    """
+    if identity is None:
+        return {}
+    say(f"reference: {identity.describe()}")
+    content = identity.to_json() | ({"overridden": overridden} if overridden else {})
+    with all_or_none():
+        if rank() == 0:
+            write_json(folder.identity, content)
+    return content

@@ -15,7 +15,8 @@ from dsdpo.data.steps import BatchSource
 from dsdpo.engine.config_remarks import json_remarks
 from dsdpo.engine.deepspeed_keys import untested_deepspeed
 from dsdpo.engine.zero_config import TRAINING_KEYS, offload_device, read_deepspeed_json, serves_both, stage
-from dsdpo.run.plan import Plan
+from dsdpo.run.plan import Layout, Plan
+from dsdpo.run_folder import RunFolder
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
@@ -32,7 +33,7 @@ def describe_plan(plan: Plan) -> str:
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
         ("steps", f"{plan.total_steps:,} of {run.batch.pairs_per_step} pairs, {plan.train.world_size} ranks"),
         ("first step", f"{first.pairs} pairs, {first.tokens:,} tokens, micro-batches a rank: {len(first.batches)}"),
-        ("layout", f"padded: {plan.why_padded}" if plan.why_padded else "packed: no padding, shared beginnings once"),
+        ("layout", describe_layout(plan.layout)),
         ("output", run.output_dir),
         *(("note", text) for text in remarks(plan)),
     ]
@@ -75,6 +76,11 @@ def deepspeed_remarks(plan: Plan) -> list[str]:
     return found
 
 
+def describe_layout(layout: Layout) -> str:
+    """How batches are laid out, and why."""
+    return f"padded: {layout.why_padded}" if layout.why_padded else "packed: no padding, shared beginnings once"
+
+
 def describe_policy(run: RunConfig) -> str:
     """What is trained."""
     lora = run.model.lora
@@ -106,7 +112,7 @@ def describe_pairs(windows: BatchSource) -> str:
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The training rows and the evaluation rows of a run folder's `metrics.jsonl`, by step."""
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+    with RunFolder(folder).metrics.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [row for row in rows if "loss" in row], [row for row in rows if "eval/loss" in row]
 
@@ -120,7 +126,8 @@ def describe_results(folder: Path) -> str:
             lines.append(f"{title:>20}{'step ' + str(rows[0]['step']):>12}{'step ' + str(rows[-1]['step']):>12}")
             lines += [f"{name:>20}{rows[0][prefix + name]:>12.4f}{rows[-1][prefix + name]:>12.4f}" for name in SHOWN]
     lines += ["", f"speed    {describe_speed(train)}"] if train else []
-    lines += ["", f"model    {folder / 'model'}", f"metrics  {folder / 'metrics.jsonl'}"]
+    files = RunFolder(folder)
+    lines += ["", f"model    {files.model}", f"metrics  {files.metrics}"]
     return "\n".join(lines)
 
 

@@ -1,10 +1,14 @@
-"""After which steps a run logs, evaluates and saves."""
+"""After which steps of a run something is due, and the bar that shows how far it is."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from dsdpo.config.run import RunConfig
+from dsdpo.distributed import rank
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,39 @@ class Cadence:
 
     def checkpoint(self, step: int) -> bool:
         return bool(self.checkpoint_every) and (step % self.checkpoint_every == 0 or step == self.total_steps)
+
+
+class Progress:
+    """One bar on rank 0: steps, ETA, loss, accuracy, margin and pairs/s."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._bar = tqdm(
+            desc="train",
+            total=total,
+            initial=done,
+            unit="step",
+            disable=rank() != 0,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file wants few lines
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One more step done."""
+        self._bar.update()
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Put the latest metrics behind the bar, if any step was taken."""
+        if "loss" not in metrics:
+            return
+        self._bar.set_postfix_str(
+            f"loss {metrics['loss']:.4f}, accuracy {metrics['rewards/accuracies']:.2f}, "
+            f"margin {metrics['rewards/margins']:.3f}, {metrics['perf/pairs_per_s']:.1f} pairs/s"
+            + (f", {metrics['perf/mfu']:.0%} MFU" if "perf/mfu" in metrics else ""),
+            refresh=False,
+        )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
 
 from dsdpo.data.batch import PreferenceBatch
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import pair_logps
 from dsdpo.objective.losses import LossFn
 from dsdpo.reference.base import Reference
@@ -16,7 +16,7 @@ from dsdpo.training.metrics import Meter, pair_metrics
 
 @torch.no_grad()
 def evaluate(
-    policy: nn.Module,
+    policy: TrainingEngine,
     reference: Reference,
     loss_fn: LossFn,
     windows: Iterable[Sequence[PreferenceBatch]],

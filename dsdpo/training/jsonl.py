@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dsdpo.run_folder import partial_path
+
 log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ def drop_rows(path: Path, *, after: int) -> None:
     """Take the rows of later steps than `after` out of a file, and any that were cut off; it may not exist."""
     if path.exists():
         kept = [row for row in path.read_bytes().splitlines(keepends=True) if _belongs(row, after)]
-        whole = path.with_suffix(".partial")
+        whole = partial_path(path)
         whole.write_bytes(b"".join(kept))
         whole.replace(path)
 

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import all_or_none, gather_objects, rank
 from dsdpo.errors import TrainingError
 from dsdpo.objective.losses import LossOutput
+from dsdpo.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
-
-RECORD = "nonfinite.jsonl"
 
 
 def marked(loss: Tensor, output: LossOutput, weight: Tensor) -> Tensor:
@@ -37,43 +35,71 @@ def marked(loss: Tensor, output: LossOutput, weight: Tensor) -> Tensor:
     return loss * torch.where(sound, 1.0, math.nan)
 
 
-def record_skipped(folder: Path, run: RunConfig, step: int, window: StepBatches, outputs: Sequence[LossOutput]) -> None:
-    """Note a step that was not taken in `folder`/nonfinite.jsonl, and end the run if it asks for that. Collective.
+class NonfiniteSteps:
+    """Steps that were not taken: each one in nonfinite.jsonl, and the end of the run where it asks for that."""
 
-    `outputs` are those of this rank's micro-batches. Raises `TrainingError`. In float16 a step whose losses are all
-    finite is left out by design, to go on with a lower loss scale: then there is nothing to note.
-    """
-    rule = run.train.on_nonfinite
+    def __init__(self, run: RunConfig, folder: RunFolder) -> None:
+        self._rule, self._limit = run.train.on_nonfinite, run.train.max_skipped_steps
+        self._scales_losses = run.model.dtype == "float16"
+        self._file = folder.nonfinite
+        self._in_a_row = 0
+
+    def note(self, step: int, window: StepBatches, outputs: Sequence[LossOutput], *, taken: bool) -> None:
+        """Take note of a step, which was `taken` or not; `outputs` are those of this rank's micro-batches. Collective.
+
+        Raises `TrainingError` at the first step that was not taken, or under `on_nonfinite: skip` at the last of
+        `max_skipped_steps` in a row. In float16 a step whose losses are all finite is left out by design, to go on
+        with a lower loss scale: then there is nothing to note.
+        """
+        if taken:
+            self._in_a_row = 0
+            return
+        pairs = nonfinite_pairs(window, outputs)
+        if self._scales_losses and not pairs:
+            return
+        self._in_a_row += 1
+        what = f"the loss of {named(sorted(pairs))}" if pairs else "the gradient, with every loss finite,"
+        with all_or_none():
+            if rank() == 0:
+                self._write(step, window, pairs)
+        if self._rule == "stop":
+            raise TrainingError(
+                f"step {step}: {what} is not finite. No weight was changed, earlier checkpoints are intact, and "
+                f"{self._file} has the step's pairs. Mend or remove the pairs, lower optimizer.learning_rate, or go "
+                "on with --resume auto --train.on_nonfinite skip, which leaves such steps out"
+            )
+        if self._in_a_row >= self._limit:
+            raise TrainingError(
+                f"step {step}: {what} is not finite, and {self._in_a_row} steps in a row were left out for such a "
+                f"reason (train.max_skipped_steps {self._limit}): the run has diverged or its data is broken. Earlier "
+                f"checkpoints are intact, and {self._file} has the pairs. Lower optimizer.learning_rate or mend the "
+                "data, and start again, or go on from an earlier checkpoint"
+            )
+        if rank() == 0:
+            log.warning("step %d is skipped: %s is not finite; see %s", step, what, self._file)
+
+    def _write(self, step: int, window: StepBatches, pairs: dict[int, dict[str, float]]) -> None:
+        row = {
+            "step": step,
+            "action": self._rule,
+            "found": "loss" if pairs else "gradient",
+            # As text: JSON has no NaN.
+            "losses": {pair: {name: str(value) for name, value in row.items()} for pair, row in pairs.items()},
+            "pair_ids": window.pair_ids.tolist(),
+        }
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def nonfinite_pairs(window: StepBatches, outputs: Sequence[LossOutput]) -> dict[int, dict[str, float]]:
+    """By pair id, loss and rewards of the pairs of all ranks of which one is not finite. Collective."""
     found = {}
     for batch, output in zip(window.batches, outputs, strict=True):
         values = torch.stack([output.losses.detach(), output.chosen_rewards, output.rejected_rewards]).T.tolist()
         for pair_id, (loss, chosen, rejected) in zip(batch.pair_ids.tolist(), values, strict=True):
             if pair_id >= 0 and not all(map(math.isfinite, (loss, chosen, rejected))):
                 found[pair_id] = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected}
-    pairs = {pair_id: values for part in gather_objects(found) for pair_id, values in part.items()}
-    if run.model.dtype == "float16" and not pairs:
-        return
-    what = f"the loss of {named(sorted(pairs))}" if pairs else "the gradient, with every loss finite,"
-    with all_or_none():
-        if rank() == 0:
-            row = {
-                "step": step,
-                "action": rule,
-                "found": "loss" if pairs else "gradient",
-                # As text: JSON has no NaN.
-                "losses": {pair: {name: str(value) for name, value in row.items()} for pair, row in pairs.items()},
-                "pair_ids": window.pair_ids.tolist(),
-            }
-            with (folder / RECORD).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    if rule == "stop":
-        raise TrainingError(
-            f"step {step}: {what} is not finite. No weight was changed, earlier checkpoints are intact, and "
-            f"{folder / RECORD} has the step's pairs. Mend or remove the pairs, lower optimizer.learning_rate, or go "
-            "on with --resume auto --train.on_nonfinite skip, which leaves such steps out"
-        )
-    if rank() == 0:
-        log.warning("step %d is skipped: %s is not finite; see %s", step, what, folder / RECORD)
+    return {pair_id: values for part in gather_objects(found) for pair_id, values in part.items()}
 
 
 def named(pair_ids: Sequence[int]) -> str:

@@ -8,15 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from dsdpo.config.run import RunConfig
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks, world_size
+from dsdpo.engine.build import device
+from dsdpo.engine.lora import POLICY
 from dsdpo.engine.quirks.gather_trace import GATHERED
+from dsdpo.engine.shards import full_shape
+from dsdpo.engine.types import TrainingEngine
+from dsdpo.objective.flops import model_flops, step_flops
+from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter
 
 T = TypeVar("T")
@@ -205,6 +213,17 @@ class Perf:
             "comm/reference_gathers": parameters.get("reference", 0.0) / self._steps,
             "comm/reference_gathered_gib": sizes.get("reference", 0.0) / self._steps / 2**30,
         }
+
+
+def perf_of(run: RunConfig, policy: TrainingEngine, reference: Reference) -> Perf:
+    """Figures of a run from now on, held against the operations that its two models need."""
+    scorer = reference.scorer()
+    operations = partial(
+        step_flops,
+        policy=model_flops(policy.module.lm, adapter=POLICY, shape_of=full_shape),
+        reference=model_flops(scorer[0], adapter=scorer[1], shape_of=full_shape) if scorer else None,
+    )
+    return Perf(device(), step_flops=operations, peak=run.tracking.peak_tflops)
 
 
 def peak_memory(device: torch.device) -> int:

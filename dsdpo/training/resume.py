@@ -11,6 +11,7 @@ from dsdpo.distributed import broadcast_object, world_size
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.store import read_identity
+from dsdpo.run_folder import RunFolder
 from dsdpo.training.checkpoint import damage, read_state, whole_checkpoints
 
 # Settings that decide what is learned. All others (ZeRO config, micro-batches, logging, paths) may change on resume.
@@ -46,7 +47,7 @@ def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
     Raises `CheckpointError` for an explicit path that is damaged or not in the run's own folder: DeepSpeed's files are
     pickles, so nobody else's are opened.
     """
-    folder = Path(run.output_dir) / "checkpoints"
+    folder = RunFolder(run.output_dir).checkpoints
     if run.checkpoint.resume is None:
         return None, []
     if run.checkpoint.resume == "auto":

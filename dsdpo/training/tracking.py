@@ -13,34 +13,32 @@ import numpy as np
 
 from dsdpo.config.run import RunConfig
 from dsdpo.distributed import rank
+from dsdpo.run_folder import RunFolder
 from dsdpo.training.jsonl import JsonlWriter, drop_rows
-from dsdpo.training.nonfinite import RECORD as NONFINITE
 
 log = logging.getLogger(__name__)
-
-METRICS, PAIRS = "metrics.jsonl", "pairs.jsonl"
 
 START_TIMEOUT_S = 60.0  # to reach W&B's server; its own default is 90 s
 
 
-def drop_rows_after(folder: Path, step: int) -> None:
+def drop_rows_after(folder: RunFolder, step: int) -> None:
     """Take the rows of later steps out of a run's records: a resumed run writes them again. On rank 0."""
-    for name in (METRICS, PAIRS, NONFINITE):
-        drop_rows(folder / name, after=step)
+    for path in (folder.metrics, folder.pairs, folder.nonfinite, folder.samples):
+        drop_rows(path, after=step)
 
 
 class Tracker:
     """Writes metrics on rank 0 and does nothing on other ranks."""
 
-    def __init__(self, run: RunConfig, folder: Path, *, facts: dict[str, Any] | None = None) -> None:
+    def __init__(self, run: RunConfig, folder: RunFolder, *, facts: dict[str, Any] | None = None) -> None:
         """`facts` go to W&B beside the settings."""
         self.last_evaluation: dict[str, float] = {}
         self._evaluated_at = -1
         self._active = rank() == 0
         self._wandb: Any = None
         if self._active:
-            self._record = JsonlWriter(folder / METRICS)
-            self._pairs = JsonlWriter(folder / PAIRS) if run.tracking.pairs else None
+            self._record = JsonlWriter(folder.metrics)
+            self._pairs = JsonlWriter(folder.pairs) if run.tracking.pairs else None
             if run.tracking.wandb is not None:
                 self._wandb = _start_wandb(run, folder, facts or {})
 
@@ -91,11 +89,11 @@ class Tracker:
         self._wandb = None
 
 
-def _start_wandb(run: RunConfig, folder: Path, facts: dict[str, Any]) -> Any:
+def _start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Any:
     """A W&B run under the id kept in the run folder, or None with a warning: tracking never stops training."""
     settings = run.tracking.wandb
     assert settings is not None
-    id_file = folder / "wandb_run_id"
+    id_file = folder.wandb_id
     try:
         import wandb
 

@@ -42,17 +42,18 @@ def count_steps(run: dict[str, Any], keep_two: bool) -> list[dict[str, float]]:
     from dsdpo.objective.losses import make_loss
     from dsdpo.run.models import build_policy_and_reference
     from dsdpo.run.plan import plan_run
-    from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
+    from dsdpo.training.step import train_step
 
     plan = plan_run(RunConfig.model_validate(run))
     policy, reference = build_policy_and_reference(plan)
     loss_fn = make_loss(LossConfig())
+    scorer = reference if keep_two else OneOrder(reference)
     rows: list[dict[str, float]] = []
     for window in plan.training_windows(device()):
         meter = Meter()
         with counting() as events:
-            train_step(policy, reference if keep_two else OneOrder(reference), loss_fn, window, meter)
+            train_step(policy, scorer.score(window.batches), loss_fn, window, meter)
         row = {"loss": meter.read()["loss"], "hooks": hooks(policy.module), "whole": gathered_now(policy.module)}
         rows.append({**row, **{name: events[name] for name in ("invalidated", "gathered", "late")}})
     return rows

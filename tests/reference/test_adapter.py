@@ -222,8 +222,8 @@ def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
     from dsdpo.engine.shards import release_gathered, writable_shard
     from dsdpo.objective.logps import pair_logps
     from dsdpo.objective.losses import make_loss
-    from dsdpo.training.loop import train_step
     from dsdpo.training.metrics import Meter
+    from dsdpo.training.step import train_step
 
     policy, reference, windows = build_here(run)
     batch = windows[0].batches[0]
@@ -233,7 +233,7 @@ def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
 
     first = answer()
     for window in windows:
-        train_step(policy, reference, make_loss(LossConfig()), window, Meter())
+        train_step(policy, reference.score(window.batches), make_loss(LossConfig()), window, Meter())
     assert torch.equal(answer(), first), "the reference moved with the policy"
     reference.save(Path(folder))
     with torch.no_grad():

@@ -43,9 +43,9 @@ def digest_of_engine(run: dict[str, Any], which: str) -> str:
 
     plan = plan_run(RunConfig.model_validate(run))
     if which == "policy":
-        engine = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
+        engine = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps, layout=plan.layout.name)
     else:
-        engine = build_reference(plan.reference.model, plan.reference_config)
+        engine = build_reference(plan.reference.model, plan.reference_config, layout=plan.layout.name)
     digest = weights_digest(engine.module)
     destroy_engine(engine)
     return digest

@@ -59,7 +59,7 @@ def precompute_here(run: dict[str, Any], shard_rows: int = 8) -> dict[str, Any]:
     from dsdpo.run.plan import plan_run
 
     plan = plan_run(RunConfig.model_validate(run))
-    engine = build_reference(plan.reference.model, plan.reference_config)
+    engine = build_reference(plan.reference.model, plan.reference_config, layout=plan.layout.name)
     identity = identify_reference(plan, engine.module, adapter=None)
     folder = open_store_on_ranks(plan.store_folder, identity)
     scorer = Scorer(engine, plan.run.reference.score_tokens, plan.run.reference.audit_rows, shard_rows=shard_rows)
@@ -313,7 +313,7 @@ def leftovers(model: str, config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
     gc.collect()
     before = used_memory()["host"]
-    engine = build_reference(ModelConfig(path=model, dtype=dtype), config)
+    engine = build_reference(ModelConfig(path=model, dtype=dtype), config, layout="padded")
     batches = [collate_padded(random_pairs(2, seed=seed), pad_token_id=0) for seed in range(3)]
     for _ in range(3):  # the trace of gathers is complete from the second pass on
         score_batches(engine, batches, score_tokens=100)

@@ -31,8 +31,8 @@ def build(run: dict[str, Any]) -> tuple[Any, Any, Any]:
 
     plan = plan_run(RunConfig.model_validate(run))
     prepare_ops(plan.policy_config, plan.reference_config)
-    policy = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps)
-    return policy, build_reference(plan.reference.model, plan.reference_config), plan
+    policy = build_policy(plan.run, plan.policy_config, total_steps=plan.total_steps, layout=plan.layout.name)
+    return policy, build_reference(plan.reference.model, plan.reference_config, layout=plan.layout.name), plan
 
 
 def logps_of_plain_model(plan: Any, weights: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:

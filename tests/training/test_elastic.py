@@ -60,7 +60,7 @@ def run_of(folder: Path, inputs: Path, policy_zero: str, own_zero: str, **case: 
 
 def train_and_watch(run: dict[str, Any]) -> tuple[list[list[int]], str]:
     """Train; the pairs of each step that this rank trained on, and what was said."""
-    from dsdpo.training import loop
+    from dsdpo.run import loop
 
     steps: list[list[int]] = []
     original = loop.train_step

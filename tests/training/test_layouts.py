@@ -132,7 +132,7 @@ def plan_here(run: dict[str, Any]) -> tuple[str, str | None]:
     from tests.engines import planned
 
     plan = planned(run)
-    return plan.train.layout, plan.why_padded
+    return plan.train.layout, plan.layout.why_padded
 
 
 def test_a_model_that_cannot_be_packed(inputs: Path, tmp_path: Path) -> None:

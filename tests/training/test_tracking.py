@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dsdpo.config.run import RunConfig
+from dsdpo.run_folder import RunFolder
 from dsdpo.training import tracking
 from dsdpo.training.tracking import Tracker
 from tests.commands.processes import finish
@@ -34,7 +35,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 def test_rows_begin_with_step_and_are_there_at_once(tmp_path: Path) -> None:
-    tracker = Tracker(run_in(tmp_path, None), tmp_path)
+    tracker = Tracker(run_in(tmp_path, None), RunFolder(tmp_path))
     tracker.log(1, {"loss": 0.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
     tracker.log(1, {"eval/loss": 0.25})
@@ -46,7 +47,7 @@ def test_rows_begin_with_step_and_are_there_at_once(tmp_path: Path) -> None:
 def test_offline_wandb_writes_every_row_under_the_folders_name(tmp_path: Path) -> None:
     folder = tmp_path / "my-run"
     folder.mkdir()
-    tracker = Tracker(run_in(folder, {"mode": "offline", "project": "p", "tags": ["a"]}), folder)
+    tracker = Tracker(run_in(folder, {"mode": "offline", "project": "p", "tags": ["a"]}), RunFolder(folder))
     for step, loss in ((1, 0.123456789), (2, 0.0987654321)):
         tracker.log(step, {"loss": loss})
     tracker.close()
@@ -66,7 +67,7 @@ def test_unreachable_wandb_warns_and_the_record_goes_on(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(tracking, "START_TIMEOUT_S", 2.0)
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(run_in(tmp_path, {"mode": "online"}), tmp_path)
+        tracker = Tracker(run_in(tmp_path, {"mode": "online"}), RunFolder(tmp_path))
     assert "W&B could not start" in caplog.text
     assert "metrics.jsonl" in caplog.text
     tracker.log(1, {"loss": 0.5})
@@ -77,7 +78,7 @@ def test_unreachable_wandb_warns_and_the_record_goes_on(
 def test_wandb_that_fails_in_the_middle_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import wandb
 
-    tracker = Tracker(run_in(tmp_path, {"mode": "offline"}), tmp_path)
+    tracker = Tracker(run_in(tmp_path, {"mode": "offline"}), RunFolder(tmp_path))
     tracker.log(1, {"loss": 0.5})
     wandb.finish()  # what a lost service looks like from here: the next call raises
     with caplog.at_level(logging.WARNING):
@@ -91,6 +92,7 @@ def test_wandb_that_fails_in_the_middle_warns_once(tmp_path: Path, caplog: pytes
 SERVICE_KILLED = """
 import logging, os, signal, sys
 from pathlib import Path
+from dsdpo.run_folder import RunFolder
 from dsdpo.training.tracking import Tracker
 from tests.kill_test import family
 from tests.training.test_tracking import run_in
@@ -98,7 +100,7 @@ from tests.training.test_tracking import run_in
 logging.basicConfig(level=logging.WARNING)
 os.environ.pop("WANDB_SERVICE", None)  # that of the tests before this one, if any
 folder = Path(sys.argv[1])
-tracker = Tracker(run_in(folder, {"mode": "offline"}), folder)
+tracker = Tracker(run_in(folder, {"mode": "offline"}), RunFolder(folder))
 tracker.log(1, {"loss": 0.5})
 service = family(os.getpid())[1:]
 for pid in service:

@@ -1,0 +1,92 @@
+"""The loop: score a step's pairs with the reference, train on them, then whatever is due after the step."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from dsdpo.data.steps import StepBatches
+from dsdpo.engine.build import device
+from dsdpo.run.run import Run
+from dsdpo.training.cadence import Progress
+from dsdpo.training.evaluate import evaluate
+from dsdpo.training.step import train_step
+
+
+def train_until_done(run: Run) -> str | None:
+    """Take the run's optimizer steps from where its state stands; why it stopped early, if it did. Collective.
+
+    A run that stops early is saved first. `run.state` is left behind the last step.
+    """
+    perf, state, due, reference = run.perf, run.state, run.due, run.reference
+    windows = run.plan.training_windows(device(), state.step)
+    with Progress(state.step, due.total_steps) as progress, closing(windows):
+        for window in perf.each("data", reference.looking_ahead(windows, state.step)):
+            learning_rate = run.policy.get_lr()[0]
+            taken = take_step(run, window)
+            # At a sync the reference becomes what the policy is, or comes near it: held-out pairs are scored before.
+            held_out = held_out_metrics(run) if due.evaluate(state.step) and reference.moves_after(state.step) else {}
+            with perf.phase("sync"):
+                reference.after_step(state.step)
+            if due.log(state.step):
+                with perf.phase("log"):
+                    metrics = log_step(run, window, learning_rate=learning_rate, taken=taken)
+                progress.show(metrics)
+            progress.advance()
+            if due.evaluate(state.step):
+                log_evaluation(run, held_out or held_out_metrics(run))
+            with perf.phase("other"):
+                reason = run.stop.reason() if state.step < due.total_steps else None
+            if due.checkpoint(state.step) or run.saver.owed(state.step) or reason:
+                with perf.phase("save"):
+                    run.saver.save(last=bool(reason) or state.step == due.total_steps)
+            if reason:
+                return reason
+    return None
+
+
+def take_step(run: Run, window: StepBatches) -> bool:
+    """Train on one step's pairs and move the run's state on; whether the weights were changed. Collective."""
+    counted = run.meter.state()
+    with run.perf.phase("reference"):
+        anchor = run.reference.score(window.batches)
+    outputs = train_step(run.policy, anchor, run.loss_fn, window, run.meter, phase=run.perf.phase)
+    taken = run.policy.was_step_applied()
+    run.state.step += 1
+    run.state.consumed_pairs += window.pairs
+    if not taken:
+        run.meter.restore(counted)
+    run.nonfinite.note(run.state.step, window, outputs, taken=taken)
+    run.tracker.log_pairs(run.state.step, window.pair_ids)
+    run.perf.count(window)
+    return taken
+
+
+def log_step(run: Run, window: StepBatches, *, learning_rate: float, taken: bool) -> dict[str, float]:
+    """Write the metrics row of the steps since the last one; the row. Collective."""
+    metrics = run.perf.read(run.meter)
+    if taken:
+        metrics["grad_norm"] = float(run.policy.get_global_grad_norm() or 0.0)
+    metrics |= {"learning_rate": learning_rate, "train/skipped_steps": run.policy.skipped_steps}
+    metrics |= {"epoch": window.epoch, **run.reference.metrics()}
+    run.tracker.log(run.state.step, metrics)
+    return metrics
+
+
+def evaluate_at_start(run: Run) -> None:
+    """Score the held-out pairs before the first step of a run that is not resumed, if it asks for that. Collective."""
+    if run.state.step == 0 and run.due.evaluate(0):
+        log_evaluation(run, held_out_metrics(run))
+
+
+def held_out_metrics(run: Run) -> dict[str, float]:
+    """The held-out metrics under policy and reference as they are; nothing without held-out pairs. Collective."""
+    if run.plan.evaluation is None:
+        return {}
+    with run.perf.phase("evaluate"):
+        return evaluate(run.policy, run.reference, run.loss_fn, run.plan.held_out_windows(device()))
+
+
+def log_evaluation(run: Run, metrics: dict[str, float]) -> None:
+    """Write the row of an evaluation, if there was one."""
+    if metrics:
+        run.tracker.log(run.state.step, metrics)
