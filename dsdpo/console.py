@@ -6,8 +6,104 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsdpo.errors import ConfigError
 
 LIBRARIES = ("transformers", "datasets", "accelerate")  # DeepSpeed's own logger: engine/build.py
+
+
+# How else than by RANK and WORLD_SIZE (deepspeed, torchrun) a process is told who it is, most telling first: MPI's
+# launchers may run inside a Slurm job, whose variables are then about something else.
+LAUNCHERS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
+    ("Open MPI", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), ("OMPI_COMM_WORLD_LOCAL_RANK",),
+     ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
+    ("MVAPICH", "MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",), ("MV2_COMM_WORLD_LOCAL_RANK",),
+     ("MV2_COMM_WORLD_LOCAL_SIZE",)),
+    ("MVAPICH", "MVP_COMM_WORLD_RANK", ("MVP_COMM_WORLD_SIZE",), ("MVP_COMM_WORLD_LOCAL_RANK",),
+     ("MVP_COMM_WORLD_LOCAL_SIZE",)),
+    ("MPI (PMI)", "PMI_RANK", ("PMI_SIZE", "WORLD_SIZE"), ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+     ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "LOCAL_SIZE")),
+    ("Slurm", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",),
+     ("SLURM_NTASKS_PER_NODE",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Who this process is among those that were started together."""
+
+    by: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+
+def launched() -> Launched:
+    """What the environment says of this process: deepspeed's, torchrun's, MPI's and Slurm's words; alone without any.
+
+    Raises `ConfigError` for words that contradict each other or that say only a part, with which several processes
+    would each take itself for the whole run.
+    """
+    if "RANK" in os.environ:
+        size = _whole_number(("WORLD_SIZE",))
+        if size is None:
+            raise ConfigError(
+                f"RANK is {os.environ['RANK']} in the environment, but WORLD_SIZE is not set: start with deepspeed, "
+                "torchrun or srun, or set both, with MASTER_ADDR and MASTER_PORT, for each process"
+            )
+        own, place = _whole_number(("RANK",)) or 0, _whole_number(("LOCAL_RANK",)) or 0
+        return _checked("RANK", own, size, place, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), "RANK")
+    for by, rank_name, size_names, local_names, local_size_names in LAUNCHERS:
+        rank, size = _whole_number((rank_name,)), _whole_number(size_names)
+        if rank is None or (size or 1) == 1:
+            continue
+        assert size is not None
+        if by == "Slurm" and not {"SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR"} & os.environ.keys():
+            raise ConfigError(
+                f"this shell belongs to a Slurm job of {size} tasks (SLURM_NTASKS), but srun did not start this "
+                "process: start with srun, as launch/slurm.sbatch does, or alone with RANK=0 WORLD_SIZE=1 before the "
+                "command"
+            )
+        local = _whole_number(local_names)
+        if local is None:
+            raise ConfigError(
+                f"{rank_name} is {rank} of {size} processes ({by}), but none of {', '.join(local_names)} is set, which "
+                "say the process's place on its node: set RANK, WORLD_SIZE and LOCAL_RANK for each process"
+            )
+        return _checked(by, rank, size, local, local_size_names, rank_name)
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MVP_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if (_whole_number((name,)) or 1) > 1:
+            raise ConfigError(
+                f"{name} is {os.environ[name]} in the environment, but no variable says which of the processes this "
+                "is: set RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too, or start with deepspeed, torchrun or srun"
+            )
+    if (_whole_number(("PMIX_RANK",)) or 0) > 0:
+        raise ConfigError(
+            f"PMIX_RANK is {os.environ['PMIX_RANK']}: other processes were started beside this one, but nothing says "
+            "how many. Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each, or use srun or mpirun"
+        )
+    return Launched("nobody", 0, 1, 0, 1)
+
+
+def _checked(by: str, rank: int, size: int, local: int, local_size_names: Sequence[str], name: str) -> Launched:
+    if rank >= size:
+        raise ConfigError(f"{name} is {rank}, but there are {size} processes only, counted from 0")
+    return Launched(by, rank, size, local, _whole_number(local_size_names) or 1)
+
+
+def _whole_number(names: Sequence[str]) -> int | None:
+    """The first of these variables that is set. Raises `ConfigError` for what is no whole number."""
+    for name in names:
+        value = os.environ.get(name)
+        if value is None or not value.strip():
+            continue
+        if not value.strip().isdecimal():
+            raise ConfigError(f"{name} is {value!r} in the environment, but must be a whole number")
+        return int(value)
+    return None
 
 
 def is_main() -> bool:
@@ -17,7 +113,10 @@ def is_main() -> bool:
 
 def launched_rank() -> str:
     """This process among all, as the launcher says."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    try:
+        return str(launched().rank)
+    except ConfigError:
+        return os.environ.get("RANK", "0")
 
 
 def say(text: str = "") -> None:

@@ -37,6 +37,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def node() -> int:
+    """A number of this process's node, the same for all its ranks and no other node's."""
+    slurm = os.environ.get("SLURM_NODEID")  # tasks may be dealt out to nodes by turns
+    if slurm is not None and os.environ.get("SLURM_PROCID") == str(rank()):
+        return int(slurm)
+    return rank() - local_rank()
+
+
 def barrier() -> None:
     """Collective."""
     if world_size() > 1:

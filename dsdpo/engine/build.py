@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -24,8 +21,8 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName
 from dsdpo.distributed import rank
 from dsdpo.engine.lora import add_adapter, add_reference_adapter
-from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
 from dsdpo.engine.quirks.gather_trace import count_gathers_of
+from dsdpo.engine.start import start_distributed as start_distributed
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.logps import ResponseScorer
@@ -33,49 +30,6 @@ from dsdpo.objective.logps import ResponseScorer
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def start_distributed(*, timeout_minutes: float) -> None:
-    """Join the process group of whatever started this process: deepspeed, torchrun, srun, or nobody (one process).
-
-    Collectives that take longer than `timeout_minutes` end the run instead of hanging it.
-    """
-    if torch.distributed.is_initialized():
-        return
-    _adopt_environment()
-    _follow_log_level()
-    skip_shared_memory_op()
-    local = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local)
-    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one node would otherwise each take every core and fight over them.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes))
-
-
-def _adopt_environment() -> None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from Slurm's variables, or for a single process."""
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env.setdefault("LOCAL_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
-    elif "RANK" not in env:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env.setdefault("MASTER_PORT", str(free.getsockname()[1]))
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    env.setdefault("LOCAL_RANK", "0")
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))  # torchrun's name, then deepspeed's
-
-
-def _follow_log_level() -> None:
-    """DeepSpeed's logger at the level of all others: it comes with its own, and its handler with another."""
-    logger, level = logging.getLogger("DeepSpeed"), logging.getLogger().level
-    logger.setLevel(level)
-    for handler in logger.handlers:
-        handler.setLevel(level)
 
 
 def device() -> torch.device:

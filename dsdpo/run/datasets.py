@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from dsdpo.distributed import (
     broadcast_object,
     gather_objects,
     local_rank,
+    node,
     on_some_ranks,
     rank,
     world_size,
@@ -42,8 +42,8 @@ def prepare_windows(
     """The token pairs of some sources, prepared by one rank of each node and opened by all. Collective."""
     prepare = partial(prepare_pairs, sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
     folder = on_some_ranks(local_rank() == 0, prepare)
-    folders = gather_objects((local_node(), folder))
-    pairs = open_pairs(next(path for node, path in folders if path is not None and node == local_node()))
+    folders = gather_objects((node(), folder))
+    pairs = open_pairs(next(path for where, path in folders if path is not None and where == node()))
     check_pairs(pairs, split, run, model)
     return BatchSource(
         pairs=pairs,
@@ -97,11 +97,6 @@ def describe_source(source: SourceFacts) -> str:
         f"{source.path}: {source.rows:,} rows, {source.pairs:,} pairs, {source.tokens:,} tokens, "
         f"dropped {dropped or 'none'}, {source.truncated:,} truncated, {source.duplicates:,} duplicates"
     )
-
-
-def local_node() -> int:
-    """The index of this node, the same for all its ranks."""
-    return (rank() - local_rank()) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_pairs(pairs: Pairs, split: str, run: RunConfig, model: Any) -> None:

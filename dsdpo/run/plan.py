@@ -13,6 +13,7 @@ import torch
 from dsdpo.config.load import check_deepspeed_files
 from dsdpo.config.reference_plan import ReferencePlan, plan_reference
 from dsdpo.config.run import RunConfig
+from dsdpo.console import launched
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName
 from dsdpo.data.plan import pairs_after
@@ -97,6 +98,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
     on all ranks alike.
     """
+    launched()  # a process that does not know which of many it is can do nothing right
     reference = plan_reference(run)
     models = {"model.path": check_model(run.model, key="model.path")}
     if run.reference.path or run.reference.revision:
@@ -109,8 +111,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     if reference.before_training:
         check_store(store_folder(run))
     hidden_size = int(model.hidden_size)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=launched)
+    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=launched().world_size)
     tokenizer = load_tokenizer(run.model)
     if len(tokenizer) > model.vocab_size:
         raise ConfigError(
