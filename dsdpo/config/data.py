@@ -85,6 +85,8 @@ class DataConfig(Section):
     """Held-out pairs, given like train; null: no evaluation."""
     max_length: PositiveInt = 2048
     """Longest prompt plus one response, in tokens; longer ones are truncated."""
+    train_on: Literal["all", "assistant", "last"] = "assistant"
+    """What is learned of a response of several messages: all, the assistant's turns, or its last turn."""
     text: Literal["as_is", "chat"] = "as_is"
     """Rows whose fields are all text: as_is, joined without a chat template; chat, put into it as messages."""
     pairing: Literal["best_worst", "adjacent", "all"] = "best_worst"

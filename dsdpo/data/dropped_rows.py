@@ -25,13 +25,16 @@ KINDS = {
     "not_by_assistant": "the last message of a response is not by the assistant",
     "template_refused": "the chat template refuses the messages",
     "template_drops": "the chat template leaves a part of the messages out",
+    "unknown_turns": "which part of a response is the assistant's cannot be told from what the chat template writes "
+    "(data.train_on: all learns the whole)",
+    "nothing_learned": "a response has no token to learn, once cut to data.max_length",
     "empty_prompt": "the prompt has no tokens",
     "empty_response": "a response has no tokens",
     "prompt_too_long": "the prompt alone fills data.max_length",
     "equal_after_truncation": "chosen and rejected are the same once cut to data.max_length",
 }
 LEFT_OUT = ("tie",)  # kinds that say nothing against the row: they count towards no limit on bad rows
-CUT = ("prompt_too_long", "equal_after_truncation")  # kinds that a larger data.max_length mends
+CUT = ("prompt_too_long", "equal_after_truncation", "nothing_learned")  # kinds that a larger data.max_length mends
 
 
 # What is worth saying of rows that were kept; a note may name a token behind a space.
@@ -45,6 +48,7 @@ NOTES = {
     "end_added": "the chat template ends a response with no special token, so this end token was added",
     "other_end": "a response ends with this token, which does not end the model's generation: add it to eos_token_id "
     "in the generation_config.json of the model",
+    "turns_masked": "users' and tools' turns within a response are read and not learned (data.train_on)",
     "text_rows": "prompt and responses are text and are not put into the model's chat template "
     "(data.text: chat does that)",
 }

@@ -27,9 +27,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date as day
+from functools import partial
 from typing import Any, Literal
 
 from dsdpo.config.data import DataConfig
+from dsdpo.data.assistant_mask import TrainOn, has_marks, response_mask
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.examples import shared_length
 from dsdpo.data.render import RESPONSES, Rendered, Renderer, render
@@ -48,6 +50,7 @@ class Encoder:
     end_tokens: tuple[str, ...]  # those that end a generation, the tokenizer's own first
     special_tokens: tuple[str, ...]  # all that a template may end a turn with
     add_eos: Literal["auto", "never"]
+    train_on: TrainOn = "assistant"
 
     @property
     def tokenizer(self) -> Any:
@@ -94,6 +97,7 @@ def encoder_for(tokenizer: Any, data: DataConfig) -> Encoder:
         add_eos=data.add_eos,
         keep_thoughts=data.keep_thoughts,
         date=data.date,
+        train_on=data.train_on,
     )
 
 
@@ -104,6 +108,7 @@ def make_encoder(
     add_eos: Literal["auto", "never"] = "auto",
     keep_thoughts: Literal["drop", "refuse"] = "drop",
     date: str | None = None,
+    train_on: TrainOn = "assistant",
 ) -> Encoder:
     """The encoder for a tokenizer, which must have a chat template if there are messages to encode."""
     marked, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
@@ -118,6 +123,7 @@ def make_encoder(
         end_tokens=tuple(dict.fromkeys((*([str(own)] if own else []), *getattr(tokenizer, "end_tokens", ())))),
         special_tokens=tuple(dict.fromkeys([*map(str, tokenizer.all_special_tokens), *map(str, added)])),
         add_eos=add_eos,
+        train_on=train_on,
     )
 
 
@@ -134,7 +140,8 @@ def encode_examples(examples: Sequence[dict[str, Any]], encoder: Encoder) -> lis
     good = [index for index, result in enumerate(results) if result is None]
     for index, one, parts in zip(good, rendered, _split_all(rendered, encoder), strict=True):
         try:
-            results[index] = _finished(one, parts, encoder)
+            masks = _masks(examples[index], one, parts[1], encoder)
+            results[index] = _finished(one, parts, masks, encoder)
         except BadRow as bad:
             results[index] = bad
     return [result for result in results if result is not None]
@@ -209,7 +216,32 @@ def _spell_same(first: list[int], second: list[int], encoder: Encoder) -> bool:
     return bool(tokenizer.decode(first, **options) == tokenizer.decode(second, **options))
 
 
-def _finished(one: Rendered, parts: Parts, encoder: Encoder) -> Encoded:
+def _masks(
+    example: dict[str, Any], one: Rendered, responses: list[list[int]], encoder: Encoder
+) -> list[list[bool] | None]:
+    """Which tokens of each response are learned, None: all. Raises BadRow where that cannot be told."""
+    if one.plain or encoder.train_on == "all":
+        return [None] * len(responses)
+    renderer, tokenizer = encoder.renderer, encoder.tokenizer
+    marks = None
+    if getattr(tokenizer, "is_fast", False) and has_marks(str(tokenizer.get_chat_template(None, example.get("tools")))):
+        marks = partial(renderer.marks, example=example)
+    return [
+        response_mask(
+            messages,
+            first,
+            whole,
+            ids,
+            render=lambda turns, prompting: renderer(turns, example, generation_prompt=prompting),
+            mark=marks,
+            tokenizer=tokenizer,
+            train_on=encoder.train_on,
+        )
+        for (messages, first), whole, ids in zip(one.dialogues, one.wholes, responses, strict=True)
+    ]
+
+
+def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encoder: Encoder) -> Encoded:
     """The example with its ends, cut to length. Raises BadRow where nothing is left to train on."""
     prompt, responses, rewritten = parts
     notes = [*one.notes, *(["rewritten"] if rewritten else [])]
@@ -224,6 +256,8 @@ def _finished(one: Rendered, parts: Parts, encoder: Encoder) -> Encoded:
         note, add = _end(whole, responses[index], one.plain, encoder)
         notes += note
         responses[index] = [*responses[index], end] if add else responses[index]
+        if (mask := masks[index]) is not None and add:
+            masks[index] = [*mask, True]
     if not prompt:
         raise BadRow("empty_prompt", "prompt and responses share no first token")
     room = encoder.max_length - len(prompt)
@@ -234,7 +268,19 @@ def _finished(one: Rendered, parts: Parts, encoder: Encoder) -> Encoded:
     if all(response[:room] == responses[0][:room] for response in responses[1:]):
         raise BadRow("equal_after_truncation", f"the first {room} tokens of both responses are the same")
     truncated = max(map(len, responses)) > room
-    return Encoded(prompt, tuple(response[:room] for response in responses), truncated, tuple(dict.fromkeys(notes)))
+    learned = tuple(None if mask is None or all(mask[:room]) else mask[:room] for mask in masks)
+    for index, mask in enumerate(learned):
+        if mask is not None and not any(mask):
+            raise BadRow("nothing_learned", f"{_name(index)} has no token of the assistant within data.max_length")
+    if any(mask is not None for mask in learned):
+        notes.append("turns_masked")
+    return Encoded(
+        prompt,
+        tuple(response[:room] for response in responses),
+        truncated,
+        tuple(dict.fromkeys(notes)),
+        learned if any(mask is not None for mask in learned) else (),
+    )
 
 
 def _end(whole: str, response: list[int], plain: bool, encoder: Encoder) -> tuple[list[str], bool]:

@@ -38,6 +38,7 @@ class Rendered:
     wholes: tuple[str, ...]  # prompt and response, for each response
     plain: bool  # no chat template: BOS and EOS are ours to add
     notes: tuple[str, ...] = ()  # keys of dropped_rows.NOTES
+    dialogues: tuple[tuple[list[Message], int], ...] = ()  # messages as they were rendered, and how many are the prompt
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Renderer:
             options |= {"chat_template": FIXED_DATE + template, "fixed_dates": dates(template, self.date)}
         return str(self.tokenizer.apply_chat_template(list(messages), **options))
 
+    def marks(self, messages: Sequence[Message], example: dict[str, Any]) -> list[int]:
+        """Of each token of the rendered messages, 1 where the template says that the assistant generates it."""
+        options = {**example.get("chat_template_kwargs", {}), "tools": example.get("tools")}
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+        return list(encoded["assistant_masks"])
+
 
 def dates(template: str, date: str) -> dict[str, str]:
     """What each date that the template asks for is on a day given as YYYY-MM-DD."""
@@ -86,7 +95,8 @@ def render(example: dict[str, Any], renderer: Renderer) -> Rendered:
         try:
             rendered = _rendered(variant[0], variant[1:], example, renderer)
             notes = _missing(rendered, variant[0], variant[1:], example.get("tools"), renderer)
-            return Rendered(rendered.prompt, rendered.wholes, plain=False, notes=notes)
+            dialogues = tuple(_dialogue(variant[0], response) for response in variant[1:])
+            return Rendered(rendered.prompt, rendered.wholes, plain=False, notes=notes, dialogues=dialogues)
         except BadRow as bad:
             first = first or bad
     assert first is not None
@@ -118,6 +128,18 @@ def _rendered(
         raise BadRow("template_refused", f"{error} (roles: {roles})") from error
 
 
+def _dialogue(prompt: list[Message], response: list[Message]) -> tuple[list[Message], int]:
+    """Prompt and response as one dialogue, and the place of the response's first message in it.
+
+    Where the prompt ends with a begun answer, that and its continuation are one message.
+    """
+    if prompt[-1]["role"] != "assistant" or response[0]["role"] != "assistant":
+        return prompt + response, len(prompt)
+    joined = prompt[-1] | response[0] | {"content": _text(prompt[-1]) + _text(response[0])}
+    joined = _in_parts(joined) if isinstance(prompt[-1]["content"], list) else joined
+    return [*prompt[:-1], joined, *response[1:]], len(prompt) - 1
+
+
 def _continued(
     prompt: list[Message], responses: list[list[Message]], example: dict[str, Any], renderer: Renderer
 ) -> Rendered:
@@ -126,9 +148,7 @@ def _continued(
     header = renderer(prompt[:-1], example, generation_prompt=True) if prompt[:-1] else ""
     wholes, prompts = [], []
     for response in responses:
-        joined = prompt[-1] | response[0] | {"content": begun + _text(response[0])}
-        joined = _in_parts(joined) if isinstance(prompt[-1]["content"], list) else joined
-        whole = renderer([*prompt[:-1], joined, *response[1:]], example, generation_prompt=False)
+        whole = renderer(_dialogue(prompt, response)[0], example, generation_prompt=False)
         at = whole.find(begun.lstrip(), common_length(header, whole))
         if at < 0:
             raise BadRow("template_drops", f"the answer that the prompt begins: {short(begun)}")
