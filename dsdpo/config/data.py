@@ -5,7 +5,15 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dsdpo.config.section import FolderText, PathText, Section
 
@@ -85,6 +93,11 @@ class DataConfig(Section):
     """Held-out pairs, given like train; null: no evaluation."""
     max_length: PositiveInt = 2048
     """Longest prompt plus one response, in tokens; longer ones are truncated."""
+    max_prompt_length: PositiveInt | None = None
+    """Longest prompt, in tokens, below max_length; longer ones are truncated. null: no limit of its own."""
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    """What stays of what is too long. keep_start: the beginning of prompt and responses; a prompt that fills max_length
+    alone makes a bad row. keep_end: the end of the prompt (and its BOS), so that responses stay whole if they can."""
     train_on: Literal["all", "assistant", "last"] = "assistant"
     """What is learned of a response of several messages: all, the assistant's turns, or its last turn."""
     text: Literal["as_is", "chat"] = "as_is"
@@ -114,6 +127,15 @@ class DataConfig(Section):
     """Processes that tokenize; null: one for each core."""
     cache_dir: FolderText | None = None
     """Folder for prepared data; null: the cache of Hugging Face datasets."""
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> DataConfig:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"data.max_prompt_length {self.max_prompt_length} leaves no room for a response in data.max_length "
+                f"{self.max_length}: give less, or leave it out"
+            )
+        return self
 
     @field_validator("date", mode="before")
     @classmethod

@@ -60,9 +60,10 @@ _TABLE = {
     "prompt_key chosen_key rejected_key prompt_column chosen_column rejected_column input_key field_messages "
     "message_property_mappings columns": "use data.train with {path: ..., columns: {chosen: ...}}",
     "cutoff_len sequence_len max_len max_seq_length max_seq_len model_max_length": "use data.max_length",
-    "max_prompt_length max_completion_length max_target_length max_source_length label_pad_token_id": _NONE
+    "max_completion_length max_target_length max_source_length label_pad_token_id": _NONE
     + "data.max_length limits prompt and one response together",
     "truncation_mode": "use data.truncation",
+    "max_prompt_length": "use data.max_prompt_length",
     "sample_packing packing packing_samples neat_packing padding_free pad_to_sequence_len pad_to_multiple_of "
     "group_by_length length_column_name train_sampling_strategy eval_sample_packing use_dynamic_batch": "use "
     "data.layout (auto packs pairs without padding and balances them over ranks)",

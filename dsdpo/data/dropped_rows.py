@@ -48,6 +48,7 @@ NOTES = {
     "end_added": "the chat template ends a response with no special token, so this end token was added",
     "other_end": "a response ends with this token, which does not end the model's generation: add it to eos_token_id "
     "in the generation_config.json of the model",
+    "prompt_cut": "the prompt was cut to data.max_prompt_length or data.max_length (data.truncation says at which end)",
     "turns_masked": "users' and tools' turns within a response are read and not learned (data.train_on)",
     "text_rows": "prompt and responses are text and are not put into the model's chat template "
     "(data.text: chat does that)",

@@ -15,8 +15,10 @@ Text
   Rules 1 and 2 on the strings; what the tokenizer puts before plain text (BOS) begins the prompt once, EOS ends each
   response once.
 Truncation
-  Prompt + response is cut to `max_length` tokens from the end of the response; the prompt is never cut. A prompt that
-  fills `max_length` alone makes a bad row.
+  A prompt longer than `max_prompt_length` is cut at its end (keep_start), or at its beginning behind BOS (keep_end).
+  Then prompt + response is cut to `max_length` tokens: with keep_end from the beginning of the prompt first, if then
+  the longest response fits (else to half of `max_length`); otherwise from the end of the responses. A cut response gets
+  no end token. With keep_start a prompt that fills `max_length` alone makes a bad row.
 
 All responses of an example follow the same prompt ids by the same rule, and the ids of prompt + response spell the
 text: under 1 and 3 they are the whole's own, under 2 that is checked and 3 taken where it does not hold.
@@ -51,6 +53,8 @@ class Encoder:
     special_tokens: tuple[str, ...]  # all that a template may end a turn with
     add_eos: Literal["auto", "never"]
     train_on: TrainOn = "assistant"
+    max_prompt_length: int | None = None
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
 
     @property
     def tokenizer(self) -> Any:
@@ -98,6 +102,8 @@ def encoder_for(tokenizer: Any, data: DataConfig) -> Encoder:
         keep_thoughts=data.keep_thoughts,
         date=data.date,
         train_on=data.train_on,
+        max_prompt_length=data.max_prompt_length,
+        truncation=data.truncation,
     )
 
 
@@ -109,6 +115,8 @@ def make_encoder(
     keep_thoughts: Literal["drop", "refuse"] = "drop",
     date: str | None = None,
     train_on: TrainOn = "assistant",
+    max_prompt_length: int | None = None,
+    truncation: Literal["keep_start", "keep_end"] = "keep_start",
 ) -> Encoder:
     """The encoder for a tokenizer, which must have a chat template if there are messages to encode."""
     marked, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
@@ -124,6 +132,8 @@ def make_encoder(
         special_tokens=tuple(dict.fromkeys([*map(str, tokenizer.all_special_tokens), *map(str, added)])),
         add_eos=add_eos,
         train_on=train_on,
+        max_prompt_length=max_prompt_length,
+        truncation=truncation,
     )
 
 
@@ -260,6 +270,9 @@ def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encod
             masks[index] = [*mask, True]
     if not prompt:
         raise BadRow("empty_prompt", "prompt and responses share no first token")
+    whole_prompt, prompt = prompt, _cut_prompt(prompt, max(map(len, responses)), encoder)
+    if len(prompt) < len(whole_prompt):
+        notes.append("prompt_cut")
     room = encoder.max_length - len(prompt)
     if room <= 0:
         raise BadRow("prompt_too_long", f"the prompt has {len(prompt)} tokens, data.max_length is {encoder.max_length}")
@@ -281,6 +294,19 @@ def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encod
         tuple(dict.fromkeys(notes)),
         learned if any(mask is not None for mask in learned) else (),
     )
+
+
+def _cut_prompt(prompt: list[int], longest_response: int, encoder: Encoder) -> list[int]:
+    """The prompt without what is too long of it."""
+    limit = encoder.max_prompt_length or len(prompt)
+    if encoder.truncation == "keep_start":
+        return prompt[:limit]
+    room = encoder.max_length - longest_response
+    limit = min(limit, room if room > 0 else max(1, encoder.max_length // 2))
+    if len(prompt) <= limit:
+        return prompt
+    opening = prompt[:1] if prompt[0] == encoder.tokenizer.bos_token_id and limit > 1 else []
+    return [*opening, *prompt[len(prompt) - limit + len(opening) :]]
 
 
 def _end(whole: str, response: list[int], plain: bool, encoder: Encoder) -> tuple[list[str], bool]:

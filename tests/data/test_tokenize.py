@@ -104,6 +104,27 @@ def test_truncation_cuts_the_end_of_each_response() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Prompt <s> a b c d e f :, responses of 4 and 3 tokens besides their ends.
+        ({"max_prompt_length": 3}, ("<s>ab", " yes</s>", " no</s>")),
+        ({"max_prompt_length": 3, "truncation": "keep_end"}, ("<s>f:", " yes</s>", " no</s>")),
+        ({"max_prompt_length": 3, "truncation": "keep_end", "max_length": 6}, (":", " yes</s>", " no</s>")),
+        ({"truncation": "keep_end", "max_length": 10}, ("<s>def:", " yes</s>", " no</s>")),
+        ({"truncation": "keep_end", "max_length": 5}, ("<s>:", " ye", " no")),  # no prompt is short enough
+        ({"truncation": "keep_end"}, ("<s>abcdef:", " yes</s>", " no</s>")),
+        ({"max_length": 10}, ("<s>abcdef:", " y", " n")),
+    ],
+)
+def test_which_end_of_a_long_prompt_stays(settings: dict[str, Any], expected: tuple[str, str, str]) -> None:
+    tokenizer = letter_tokenizer(bos=True)
+    result = encoded({**TEXT, "prompt": "abcdef:"}, tokenizer, **settings)
+    assert read(result, tokenizer) == expected
+    assert ("prompt_cut" in result.notes) == (expected[0] != "<s>abcdef:")
+    assert result.truncated == (not expected[1].endswith("</s>"))
+
+
+@pytest.mark.parametrize(
     ("example", "max_length", "kind"),
     [
         (TEXT, 2, "prompt_too_long"),
