@@ -41,6 +41,8 @@ CUT = ("prompt_too_long", "equal_after_truncation", "nothing_learned")  # kinds 
 NOTES = {
     "rewritten": "the chat template renders the prompt differently once a response follows, so the prompt ends at the "
     "last token that the prompt and all dialogues share",
+    "prompt_rewritten": "the chat template leaves a part of the prompt out once a response follows, so the responses "
+    "stand behind the prompt as generation sees it",
     "thoughts_cut": "the chat template cuts thoughts out of a response, which is learned without them "
     "(data.keep_thoughts: refuse drops such rows)",
     "thoughts_cut_before": "the chat template cuts thoughts out of earlier turns of the prompt, as it does in use",

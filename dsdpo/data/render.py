@@ -95,6 +95,9 @@ def render(example: dict[str, Any], renderer: Renderer) -> Rendered:
         try:
             rendered = _rendered(variant[0], variant[1:], example, renderer)
             notes = _missing(rendered, variant[0], variant[1:], example.get("tools"), renderer)
+            if not _keeps_prompt(rendered, variant[0]):
+                rendered = _behind_prompt(rendered, variant[0])
+                notes = (*notes, "prompt_rewritten")
             dialogues = tuple(_dialogue(variant[0], response) for response in variant[1:])
             return Rendered(rendered.prompt, rendered.wholes, plain=False, notes=notes, dialogues=dialogues)
         except BadRow as bad:
@@ -207,6 +210,34 @@ def _text(message: Message) -> str:
     """The message's text, also where it stands in a part."""
     content = message.get("content")
     return content[0]["text"] if isinstance(content, list) else text_of(message)
+
+
+def _keeps_prompt(rendered: Rendered, prompt: list[Message]) -> bool:
+    """Whether all of the prompt stands in what its text shares with the wholes, if not in the same words."""
+    shared = min(common_length(rendered.prompt, whole) for whole in rendered.wholes)
+    if shared == len(rendered.prompt):
+        return True
+    kept = rendered.prompt[:shared]
+    contents = [THOUGHT_MARKS.split(_text(message))[-1].strip() for message in prompt]
+    return all(content in kept or content not in rendered.prompt for content in contents)
+
+
+def _behind_prompt(rendered: Rendered, prompt: list[Message]) -> Rendered:
+    """The responses behind the prompt as generation sees it, where the template leaves a part of it out afterwards.
+
+    Some templates write the system message before the last message alone, and only if that is the user's. Raises
+    BadRow where the response does not begin behind the prompt's last message and the generation prompt.
+    """
+    last = _text(prompt[-1]).strip()
+    at = rendered.prompt.rfind(last) if last else -1
+    wholes = []
+    for whole in rendered.wholes:
+        end = rendered.prompt[at:]
+        start = whole.find(end) if at >= 0 else -1
+        if start < 0:
+            raise BadRow("template_drops", "a part of the prompt, once a response follows")
+        wholes.append(rendered.prompt + whole[start + len(end) :])
+    return Rendered(rendered.prompt, tuple(wholes), plain=False)
 
 
 def _missing(
