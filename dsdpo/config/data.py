@@ -26,6 +26,8 @@ Column = Literal[
     "history",
     "tools",
     "chat_template_kwargs",
+    "completion",
+    "label",
     "completions",
     "scores",
     "ranks",
@@ -102,8 +104,9 @@ class DataConfig(Section):
     """What is learned of a response of several messages: all, the assistant's turns, or its last turn."""
     text: Literal["as_is", "chat"] = "as_is"
     """Rows whose fields are all text: as_is, joined without a chat template; chat, put into it as messages."""
-    pairing: Literal["best_worst", "adjacent", "all"] = "best_worst"
-    """Pairs made of n scored or ranked completions: best and worst, neighbours by score, or all."""
+    pairing: Literal["best_worst", "adjacent", "all", "list"] = "best_worst"
+    """Pairs made of n scored or ranked completions: best and worst, neighbours by score, or all; list: no pairs, all n
+    for losses of lists."""
     min_score_gap: NonNegativeFloat = 0.0
     """Smallest difference of two completions' scores that makes a pair; equal ones never do."""
     chat_template_kwargs: dict[str, Any] = Field(default={})

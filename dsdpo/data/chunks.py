@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_ROWS = 1000
 POOL_FROM = 4  # chunks; fewer are encoded in this process, as starting others takes seconds
-ARRAYS = ("rows", "tokens", "lengths", "unlearned", "digests", "margins", "weights", "truncated")
+ARRAYS = ("rows", "tokens", "lengths", "unlearned", "digests", "margins", "weights", "scores", "truncated")
 
 NumberedRow = tuple[int, str, Any]  # number in its source, place for a person, the row
 
@@ -58,6 +58,7 @@ class Chunk:
     digests: np.ndarray  # (m,) uint64 of an example's ids, to find duplicates
     margins: np.ndarray  # (m,) float32, NaN where a row has none
     weights: np.ndarray  # (m,) float32, NaN where a row has none
+    scores: np.ndarray  # (m, n) float32, NaN where a row has none, and where it has no such response
     truncated: np.ndarray  # (m,) bool, a response was cut
     notes: dict[str, int]  # examples by what is to be said of them
     bad: list[tuple[int, str, str, str]]  # row, place, kind and detail of each bad row
@@ -134,7 +135,10 @@ def _joined(source: int, good: Sequence[tuple[int, dict[str, Any], Encoded]], ba
         digests.append(int.from_bytes(digest.digest(), "little"))
         notes.update(one.notes)
         before += len(ids)
-    widest = max(map(len, lengths), default=3)
+    widest = max(map(len, lengths), default=2)
+    scores = np.full((len(good), widest - 1), np.nan, dtype=np.float32)
+    for index, (_, example, _) in enumerate(good):
+        scores[index, : len(example.get("scores", ()))] = example.get("scores", ())
     return Chunk(
         source=source,
         rows=np.array([number for number, _, _ in good], dtype=np.int64),
@@ -144,6 +148,7 @@ def _joined(source: int, good: Sequence[tuple[int, dict[str, Any], Encoded]], ba
         digests=np.array(digests, dtype=np.uint64),
         margins=np.array([example.get("margin", np.nan) for _, example, _ in good], dtype=np.float32),
         weights=np.array([example.get("weight", np.nan) for _, example, _ in good], dtype=np.float32),
+        scores=scores,
         truncated=np.array([one.truncated for _, _, one in good], dtype=bool),
         notes=dict(notes),
         bad=bad,

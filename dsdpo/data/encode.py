@@ -36,7 +36,7 @@ from dsdpo.config.data import DataConfig
 from dsdpo.data.assistant_mask import TrainOn, has_marks, response_mask
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.examples import shared_length
-from dsdpo.data.render import RESPONSES, Rendered, Renderer, render
+from dsdpo.data.render import Rendered, Renderer, render, response_name
 
 # Characters to put before a text: the first that does not merge with its beginning is taken.
 GUARDS = ("\x01", "\n", ".", "a", "1")
@@ -257,7 +257,7 @@ def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encod
     notes = [*one.notes, *(["rewritten"] if rewritten else [])]
     for index, response in enumerate(responses):
         if not response:
-            raise BadRow("empty_response", f"{_name(index)} has no tokens of its own")
+            raise BadRow("empty_response", f"{response_name(index)} has no tokens of its own")
     if one.plain:
         notes += ["text_rows"] if encoder.tokenizer.chat_template is not None else []
         prompt = prompt if tuple(prompt[: len(encoder.opening)]) == encoder.opening else [*encoder.opening, *prompt]
@@ -276,15 +276,18 @@ def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encod
     room = encoder.max_length - len(prompt)
     if room <= 0:
         raise BadRow("prompt_too_long", f"the prompt has {len(prompt)} tokens, data.max_length is {encoder.max_length}")
-    if all(response == responses[0] for response in responses[1:]):
+    several = len(responses) > 1
+    if several and all(response == responses[0] for response in responses[1:]):
         raise BadRow("equal_responses", "chosen and rejected have the same tokens")
-    if all(response[:room] == responses[0][:room] for response in responses[1:]):
+    if several and all(response[:room] == responses[0][:room] for response in responses[1:]):
         raise BadRow("equal_after_truncation", f"the first {room} tokens of both responses are the same")
     truncated = max(map(len, responses)) > room
     learned = tuple(None if mask is None or all(mask[:room]) else mask[:room] for mask in masks)
     for index, mask in enumerate(learned):
         if mask is not None and not any(mask):
-            raise BadRow("nothing_learned", f"{_name(index)} has no token of the assistant within data.max_length")
+            raise BadRow(
+                "nothing_learned", f"{response_name(index)} has no token of the assistant within data.max_length"
+            )
     if any(mask is not None for mask in learned):
         notes.append("turns_masked")
     return Encoded(
@@ -324,10 +327,6 @@ def _end(whole: str, response: list[int], plain: bool, encoder: Encoder) -> tupl
     if auto and end is not None:
         return [f"end_added {encoder.end_tokens[0]}"], True
     return ["no_end"], False
-
-
-def _name(index: int) -> str:
-    return RESPONSES[index] if index < len(RESPONSES) else f"response {index + 1}"
 
 
 def _ids(texts: list[str], encoder: Encoder) -> list[list[int]]:

@@ -39,7 +39,8 @@ def to_example(row: Any, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def to_examples(row: Any, rules: RowRules) -> list[dict[str, Any]]:
-    """The row's pairs, one unless it holds n scored completions, each {prompt, chosen, rejected} of one form.
+    """The row's pairs, one unless it holds n scored completions, each {prompt, chosen, rejected} of one form; or one
+    {prompt, responses, scores} where it holds one rated completion, or a list that is to stay one.
 
     Besides they have tools, chat_template_kwargs, margin and weight where the row has them. Raises BadRow.
     """
@@ -47,13 +48,34 @@ def to_examples(row: Any, rules: RowRules) -> list[dict[str, Any]]:
         raise row
     if not isinstance(row, dict):
         raise BadRow("wrong_type", f"a row is an object with named fields, not {short(row)}")
-    return [_example(row, fields, rules) for fields in pairs_of(row, read_fields(row, rules), rules)]
+    return [
+        _group(row, fields, rules) if "responses" in fields else _example(row, fields, rules)
+        for fields in pairs_of(row, read_fields(row, rules), rules)
+    ]
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Number of equal items that both begin with."""
     most = min(len(first), len(second))
     return next((index for index in range(most) if first[index] != second[index]), most)
+
+
+def _group(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> dict[str, Any]:
+    """One prompt with its n responses: what holds for pairs holds for the first response and each of the others."""
+    first, *others = [read_turns("completion", response) for response in fields["responses"]]
+    pairs = [_example(row, fields | {"chosen": first, "rejected": other}, rules) for other in others or [_other(first)]]
+    if any(pair["prompt"] != pairs[0]["prompt"] for pair in pairs):
+        raise BadRow("prompt_mismatch", "the completions begin with different prompts")
+    responses = [pairs[0]["chosen"], *(pair["rejected"] for pair in pairs if others)]
+    rest = {name: value for name, value in pairs[0].items() if name not in ("chosen", "rejected", "margin")}
+    return rest | {"responses": responses, "scores": fields["values"]}
+
+
+def _other(response: Turns) -> Turns:
+    """A response of the same form with another end, beside which a single one is read as one of a pair."""
+    if isinstance(response, str):
+        return response + "."
+    return [*response[:-1], response[-1] | {"content": text_of(response[-1]) + "."}]
 
 
 def _example(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> dict[str, Any]:

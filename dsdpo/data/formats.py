@@ -24,6 +24,8 @@ FIELDS = (
     "tools",
     "chat_template_kwargs",
     "history",
+    "completion",
+    "label",
     "completions",
     "scores",
     "ranks",
@@ -40,7 +42,7 @@ FIRST = {"a", "model_a", "response_a", "answer_a", "assistant_a", "conversation_
 SECOND = {name[:-1] + "b" for name in FIRST}
 TIES = {"tie", "tie (bothbad)", "both", "both_bad", "bothbad", "both_good", "neither", "equal", "same", "draw"}
 
-Pairing = Literal["best_worst", "adjacent", "all"]
+Pairing = Literal["best_worst", "adjacent", "all", "list"]
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,17 @@ def read_fields(row: dict[str, Any], rules: RowRules) -> dict[str, Any]:
 
 
 def pairs_of(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> Iterator[dict[str, Any]]:
-    """The fields once for each pair that the row holds, chosen the better. Raises BadRow where it holds none."""
+    """The fields once for each pair that the row holds, chosen the better. Raises BadRow where it holds none.
+
+    One rated completion, and all n completions under `data.pairing` list, come as `responses` and their `values`, the
+    higher, the better.
+    """
     no_pair = fields["chosen"] is None and fields["rejected"] is None
     if rules.columns.get("completions") or (no_pair and fields["completions"] is not None):
         yield from _ranked_pairs(fields, rules)
+        return
+    if no_pair and fields["completion"] is not None:
+        yield fields | {"responses": [fields["completion"]], "values": [_desirable(fields["label"])]}
         return
     for name in ("chosen", "rejected"):
         if fields[name] is None:
@@ -239,6 +248,9 @@ def _ranked_pairs(fields: dict[str, Any], rules: RowRules) -> Iterator[dict[str,
     order = sorted(range(len(values)), key=lambda index: values[index], reverse=not ranked)
     if len(order) < 2:
         raise BadRow("missing_field", f"{len(order)} of the completions has a score or rank; a pair needs two")
+    if rules.pairing == "list":
+        yield fields | _list(responses, values, order, ranked)
+        return
     candidates: list[tuple[int, int]]
     match rules.pairing:
         case "best_worst":
@@ -258,6 +270,33 @@ def _ranked_pairs(fields: dict[str, Any], rules: RowRules) -> Iterator[dict[str,
     if not found:
         smallest = rules.min_score_gap or "more than 0"
         raise BadRow("tie", f"no two different completions whose scores differ by {smallest}: {short(values)}")
+
+
+def _list(responses: list[Any], values: list[float], order: list[int], ranked: bool) -> dict[str, Any]:
+    """All different responses, best first, and their values. Raises BadRow unless two of these differ."""
+    kept: list[int] = []
+    for index in order:
+        if all(responses[index] != responses[other] for other in kept):
+            kept.append(index)
+    if len({values[index] for index in kept}) < 2:
+        raise BadRow("tie", f"no two different completions whose scores differ: {short(values)}")
+    sign = -1.0 if ranked else 1.0
+    return {"responses": [responses[index] for index in kept], "values": [sign * values[index] for index in kept]}
+
+
+DESIRABLE = {"true": 1.0, "1": 1.0, "desirable": 1.0, "chosen": 1.0, "good": 1.0}
+UNDESIRABLE = {"false": 0.0, "0": 0.0, "-1": 0.0, "undesirable": 0.0, "rejected": 0.0, "bad": 0.0}
+
+
+def _desirable(label: Any) -> float:
+    """1 for a completion that the label calls good, 0 for one that it calls bad."""
+    if label is None:
+        raise BadRow("missing_field", "label (whether the completion is desirable) is missing")
+    text = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip().lower()
+    found = (DESIRABLE | UNDESIRABLE).get(text)
+    if found is None:
+        raise BadRow("unknown_preference", f"label is {short(label)}: true or false is read, and 1, 0 or -1")
+    return found
 
 
 def _completions(fields: dict[str, Any]) -> tuple[list[Any], list[float], bool]:

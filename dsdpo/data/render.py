@@ -108,7 +108,12 @@ def render(example: dict[str, Any], renderer: Renderer) -> Rendered:
 
 def responses_of(example: dict[str, Any]) -> list[Any]:
     """All responses of an example, the better first."""
-    return [example[name] for name in RESPONSES]
+    return list(example["responses"]) if "responses" in example else [example[name] for name in RESPONSES]
+
+
+def response_name(index: int) -> str:
+    """What a response is called in messages."""
+    return RESPONSES[index] if index < len(RESPONSES) else f"response {index + 1}"
 
 
 def _rendered(
@@ -255,7 +260,8 @@ def _missing(
     for message in prompt[:-1] if begun else prompt:
         if _check_message(message, "prompt", rendered.prompt, rendered.prompt, "", renderer):
             notes.append("thoughts_cut_before")
-    for name, response, whole in zip(RESPONSES, responses, rendered.wholes, strict=False):
+    for index, (response, whole) in enumerate(zip(responses, rendered.wholes, strict=True)):
+        name = response_name(index)
         start = common_length(rendered.prompt, whole)
         for message in response:
             if _check_message(message, name, whole[start:], whole, rendered.prompt, renderer):

@@ -261,7 +261,7 @@ def _check_fields(source: Source, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             with suppress(BadRow):
                 found |= {name for name, value in read_fields(row, source.rules).items() if value is not None}
-        if not found or "completions" in found:
+        if not found or "completions" in found or {"completion", "label"} <= found:
             return  # each row says what is wrong with it
         missing = {name: mapped.get(name, name) for name in ("chosen", "rejected") if name not in found}
     labels = [name for name in names if LABELS.match(name)]

@@ -154,6 +154,7 @@ def _make(
     write_tokens(folder, _tokens(paths, index))
     report = replace(_report(index, sources), date=encoder.date_used)
     check_report(report, key=key, strict=False, max_dropped_share=1.0)
+    _check_kinds(index, key)
     uses = [_uses(source, number, progress.rows[number], seed) for number, source in enumerate(sources)]
     _write_index(folder, index, sources, uses, report)
 
@@ -192,13 +193,27 @@ def _report(index: Sequence[Chunk], sources: Sequence[Source]) -> DropReport:
     )
 
 
+def _check_kinds(index: Sequence[Chunk], key: str) -> None:
+    """Raises DataError where pairs, single rated completions and lists stand in one data set."""
+    kinds = set()
+    for chunk in index:
+        rated, single = ~np.isnan(chunk.scores).all(axis=1), (chunk.lengths[:, 2:] == 0).all(axis=1)
+        for name, rows in (("pairs", ~rated), ("single rated completions", rated & single),
+                           ("lists of completions", rated & ~single)):  # fmt: skip
+            kinds |= {name} if rows.any() else set()
+    if len(kinds) > 1:
+        raise DataError(
+            f"{key}: {' and '.join(sorted(kinds))} cannot be trained on together, as their losses differ. Give sources "
+            "of one kind."
+        )
+
+
 def _write_index(
     folder: Path, index: Sequence[Chunk], sources: Sequence[Source], uses: Sequence[np.ndarray], report: DropReport
 ) -> None:
     """Everything beside the tokens: each source's rows as often as they are used, source after source."""
     columns = max(chunk.lengths.shape[1] for chunk in index)
-    lengths = np.concatenate([np.pad(part, ((0, 0), (0, columns - part.shape[1]))) for part in
-                              (chunk.lengths for chunk in index)])  # fmt: skip
+    lengths = np.concatenate([_widened(chunk.lengths, columns, 0) for chunk in index])
     source = np.concatenate([np.full(len(chunk.rows), chunk.source) for chunk in index])
     rows = np.concatenate([chunk.rows for chunk in index])
     times = np.array([uses[of][row] for of, row in zip(source, rows, strict=True)], dtype=np.int32)
@@ -207,6 +222,9 @@ def _write_index(
     extras: dict[str, np.ndarray] = {}
     if any(len(chunk.unlearned) for chunk in index):
         extras["unlearned"] = np.concatenate([chunk.unlearned for chunk in index])
+    scores = np.concatenate([_widened(chunk.scores, columns - 1, np.nan) for chunk in index])
+    if not np.isnan(scores).all():
+        extras["scores"] = scores[order]
     for name in ("margins", "weights"):
         values = np.concatenate([getattr(chunk, name) for chunk in index])
         if not np.isnan(values).all():
@@ -220,6 +238,11 @@ def _write_index(
         extras=extras,
         sources=[_facts(number, of, index) for number, of in enumerate(sources)],
     )
+
+
+def _widened(rows: np.ndarray, columns: int, value: float) -> np.ndarray:
+    """The rows with so many columns, filled with `value`."""
+    return np.pad(rows, ((0, 0), (0, columns - rows.shape[1])), constant_values=value)
 
 
 DEFAULTS = {"margins": 0.0, "weights": 1.0}

@@ -12,7 +12,7 @@ from dsdpo.console import say
 from dsdpo.data.binning import LayoutName, MicroBatchBudget, longest_sequences
 from dsdpo.data.dates import settled_date
 from dsdpo.data.pairs import Pairs, SourceFacts, open_pairs
-from dsdpo.data.sources import DefaultSplit
+from dsdpo.data.sources import SECTIONS, DefaultSplit
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
@@ -99,7 +99,7 @@ def describe_source(source: SourceFacts) -> str:
     )
 
 
-def check_pairs(pairs: Pairs, split: str, run: RunConfig, model: Any) -> None:
+def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -> None:
     """Raise unless every node holds the same pairs and the model can take the longest. Collective."""
     if pairs.report.text:
         say(f"{split} data: {pairs.report.text}")
@@ -107,6 +107,12 @@ def check_pairs(pairs: Pairs, split: str, run: RunConfig, model: Any) -> None:
     if len(set(digests)) > 1:
         odd = next(index for index, digest in enumerate(digests) if digest != digests[0])
         raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
+    if pairs.group_size != 2:
+        kind = "one rated completion" if pairs.group_size == 1 else f"up to {pairs.group_size} completions"
+        raise DataError(
+            f"{SECTIONS[split]}: {kind} a row, but loss.type {run.loss.type} compares pairs: give rows with chosen and "
+            "rejected, or set data.pairing to best_worst for lists"
+        )
     longest = int(longest_sequences(pairs.lengths).max())
     limit = getattr(model, "max_position_embeddings", None)
     if limit and longest > limit:
