@@ -278,8 +278,8 @@ def _check_fields(source: Source, rows: list[dict[str, Any]]) -> None:
     if labels and "preferred" not in source.rules.columns and all(POSITIONS.match(name) for name in pair):
         raise DataError(
             f"{source.key}.columns: {pair[0]} and {pair[1]} say which response came first, not which is better, and "
-            f"{source.config.path} has a column {labels[0]}. Map it too, {{preferred: {labels[0]}}}, and say in "
-            "preferred_values what its values mean; or set preferred to null if the first is always better."
+            f"{source.config.path} has columns that may: {', '.join(labels)}. Map it, {{preferred: {labels[-1]}}}, "
+            "and say in preferred_values what its values mean; or set preferred to null if the first is always better."
         )
 
 

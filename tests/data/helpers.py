@@ -40,7 +40,7 @@ def words(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> str:
     return "".join(tokenizer.convert_ids_to_tokens([int(token) for token in ids]))
 
 
-def user(content: str) -> dict[str, str]:
+def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 

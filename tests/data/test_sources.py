@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,66 @@ def test_folder_with_split_names_gives_the_split_asked_for(tmp_path: Path) -> No
     assert [row for _, row in read_rows(find_sources([source], "test")[0])] == rows[2:]
     with pytest.raises(DataError, match="'validation', only of: test, train"):
         rows_of(tmp_path, split="validation")
+
+
+def files_of(folder: Path, split: str | None = None, default: str = "train") -> tuple[list[str], list[str]]:
+    """Names of the files that are read, and of those that are not."""
+    source = find_sources([SourceConfig(path=str(folder), split=split)], default)[0]  # type: ignore[arg-type]
+    return [path.name for path in source.files], [path.name for path in source.unread]
+
+
+def test_splits_that_are_alike_are_never_merged(tmp_path: Path) -> None:
+    names = [f"{split}-00000-of-00001.parquet" for split in ("test_prefs", "train_gen", "train_prefs", "train_sft")]
+    for name in names:
+        write(tmp_path / name, text_rows(2))
+    with pytest.raises(DataError, match="may be any of: train_gen, train_prefs, train_sft"):
+        files_of(tmp_path)
+    assert files_of(tmp_path, "train_prefs") == (names[2:3], names[:2] + names[3:])
+    assert files_of(tmp_path, default="test")[0] == names[:1]  # the only one that is a test split
+
+
+def test_parts_of_a_split_are_read_in_order_and_other_files_named(tmp_path: Path) -> None:
+    parts = [f"train-{part:05d}-of-00002-{'ab' * 8}.parquet" for part in range(2)]
+    for name in (*parts, "speed_test_results.jsonl", "extra.jsonl", "validation.jsonl"):
+        write(tmp_path / name, text_rows(1))
+    assert files_of(tmp_path) == (parts, ["extra.jsonl", "speed_test_results.jsonl", "validation.jsonl"])
+    assert files_of(tmp_path, "dev")[0] == ["validation.jsonl"]
+    assert files_of(tmp_path, "extra")[0] == ["extra.jsonl"]
+    with pytest.raises(DataError, match="no files of split 'test', only of: extra, speed_test_results, train, valid"):
+        files_of(tmp_path, default="test")
+
+
+def test_snapshot_of_the_hub_has_its_files_in_data_below(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", text_rows(2))
+    assert rows_of(tmp_path) == text_rows(2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "part").mkdir()
+    write(tmp_path / "other" / "part" / "a.jsonl", text_rows(1))
+    with pytest.raises(DataError, match="There are some in part: name one of these folders"):
+        rows_of(tmp_path / "other")
+
+
+def test_pipe_is_no_file_and_ends_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        rows_of(tmp_path / "a.jsonl")
+
+
+def test_tables_give_text_and_a_record_of_another_width_costs_one_row(tmp_path: Path) -> None:
+    lines = ["prompt,chosen,rejected", 'p,"a, ""b""\nc",b', "p,a", "p,,b", ""]
+    (tmp_path / "a.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    first, wide, empty = rows_of(tmp_path / "a.csv")
+    assert first == {"prompt": "p", "chosen": 'a, "b"\nc', "rejected": "b"}
+    assert isinstance(wide, BadRow)
+    assert (wide.kind, wide.detail) == ("invalid_table", "2 cells, and the header has 3")
+    assert empty == {"prompt": "p", "rejected": "b"}
+    (tmp_path / "b.tsv").write_text("prompt\tchosen\trejected\np\ta\tb\n")
+    assert rows_of(tmp_path / "b.tsv") == [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+    source = find_sources([SourceConfig(path=str(tmp_path / "a.csv"))], "train")[0]
+    assert [place for place, _ in read_rows(source)] == ["a.csv:2", "a.csv:4", "a.csv:5"]
 
 
 def test_folder_saved_by_datasets(tmp_path: Path) -> None:
