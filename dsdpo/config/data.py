@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -68,6 +69,8 @@ class SourceConfig(Section):
     """Hub branch, tag or commit of the data set."""
     weight: PositiveFloat = 1.0
     """Times each row is used per epoch; the fractional part is a sample drawn with train.seed."""
+    set: str | None = None
+    """Of data.eval: the held-out set that this source belongs to, whose metrics are given apart."""
     columns: dict[Column, str | None] | None = None
     """Our column name to the file's, where they differ, e.g. {chosen: better, rejected: worse}; dots go into objects
     and lists. preferred: the column that says which of the two is better."""
@@ -83,6 +86,17 @@ def _as_sources(value: Any) -> Any:
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
+def _as_sets(value: Any) -> Any:
+    """Sources, or a mapping from the names of held-out sets to each one's sources, as a list of sources."""
+    if not isinstance(value, dict) or "path" in value:
+        return _as_sources(value)
+    found = []
+    for name, sources in value.items():
+        for entry in _as_sources(sources) or [None]:
+            found.append({**entry, "set": str(name)} if isinstance(entry, dict) else entry)
+    return found
+
+
 Sources = Annotated[list[SourceConfig], Field(min_length=1), BeforeValidator(_as_sources)]
 
 
@@ -91,8 +105,9 @@ class DataConfig(Section):
 
     train: Sources
     """Path or Hub id to train on, or a list of {path, name, split, revision, weight, columns, preferred_values}."""
-    eval: Annotated[list[SourceConfig] | None, BeforeValidator(_as_sources)] = None
-    """Held-out pairs, given like train; null: no evaluation."""
+    eval: Annotated[list[SourceConfig] | None, BeforeValidator(_as_sets)] = None
+    """Held-out pairs, given like train, or {NAME: sources, ...} for several sets whose metrics are given apart; null:
+    no evaluation."""
     max_length: PositiveInt = 2048
     """Longest prompt plus one response, in tokens; longer ones are truncated."""
     max_prompt_length: PositiveInt | None = None
@@ -147,3 +162,16 @@ class DataConfig(Section):
             return value if value is None else date.fromisoformat(str(value)).isoformat()
         except ValueError:
             raise ValueError(f"data.date is {value!r}: give a date as YYYY-MM-DD, or leave it out") from None
+
+    @model_validator(mode="after")
+    def _sets_are_held_out(self) -> DataConfig:
+        named = next((source for source in self.train if source.set is not None), None)
+        if named is not None:
+            raise ValueError(f"data.train: set {named.set} ({named.path}) has effect in data.eval only: leave it out")
+        for name in sorted({source.set for source in self.eval or () if source.set is not None}):
+            if name in ("source", "length") or not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"data.eval: {name!r} is no name for a held-out set: give one of letters, digits, ., _ and -, "
+                    "other than source and length, with which metrics by source and by length begin"
+                )
+        return self

@@ -83,7 +83,7 @@ class BetaSchedule(Section):
         return start + (self.end - start) * share
 
 
-def _as_text_list(value: Any) -> Any:
+def as_text_list(value: Any) -> Any:
     """A list written as text on the command line, as a list: [sigmoid,sft]."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         return [part.strip().strip("'\"") for part in value[1:-1].split(",") if part.strip()]
@@ -93,9 +93,9 @@ def _as_text_list(value: Any) -> Any:
 class LossConfig(Section):
     """The preference loss, or several with a weight each."""
 
-    type: Annotated[str | list[str], BeforeValidator(_as_text_list)] = "sigmoid"
+    type: Annotated[str | list[str], BeforeValidator(as_text_list)] = "sigmoid"
     """Name of the loss (sigmoid is DPO), or a list of names that are added up; docs/objectives.md has them all."""
-    weights: Annotated[list[NonNegativeFloat] | None, BeforeValidator(_as_text_list)] = None
+    weights: Annotated[list[NonNegativeFloat] | None, BeforeValidator(as_text_list)] = None
     """Weight of each loss of a list, in its order; null: 1 each."""
     beta: PositiveFloat = 0.1
     """Strength of the pull towards the reference, per nat of log-ratio (tau for ipo, lambda for orpo). In a run file

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Annotated, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,7 +22,7 @@ from pydantic import (
 from dsdpo.config.data import DataConfig
 from dsdpo.config.durations import Duration, PositiveDuration
 from dsdpo.config.lora import LoraConfig
-from dsdpo.config.loss import LOSSES, LossConfig, listed
+from dsdpo.config.loss import LOSSES, LossConfig, as_text_list, listed
 from dsdpo.config.reference import AUTO, STRATEGIES, ReferenceConfig
 from dsdpo.config.section import FolderText, PathText, Section
 
@@ -30,7 +31,8 @@ Scheduler = Literal[
 ]
 
 NonFinite = Literal["stop", "skip"]
-BestMetric = Literal["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"]
+# A held-out metric as it stands in metrics.jsonl.
+HeldOutMetric = Annotated[str, Field(pattern=r"^eval/.+")]
 
 # transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
 POLYNOMIAL_END = 1e-7
@@ -169,6 +171,27 @@ class EvaluationConfig(Section):
     """Optimizer steps between evaluations; 0: only at the start and the end."""
     at_start: bool = True
     """Evaluate once before the first step."""
+    length_buckets: Annotated[list[PositiveInt], BeforeValidator(as_text_list)] = Field(default=[512, 1024, 2048])
+    """Tokens of prompt and longer response up to which metrics are given apart, ascending; []: not by length."""
+    patience: PositiveInt | None = None
+    """Evaluations in a row without a better metric after which training ends; null: it never ends early."""
+    metric: HeldOutMetric = "eval/loss"
+    """The held-out metric of patience; see checkpoint.best_metric for which way is better."""
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> EvaluationConfig:
+        if self.length_buckets != sorted(set(self.length_buckets)):
+            raise ValueError(f"evaluation.length_buckets {self.length_buckets} must ascend, each value once")
+        if self.patience is not None and self.every_steps == 0:
+            raise ValueError(
+                f"evaluation.patience {self.patience} has no effect with evaluation.every_steps 0: set that above 0, "
+                "or leave patience out"
+            )
+        if self.patience is None and self.metric != "eval/loss":
+            raise ValueError(
+                f"evaluation.metric {self.metric} has no effect without evaluation.patience: set that, or leave it out"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -180,8 +203,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; older ones are deleted once a newer one is whole."""
     keep_best: NonNegativeInt = 0
     """Besides, keep as many with the best best_metric; needs an evaluation at each checkpoint."""
-    best_metric: BestMetric = "eval/loss"
-    """The held-out metric of keep_best: a lower loss, a higher accuracy or margin is better."""
+    best_metric: HeldOutMetric = "eval/loss"
+    """The held-out metric of keep_best, as metrics.jsonl names it: of losses, nll, perplexity, ties, drift and
+    calibration_error the lowest is best, of all others the highest."""
     save_attempts: PositiveInt = 5
     """Failures to save in a row, as on a full disk, before the run ends; training goes on between attempts."""
     save_pause: Duration = timedelta(seconds=30)
@@ -199,6 +223,8 @@ class CheckpointConfig(Section):
 class ExportConfig(Section):
     """What the trained policy is written as."""
 
+    which: Literal["last", "best"] = "last"
+    """last: the weights after the last step; best: those of the checkpoint with the best checkpoint.best_metric."""
     merge_adapter: bool = False
     """Beside the adapter in model/, write the base model with the adapter merged into it to merged/."""
 
@@ -231,6 +257,10 @@ class TrackingConfig(Section):
     """What one device can do at most, in TFLOP/s of 16-bit matrix products, for perf/mfu; null: known by its name."""
     pairs: bool = True
     """Write each step's pair ids to pairs.jsonl."""
+    entropy: bool = False
+    """Also record the mean entropy of the policy's next-token distribution over the responses, in nats."""
+    hints: bool = True
+    """Say once what a run's metrics or data suggest, with the page of the docs that explains it."""
 
 
 class DistributedConfig(Section):
@@ -296,6 +326,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _best_is_known(self) -> RunConfig:
+        if self.export.which == "best" and not self.checkpoint.keep_best:
+            raise ValueError(
+                "export.which best exports the best checkpoint, of which checkpoint.keep_best 0 keeps none: set that "
+                "to 1 or more, or export.which to last"
+            )
+        if self.evaluation.patience is not None and not self.data.eval:
+            raise ValueError(
+                f"evaluation.patience {self.evaluation.patience} has nothing to go by: set data.eval, or leave it out"
+            )
         saved, evaluated = self.checkpoint.every_steps, self.evaluation.every_steps
         if self.checkpoint.keep_best and not (self.data.eval and evaluated and saved and saved % evaluated == 0):
             raise ValueError(

@@ -106,7 +106,7 @@ def template_digest(tokenizer: Any) -> str:
 def _key(sources: Sequence[Source], encoder: Encoder, data: DataConfig, seed: int) -> str:
     """Hash over everything that prepared pairs depend on."""
     parts = [
-        [source.fingerprint, source.split, source.config.model_dump(mode="json", exclude={"path"})]
+        [source.fingerprint, source.split, source.config.model_dump(mode="json", exclude={"path", "set"})]
         for source in sources
     ]
     sampled = any(source.config.weight % 1 for source in sources)

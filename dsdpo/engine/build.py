@@ -26,6 +26,7 @@ from dsdpo.engine.start import start_distributed as start_distributed
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.logps import ResponseScorer
+from dsdpo.objective.token_weights import TokenWeights
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ def build_policy(
                 add_reference_adapter(lm)
         # From here on only LoRA dropout draws at random: not the same mask on every rank.
         torch.manual_seed(run.train.seed + rank())
-    model = ResponseScorer(lm, activations_on_host=run.model.activation_offloading)
+    model = ResponseScorer(
+        lm, activations_on_host=run.model.activation_offloading, token_weights=TokenWeights.of(run.loss)
+    )
     groups = parameter_groups(model, run.optimizer.weight_decay)
 
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
@@ -75,7 +78,9 @@ def build_policy(
     return engine
 
 
-def build_reference(model: ModelConfig, config: dict[str, Any], *, layout: LayoutName) -> deepspeed.DeepSpeedEngine:
+def build_reference(
+    model: ModelConfig, config: dict[str, Any], *, layout: LayoutName, token_weights: TokenWeights | None = None
+) -> deepspeed.DeepSpeedEngine:
     """An inference-only engine (no optimizer, no gradients) around a frozen `ResponseScorer`. Collective.
 
     Never call `backward`, `step` or `save_checkpoint` on the result: without an optimizer they fail or hang
@@ -85,7 +90,7 @@ def build_reference(model: ModelConfig, config: dict[str, Any], *, layout: Layou
     if model.lora is not None:
         with partitioned_loading(config):
             lm = add_adapter(lm, model, seed=0, trainable=False)
-    scorer = ResponseScorer(lm).requires_grad_(False)
+    scorer = ResponseScorer(lm, token_weights=token_weights).requires_grad_(False)
     engine = initialize(model=scorer, config=config)
     engine.eval()
     return engine

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsdpo.config.loss import LossConfig
 from dsdpo.data.batch import PreferenceBatch
 
 
@@ -18,6 +19,11 @@ class TokenWeights:
     """LD-DPO (Liu et al. 2024, arXiv 2409.06411, eq. 9): of tokens beyond the length that both responses have."""
     decay: float | None = None
     """D2PO (Shao et al. 2025, arXiv 2502.14340): token t counts decay to the power t."""
+
+    @classmethod
+    def of(cls, loss: LossConfig) -> TokenWeights | None:
+        """Those that a loss asks for; None where all tokens count alike."""
+        return None if loss.token_weights is None else cls(loss.ld_alpha, loss.decay)
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         """(N,) float64, of the batch's targets."""

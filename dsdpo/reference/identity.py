@@ -56,6 +56,7 @@ class ReferenceIdentity:
     revision: str | None  # commit, where the source has any
     strategy: str
     sync: str | None  # how the reference has moved; null: not at all
+    token_weights: str | None = None  # by which tokens count in a response's sum; null: all alike
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,13 +65,16 @@ class ReferenceIdentity:
     def from_json(cls, content: dict[str, Any]) -> ReferenceIdentity:
         """Raises TypeError where `content` is no identity."""
         known = {field.name for field in fields(cls)}
-        if set(content) != known:
-            raise TypeError(f"not a reference identity: {sorted(set(content) ^ known)}")
+        found = set(content) | {"token_weights"}  # which identities of older versions do not have
+        if found != known:
+            raise TypeError(f"not a reference identity: {sorted(found ^ known)}")
         return cls(**content)
 
     def key(self) -> str:
         """The name of everything that decides a pair's log-probs, 32 hex digits."""
         decisive = {name: getattr(self, name) for name in DECISIVE}
+        if self.token_weights is not None:
+            decisive["token_weights"] = self.token_weights
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: ReferenceIdentity, among: Sequence[str] = ()) -> list[str]:
@@ -102,6 +106,7 @@ def identify_reference(plan: RunPlan, module: Any, *, adapter: str | None) -> Re
         engine_config=plan.reference_config,
         adapter=adapter,
         sync=f"moves every {sync.every} steps, alpha {sync.alpha}" if sync else None,
+        token_weights=plan.run.loss.token_weights,
     )
 
 
@@ -115,6 +120,7 @@ def identify(
     engine_config: dict[str, Any] | None = None,
     adapter: str | None = None,
     sync: str | None = None,
+    token_weights: str | None = None,
 ) -> ReferenceIdentity:
     """The identity of the reference whose weights stand in `module`, a `ResponseScorer`. Collective.
 
@@ -134,6 +140,7 @@ def identify(
         revision=getattr(config, "_commit_hash", None) or model.revision,
         strategy=strategy,
         sync=sync,
+        token_weights=token_weights,
     )
 
 

@@ -29,6 +29,7 @@ from dsdpo.engine.lora import POLICY
 from dsdpo.engine.quirks.destroy import destroy_engine, used_memory
 from dsdpo.errors import CacheError
 from dsdpo.objective.logps import ROUNDING, PairLogps
+from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.reference.base import Reference, score_batches
 from dsdpo.reference.identity import ReferenceIdentity, identify_reference
 from dsdpo.reference.run_plan import RunPlan
@@ -87,7 +88,8 @@ def precompute(plan: RunPlan, *, shard_rows: int | None = None) -> PrecomputedRe
     settings, model = plan.reference.settings, plan.reference.model
     assert isinstance(settings, Precomputed)
     before = used_memory()
-    engine = build_reference(model, plan.reference_config, layout=plan.train.layout)
+    weights = TokenWeights.of(plan.run.loss)
+    engine = build_reference(model, plan.reference_config, layout=plan.train.layout, token_weights=weights)
     check_layout(engine, plan.train, dtype=model.dtype)
     identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     folder = open_store_on_ranks(plan.store_folder, identity)

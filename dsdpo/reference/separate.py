@@ -11,6 +11,7 @@ from dsdpo.engine.build import build_reference
 from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.lora import POLICY, merged_parameters
 from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.reference.base import Reference, score_batches
 from dsdpo.reference.identity import identify_reference
 from dsdpo.reference.look_ahead import looking_ahead
@@ -29,7 +30,8 @@ class SeparateReference(Reference):
     def build(cls, plan: RunPlan, policy: Any) -> Reference:
         settings, model = plan.reference.settings, plan.reference.model
         assert isinstance(settings, Separate)
-        engine = build_reference(model, plan.reference_config, layout=plan.train.layout)
+        weights = TokenWeights.of(plan.run.loss)
+        engine = build_reference(model, plan.reference_config, layout=plan.train.layout, token_weights=weights)
         check_layout(engine, plan.train, dtype=model.dtype)
         reference: Reference = cls(engine, score_tokens=settings.score_tokens)
         reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)

@@ -46,15 +46,28 @@ def train_until_done(run: Run) -> str | None:
 
 def take_step(run: Run, window: StepBatches) -> bool:
     """Train on one step's pairs and move the run's state on; whether the weights were changed. Collective."""
-    counted = run.meter.state()
+    counted, means = run.meter.state(), dict(run.state.means)
     with run.perf.phase("reference"):
         anchor = run.reference.score(window.batches)
-    outputs = train_step(run.policy, anchor, run.loss_fn, window, run.meter, phase=run.perf.phase)
-    taken = run.policy.was_step_applied()
     run.state.step += 1
     run.state.consumed_pairs += window.pairs
-    if not taken:
+    outputs = train_step(
+        run.policy,
+        anchor,
+        run.loss,
+        window,
+        run.meter,
+        step=run.state.step,
+        groups=run.groups,
+        phase=run.perf.phase,
+    )
+    taken = run.policy.was_step_applied()
+    if taken:
+        run.loss.taken(window, outputs)
+    else:
         run.meter.restore(counted)
+        run.state.means.clear()
+        run.state.means.update(means)
     run.nonfinite.note(run.state.step, window, outputs, taken=taken)
     run.tracker.log_pairs(run.state.step, window.pair_ids)
     run.perf.count(window)
@@ -67,7 +80,7 @@ def log_step(run: Run, window: StepBatches, *, learning_rate: float, taken: bool
     if taken:
         metrics["grad_norm"] = float(run.policy.get_global_grad_norm() or 0.0)
     metrics |= {"learning_rate": learning_rate, "train/skipped_steps": run.policy.skipped_steps}
-    metrics |= {"epoch": window.epoch, **run.reference.metrics()}
+    metrics |= {"epoch": window.epoch, **run.loss.metrics(run.state.step), **run.reference.metrics()}
     run.tracker.log(run.state.step, metrics)
     return metrics
 
@@ -83,7 +96,10 @@ def held_out_metrics(run: Run) -> dict[str, float]:
     if run.plan.evaluation is None:
         return {}
     with run.perf.phase("evaluate"):
-        return evaluate(run.policy, run.reference, run.loss_fn, run.plan.held_out_windows(device()))
+        windows = run.plan.held_out_windows(device())
+        return evaluate(
+            run.policy, run.reference, run.loss, windows, step=max(1, run.state.step), held_out=run.held_out
+        )
 
 
 def log_evaluation(run: Run, metrics: dict[str, float]) -> None:

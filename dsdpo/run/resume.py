@@ -76,7 +76,7 @@ def state_of(checkpoint: Path | None) -> TrainState:
     if checkpoint is None:
         return TrainState()
     progress = read_state(checkpoint)
-    return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"])
+    return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"], means=progress.get("means", {}))
 
 
 def restore_or_start(

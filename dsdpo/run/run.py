@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsdpo.engine.build import device
 from dsdpo.engine.types import TrainingEngine
-from dsdpo.objective.losses import LossFn, make_loss
 from dsdpo.reference.base import Reference
 from dsdpo.run.models import build_policy_and_reference
 from dsdpo.run.plan import Plan
@@ -14,10 +14,13 @@ from dsdpo.run.resume import checkpoint_record, restore_or_start, resumed_plan, 
 from dsdpo.run_folder import RunFolder
 from dsdpo.training.cadence import Cadence
 from dsdpo.training.checkpoint import TrainState
+from dsdpo.training.evaluate import HeldOut
+from dsdpo.training.groups import DeviceGroups, groupings
 from dsdpo.training.metrics import Meter
 from dsdpo.training.nonfinite import NonfiniteSteps
 from dsdpo.training.perf import Perf, perf_of
 from dsdpo.training.saver import Saver
+from dsdpo.training.step_loss import StepLoss
 from dsdpo.training.stop import StopRequest
 from dsdpo.training.tracking import Tracker
 
@@ -30,7 +33,9 @@ class Run:
     folder: RunFolder
     policy: TrainingEngine
     reference: Reference
-    loss_fn: LossFn
+    loss: StepLoss
+    groups: DeviceGroups  # of training pairs
+    held_out: HeldOut
     state: TrainState  # moves on with every step
     due: Cadence
     meter: Meter
@@ -56,7 +61,15 @@ def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: Stop
         folder=folder,
         policy=policy,
         reference=reference,
-        loss_fn=make_loss(settings.loss),
+        loss=StepLoss(
+            settings.loss,
+            total_steps=plan.total_steps,
+            means=state.means,
+            score_tokens=settings.reference.score_tokens,
+            entropy=settings.tracking.entropy,
+        ),
+        groups=groups_of(plan),
+        held_out=held_out_of(plan),
         state=state,
         due=Cadence.of(settings, plan.total_steps),
         meter=meter,
@@ -74,4 +87,23 @@ def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: Stop
             record=checkpoint_record(plan),
         ),
         stop=stop,
+    )
+
+
+def groups_of(plan: Plan) -> DeviceGroups:
+    """Which training pairs metrics are given apart for."""
+    settings, pairs = plan.run, plan.train.pairs
+    found = groupings(pairs, settings.data.train, settings.evaluation.length_buckets)
+    return DeviceGroups(found, device=device(), first_pair_id=plan.train.first_pair_id)
+
+
+def held_out_of(plan: Plan) -> HeldOut:
+    """How the held-out pairs are evaluated: which ones apart, and whether the reference is asked anew each time."""
+    source, settings = plan.evaluation, plan.run
+    if source is None:
+        return HeldOut()
+    return HeldOut(
+        groupings=groupings(source.pairs, settings.data.eval or (), settings.evaluation.length_buckets),
+        first_pair_id=source.first_pair_id,
+        reference_is_static=plan.reference.sync is None,
     )

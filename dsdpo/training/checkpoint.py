@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class TrainState:
 
     step: int = 0  # optimizer updates done
     consumed_pairs: int = 0  # pairs trained on, over all epochs
+    means: dict[str, float] = field(default_factory=dict)  # running means of the loss, and the best evaluation so far
 
 
 def save_checkpoint(
@@ -129,7 +130,7 @@ def load_checkpoint(path: Path, *, policy: Any, reference: Reference, meter: Met
             key = hashlib.sha256(f"{seed}/{progress['step']}/{rank()}".encode())
             torch.manual_seed(int.from_bytes(key.digest()[:7], "big"))
             restore_meter(dealt_sums(path, progress["world_size"]), meter)
-    return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"])
+    return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"], means=progress.get("means", {}))
 
 
 def rank_file(folder: Path, of_rank: int) -> Path:

@@ -1,36 +1,152 @@
-"""Held-out metrics over every pair exactly once."""
+"""Held-out metrics: every pair is scored once, then all metrics come from one table of numbers per pair."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.engine.types import TrainingEngine
-from dsdpo.objective.logps import pair_logps
-from dsdpo.objective.losses import LossFn
+from dsdpo.distributed import gather_objects
+from dsdpo.objective.logps import NoLogps, PairLogps
+from dsdpo.objective.losses import LossInputs
+from dsdpo.objective.scores import PolicyScores, policy_scores
 from dsdpo.reference.base import Reference
-from dsdpo.training.metrics import Meter, pair_metrics
+from dsdpo.training.groups import GROUPED, Grouping
+from dsdpo.training.metrics import pair_metrics
+from dsdpo.training.step_loss import StepLoss
+
+COLUMNS = (
+    "pair_id", "chosen", "rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens",
+    "plain_chosen", "likelihood", "entropy_chosen", "entropy_rejected", "margin", "weight",
+)  # fmt: skip
+OPTIONAL = ("likelihood", "margin", "weight")  # NaN where a run has none
+BINS = 10  # of the calibration error
+
+
+@dataclass
+class HeldOut:
+    """What a run knows of its held-out pairs from one evaluation to the next."""
+
+    groupings: Sequence[Grouping] = ()
+    first_pair_id: int = 0
+    reference_is_static: bool = False  # then it is asked once
+    anchor: list[list[PairLogps]] = field(default_factory=list)  # its answers, by window
 
 
 @torch.no_grad()
 def evaluate(
-    policy: TrainingEngine,
+    policy: Any,
     reference: Reference,
-    loss_fn: LossFn,
+    loss: StepLoss,
     windows: Iterable[Sequence[PreferenceBatch]],
+    *,
+    step: int = 1,
+    held_out: HeldOut | None = None,
 ) -> dict[str, float]:
-    """Means over the held-out pairs of all ranks, under the names `eval/...`. Collective.
+    """Metrics of the held-out pairs of all ranks as if they were one batch, under the names `eval/...`. Collective.
 
-    Ranks hold equally many batches; filler pairs keep them in step and are not counted.
+    Ranks hold equally many batches; filler pairs keep them in step and are not counted. The pairs are put in their own
+    order before anything is added up, so that the number of ranks and the batches have no part in the result.
     """
-    meter = Meter()
+    held_out = held_out or HeldOut()
+    rows, without_reference = [], False
+    known = list(held_out.anchor)
     policy.eval()
-    for window in windows:
-        for batch, reference_logps in zip(window, reference.score(window), strict=True):
-            policy_logps = pair_logps(policy, batch)
-            output = loss_fn(policy_logps, reference_logps)
-            meter.add(pair_metrics(output, policy_logps, reference_logps), weight=(batch.pair_ids >= 0).float())
+    for index, window in enumerate(windows):
+        anchor = known[index] if known else reference.score(window)
+        if held_out.reference_is_static and not known:
+            held_out.anchor.append(list(anchor))
+        for batch, reference_logps in zip(window, anchor, strict=True):
+            without_reference = isinstance(reference_logps, NoLogps)
+            rows.append(table_rows(batch, policy_scores(policy, batch, loss.extras), reference_logps))
     policy.train()
-    return {f"eval/{name}": value for name, value in meter.read().items()}
+    table = gathered(rows)
+    metrics = metrics_of(table, loss, step, without_reference=without_reference)
+    for grouping in held_out.groupings:
+        of = grouping.of[table["pair_id"].long().numpy() - held_out.first_pair_id]
+        whole = not grouping.names[0].startswith(("source/", "length/"))  # a set is all that a data set is
+        for place, name in enumerate(grouping.names):
+            if (of == place).any():
+                part = {column: values[torch.from_numpy(of == place)] for column, values in table.items()}
+                found = metrics_of(part, loss, step, without_reference=without_reference)
+                names = found if whole else [*GROUPED, "pairs"]
+                metrics |= {f"{name}/{key}": found[key] for key in names}
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def table_rows(batch: PreferenceBatch, scored: PolicyScores, reference: PairLogps) -> Tensor:
+    """(B, columns) float64 of one batch, fillers included, on its device."""
+    absent = torch.full_like(scored.chosen, math.nan)
+    entropy = (absent, absent) if scored.entropy is None else scored.entropy
+    optional = [absent if value is None else value for value in (scored.likelihood, batch.margin, batch.weight)]
+    columns = (
+        batch.pair_ids, scored.logps.chosen, scored.logps.rejected, reference.chosen, reference.rejected,
+        scored.logps.chosen_tokens, scored.logps.rejected_tokens, scored.chosen, optional[0], *entropy, *optional[1:],
+    )  # fmt: skip
+    return torch.stack([column.double() for column in columns], dim=1)
+
+
+def gathered(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The rows of all ranks without fillers, by pair, as float64 columns on the CPU. Collective."""
+    own = torch.cat(list(rows)).cpu().numpy() if rows else np.zeros((0, len(COLUMNS)))
+    table = np.concatenate(gather_objects(own[own[:, 0] >= 0]))
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return dict(zip(COLUMNS, torch.from_numpy(np.ascontiguousarray(table.T)), strict=True))
+
+
+def metrics_of(
+    table: dict[str, Tensor], loss: StepLoss, step: int, *, without_reference: bool = False
+) -> dict[str, float]:
+    """The metrics of the pairs of a table as one batch, without prefix; `pairs` says how many there are."""
+    tokens = table["chosen_tokens"].long(), table["rejected_tokens"].long()
+    policy = PairLogps(table["chosen"], table["rejected"], *tokens)
+    kind = NoLogps if without_reference else PairLogps
+    reference = kind(table["reference_chosen"], table["reference_rejected"], *tokens)
+    output = loss.function(policy, reference, _inputs(table, loss.held_out(step)))
+    pairs = pair_metrics(output, policy, reference)
+    metrics = {name: float(values.double().mean()) for name, values in pairs.items()}
+    nll = float(-table["plain_chosen"].sum() / tokens[0].sum())
+    metrics |= {"nll/chosen": nll, "perplexity/chosen": math.exp(min(nll, 700.0))}
+    wins = pairs["rewards/accuracies"].double()
+    for name, those in (("longer", tokens[0] > tokens[1]), ("shorter", tokens[0] < tokens[1])):
+        if those.any():
+            metrics[f"rewards/accuracies_chosen_{name}"] = float(wins[those].mean())
+    margins = pairs["rewards/margins"]
+    metrics["rewards/calibration_error"] = calibration_error(margins)
+    correlation = correlated(margins, (tokens[0] - tokens[1]).double())
+    metrics |= {} if correlation is None else {"rewards/length_correlation": correlation}
+    entropy = (table["entropy_chosen"] * tokens[0] + table["entropy_rejected"] * tokens[1]).sum()
+    if entropy.isfinite():
+        metrics["entropy"] = float(entropy / (tokens[0] + tokens[1]).sum())
+    return metrics | {"pairs": float(len(wins))}
+
+
+def _inputs(table: dict[str, Tensor], shared: LossInputs) -> LossInputs:
+    """What the loss is given of a table's pairs."""
+    columns: dict[str, Any] = {name: table[name] for name in OPTIONAL if not table[name].isnan().any()}
+    return replace(shared, chosen=table["plain_chosen"], **columns)
+
+
+def calibration_error(margins: Tensor) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3) of the preference that rewards imply.
+
+    σ(|margin|) is how sure the policy is of its preferred response; it should be right that often. A tie is half right.
+    """
+    sure = torch.sigmoid(margins.abs())
+    right = (margins > 0).double() + 0.5 * (margins == 0).double()
+    place = ((sure - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, place, (right - sure).double())
+    return float(gaps.abs().sum() / len(margins))
+
+
+def correlated(left: Tensor, right: Tensor) -> float | None:
+    """Pearson's correlation; None where either does not vary."""
+    left, right = left - left.mean(), right - right.mean()
+    scale = float(left.norm() * right.norm())
+    return float(left @ right) / scale if scale > 0.0 and math.isfinite(scale) else None

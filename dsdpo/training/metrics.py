@@ -11,21 +11,37 @@ from torch import Tensor
 from dsdpo.distributed import world_size
 from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.objective.losses import LossOutput
+from dsdpo.objective.scores import PolicyScores
+
+SEPARATOR = "\n"  # between the names of sums that are kept together
 
 
 class Meter:
-    """Means over pairs of all ranks and micro-batches since the last reading."""
+    """Weighted means over pairs of all ranks and micro-batches since the last reading."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # name -> (2,) float64: sum, count
+        self._sums: dict[str, Tensor] = {}  # names -> (2,) or, of several, (n, 2) float64: sum, weight
 
     def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
-        """Take one value per pair, (B,) each, counted with `weight` (B,): 0 for filler pairs."""
-        count = weight.sum(dtype=torch.float64)
-        for name, value in values.items():
-            total = torch.where(weight > 0, value.detach() * weight, 0.0).sum(dtype=torch.float64)
-            pair = torch.stack([total, count])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        """Take one value per pair, (B,) each, counted with `weight` (B,), 0 for fillers: their values may be NaN."""
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        weight = weight.double()
+        sums = torch.where(weight > 0, stacked * weight, 0.0).sum(1)
+        self._keep(list(values), torch.stack([sums, weight.sum().expand_as(sums)], dim=1))
+
+    def add_by_group(self, values: dict[str, Tensor], weight: Tensor, *, group: Tensor, names: list[str]) -> None:
+        """The same apart for each group, as `names[k]/value`; `group` (B,) int64 says in which one a pair is."""
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        stacked = torch.where(weight > 0, stacked, 0.0)
+        member = (group[None] == torch.arange(len(names), device=group.device)[:, None]) * weight.double()  # (K, B)
+        sums = member @ stacked.T  # (K, n)
+        counts = member.sum(1, keepdim=True).expand_as(sums)
+        keys = [f"{name}/{key}" for name in names for key in values]
+        self._keep(keys, torch.stack([sums.flatten(), counts.flatten()], dim=1))
+
+    def _keep(self, names: list[str], sums: Tensor) -> None:
+        key = SEPARATOR.join(names)
+        self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def state(self) -> dict[str, Tensor]:
         """What this rank has counted since the last reading."""
@@ -39,36 +55,62 @@ class Meter:
         """The means, and start again from nothing. Collective; the only wait for the device.
 
         With them come the means over ranks of this rank's `own` values, which have the same names on all ranks and
-        travel over `device`.
+        travel over `device`. What no pair has counted for is left out.
         """
         own = own or {}
-        names = [*self._sums, *own]
+        names = [name for key in self._sums for name in key.split(SEPARATOR)] + list(own)
         if not names:
             return {}
         values = torch.tensor([[value, 1.0] for value in own.values()], dtype=torch.float64, device=device)
-        table = torch.stack([*self._sums.values(), *values])
+        table = torch.cat([*(sums.view(-1, 2) for sums in self._sums.values()), values.view(-1, 2)])
         if world_size() > 1:
             dist.all_reduce(table)
         self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True)}
+        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
 
 
 def pair_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
     """The metrics of B pairs under TRL's names, (B,) each; rewards are beta · logratio.
 
-    `reference/drift` is the mean logratio of both responses in nats: how far the policy has moved off its anchor, and
-    under TR-DPO what a sync takes away. There is none without a reference.
+    An accuracy is strict: pairs whose two rewards are equal are counted in `rewards/ties`. `reference/drift` is the
+    mean logratio of both responses in nats: how far the policy has moved off its anchor, and under TR-DPO what a sync
+    takes away. There is none without a reference.
     """
     metrics = {
         "loss": output.losses,
+        **{f"loss/{name}": values for name, values in output.parts.items()},
         "rewards/chosen": output.chosen_rewards,
         "rewards/rejected": output.rejected_rewards,
         "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).float(),
+        "rewards/ties": (output.chosen_rewards == output.rejected_rewards).float(),
         "rewards/margins": output.chosen_rewards - output.rejected_rewards,
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
+        "lengths/chosen": policy.chosen_tokens,
+        "lengths/rejected": policy.rejected_tokens,
     }
     if not isinstance(reference, NoLogps):
         drift = (policy.chosen - reference.chosen) + (policy.rejected - reference.rejected)
         metrics["reference/drift"] = drift / 2
+    return metrics
+
+
+def count_pairs(
+    meter: Meter, output: LossOutput, scored: PolicyScores, reference: PairLogps, weight: Tensor
+) -> dict[str, Tensor]:
+    """Add B pairs to what is counted; their metrics, (B,) each.
+
+    Beside `pair_metrics`: the negative log-prob of a chosen token, the accuracy where the chosen response is the longer
+    one and where it is the shorter, and the entropy at a response token where it is known.
+    """
+    policy = scored.logps
+    metrics = pair_metrics(output, policy, reference)
+    meter.add(metrics, weight)
+    chosen, rejected = policy.chosen_tokens, policy.rejected_tokens
+    meter.add({"nll/chosen": -scored.chosen / chosen.clamp(min=1)}, weight * chosen)
+    for name, those in (("longer", chosen > rejected), ("shorter", chosen < rejected)):
+        meter.add({f"rewards/accuracies_chosen_{name}": metrics["rewards/accuracies"]}, weight * those)
+    if scored.entropy is not None:
+        for entropy, tokens in zip(scored.entropy, (chosen, rejected), strict=True):
+            meter.add({"entropy": entropy}, weight * tokens)
     return metrics

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsdpo.config.run import BestMetric
-
-LOWER_IS_BETTER: tuple[BestMetric, ...] = ("eval/loss",)
+LOWER_IS_BETTER = {"loss", "nll", "perplexity", "ties", "drift", "calibration_error"}
 GOING = ".old"  # a checkpoint's last name: what is only half deleted is none
 
 
@@ -21,7 +19,7 @@ class Keep:
 
     last: int  # newest ones, at least 1
     best: int = 0  # best ones by `metric`; may be among the newest
-    metric: BestMetric = "eval/loss"
+    metric: str = "eval/loss"
 
 
 def superseded(whole: Sequence[Path], keep: Keep) -> list[Path]:
@@ -33,12 +31,16 @@ def superseded(whole: Sequence[Path], keep: Keep) -> list[Path]:
     if keep.best:
         scores = {path: score(path, keep.metric) for path in whole}
         found = [path for path in reversed(whole) if scores[path] is not None]
-        sign = 1.0 if keep.metric in LOWER_IS_BETTER else -1.0
-        kept.update(sorted(found, key=lambda path: sign * (scores[path] or 0.0))[: keep.best])
+        kept.update(sorted(found, key=lambda path: sign(keep.metric) * (scores[path] or 0.0))[: keep.best])
     return [path for path in whole if path not in kept]
 
 
-def score(path: Path, metric: BestMetric) -> float | None:
+def sign(metric: str) -> float:
+    """1 if a lower value of a metric is better, -1 if a higher one is."""
+    return 1.0 if LOWER_IS_BETTER & set(metric.split("/")) else -1.0
+
+
+def score(path: Path, metric: str) -> float | None:
     """What a checkpoint's state says of a metric, None if it was not evaluated."""
     try:
         value = float(json.loads((path / "state.json").read_text())["evaluation"][metric])

@@ -8,25 +8,31 @@ from dataclasses import replace
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import world_size
 from dsdpo.engine.types import TrainingEngine
-from dsdpo.objective.logps import PairLogps, pair_logps
-from dsdpo.objective.losses import LossFn, LossOutput
-from dsdpo.training.metrics import Meter, pair_metrics
+from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.losses import LossOutput
+from dsdpo.objective.scores import policy_scores
+from dsdpo.training.groups import GROUPED, DeviceGroups
+from dsdpo.training.metrics import Meter, count_pairs
 from dsdpo.training.nonfinite import marked
 from dsdpo.training.perf import Phase, untimed
+from dsdpo.training.step_loss import StepLoss, given
 
 
 def train_step(
     policy: TrainingEngine,
     anchor: Sequence[PairLogps],
-    loss_fn: LossFn,
+    loss: StepLoss,
     window: StepBatches,
     meter: Meter,
     *,
+    step: int = 1,
+    groups: DeviceGroups | None = None,
     phase: Phase = untimed,
 ) -> list[LossOutput]:
     """One optimizer update on the mean loss of the window's pairs, however they are batched. Collective.
 
-    `anchor` has the reference's log-probs of each batch.
+    `anchor` has the reference's log-probs of each batch; `step` counts from 1; of the pairs of `groups` metrics are
+    counted apart.
 
     Returns what came out for this rank's micro-batches, detached. The update is left out on all ranks where a loss or
     gradient is not finite.
@@ -35,12 +41,19 @@ def train_step(
     # DeepSpeed averages gradients over ranks; each rank contributes the sum over its own share of the pairs.
     scale = world_size() / window.pairs
     with phase("forward_backward"):
-        for batch, reference_logps in zip(window.batches, anchor, strict=True):
-            policy_logps = pair_logps(policy, batch)
-            output = loss_fn(policy_logps, reference_logps)
+        only = None
+        if loss.needs_logps and len(window.batches) == 1:  # then this pass gives what one ahead would
+            only = policy_scores(policy, window.batches[0], loss.extras)
+        inputs = loss.ahead(policy, window, anchor, only, step=step)
+        for batch, reference_logps, own in zip(window.batches, anchor, inputs, strict=True):
+            scored = only or policy_scores(policy, batch, loss.extras)
+            output = loss.function(scored.logps, reference_logps, given(own, scored))
             weight = (batch.pair_ids >= 0).to(output.losses.dtype)
             policy.backward(marked((output.losses * weight).sum() * scale, output, weight), scale_wrt_gas=False)
-            meter.add(pair_metrics(output, policy_logps, reference_logps), weight)
+            metrics = count_pairs(meter, output, scored, reference_logps, weight)
+            for names, group in groups.of(batch.pair_ids) if groups else ():
+                apart = {name: metrics[name] for name in GROUPED}
+                meter.add_by_group(apart, weight, group=group, names=names)
             outputs.append(replace(output, losses=output.losses.detach()))
     with phase("optimizer"):
         policy.step()

@@ -39,15 +39,15 @@ def count_steps(run: dict[str, Any], keep_two: bool) -> list[dict[str, float]]:
     from dsdpo.config.loss import LossConfig
     from dsdpo.config.run import RunConfig
     from dsdpo.engine.build import device
-    from dsdpo.objective.losses import make_loss
     from dsdpo.run.models import build_policy_and_reference
     from dsdpo.run.plan import plan_run
     from dsdpo.training.metrics import Meter
     from dsdpo.training.step import train_step
+    from dsdpo.training.step_loss import StepLoss
 
     plan = plan_run(RunConfig.model_validate(run))
     policy, reference = build_policy_and_reference(plan)
-    loss_fn = make_loss(LossConfig())
+    loss_fn = StepLoss(LossConfig())
     scorer = reference if keep_two else OneOrder(reference)
     rows: list[dict[str, float]] = []
     for window in plan.training_windows(device()):

@@ -202,14 +202,14 @@ def train_and_export_here(run: dict[str, Any]) -> tuple[Any, torch.Tensor, float
     from dsdpo.config.loss import LossConfig
     from dsdpo.config.run import RunConfig
     from dsdpo.data.tokenizer import load_tokenizer
-    from dsdpo.objective.losses import make_loss
     from dsdpo.training.export import export_model
     from dsdpo.training.metrics import Meter
     from dsdpo.training.step import train_step
+    from dsdpo.training.step_loss import StepLoss
 
     policy, reference, windows = build_here(run)
     for window in windows:
-        train_step(policy, reference.score(window.batches), make_loss(LossConfig()), window, Meter())
+        train_step(policy, reference.score(window.batches), StepLoss(LossConfig()), window, Meter())
     policy.eval()
     batch = windows[0].batches[0]
     with torch.no_grad():
@@ -236,13 +236,13 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     from dsdpo.config.loss import LossConfig
     from dsdpo.distributed import barrier, rank
     from dsdpo.engine.shards import parameter_count
-    from dsdpo.objective.losses import make_loss
     from dsdpo.training.checkpoint import TrainState, save_checkpoint
     from dsdpo.training.metrics import Meter
     from dsdpo.training.pruning import Keep
     from dsdpo.training.step import train_step
+    from dsdpo.training.step_loss import StepLoss
 
-    loss_fn = make_loss(LossConfig())
+    loss_fn = StepLoss(LossConfig())
 
     def steps(policy: Any, reference: Any, windows: list[Any]) -> list[float]:
         found = []
@@ -281,14 +281,14 @@ def master_here(run: dict[str, Any]) -> tuple[set[str], float]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from dsdpo.config.loss import LossConfig
-    from dsdpo.objective.losses import make_loss
     from dsdpo.training.metrics import Meter
     from dsdpo.training.step import train_step
+    from dsdpo.training.step_loss import StepLoss
 
     policy, reference, [window] = build_here(run)
     factors = {name: p for name, p in policy.module.named_parameters() if "lora_" in name}
     parameter = next(p for name, p in factors.items() if "lora_B" in name)
     before = safe_get_full_fp32_param(parameter).clone()
-    train_step(policy, reference.score(window.batches), make_loss(LossConfig()), window, Meter())
+    train_step(policy, reference.score(window.batches), StepLoss(LossConfig()), window, Meter())
     change = (safe_get_full_fp32_param(parameter) - before).abs()
     return {str(p.dtype) for p in factors.values()}, float(change.median())

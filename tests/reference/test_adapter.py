@@ -169,8 +169,8 @@ def dropout_here(run: dict[str, Any]) -> dict[str, float]:
     """How far two passes of each kind lie apart, in nats, and the loss before any step."""
     from dsdpo.config.loss import LossConfig
     from dsdpo.objective.logps import pair_logps
-    from dsdpo.objective.losses import make_loss
     from dsdpo.training.evaluate import evaluate
+    from dsdpo.training.step_loss import StepLoss
 
     policy, reference, [window] = build_here(run | {"train": {"max_steps": 1}})
     batch = window.batches[0]
@@ -180,7 +180,7 @@ def dropout_here(run: dict[str, Any]) -> dict[str, float]:
         apart["training"] = float((first - second).abs().max())
         [first], [second] = (reference.score([batch]) for _ in range(2))
         apart["reference"] = float((first.chosen - second.chosen).abs().max())
-    loss_fn = make_loss(LossConfig())
+    loss_fn = StepLoss(LossConfig())
     first, second = (evaluate(policy, reference, loss_fn, [window.batches])["eval/loss"] for _ in range(2))
     assert policy.module.training, "evaluation and scoring leave the policy in train mode"
     return apart | {"evaluation": abs(first - second), "first evaluation": first}
@@ -221,9 +221,9 @@ def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
     from dsdpo.engine.lora import adapter_pairs
     from dsdpo.engine.shards import release_gathered, writable_shard
     from dsdpo.objective.logps import pair_logps
-    from dsdpo.objective.losses import make_loss
     from dsdpo.training.metrics import Meter
     from dsdpo.training.step import train_step
+    from dsdpo.training.step_loss import StepLoss
 
     policy, reference, windows = build_here(run)
     batch = windows[0].batches[0]
@@ -233,7 +233,7 @@ def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
 
     first = answer()
     for window in windows:
-        train_step(policy, reference.score(window.batches), make_loss(LossConfig()), window, Meter())
+        train_step(policy, reference.score(window.batches), StepLoss(LossConfig()), window, Meter())
     assert torch.equal(answer(), first), "the reference moved with the policy"
     reference.save(Path(folder))
     with torch.no_grad():

@@ -54,11 +54,12 @@ def make_loss(loss: LossConfig) -> LossFn:
     """The function that a run minimizes, averaged over pairs: the weighted sum of its parts."""
     functions = {name: bound(name, loss) for name in loss.types}
     own = {name: partial(function, **options) for name, (function, options, _) in functions.items()}
+    asks_for_step = any("step" in names for _, _, names in functions.values())
     first_beta = loss.beta_at(1, 1)
 
     def combined(policy: PairLogps, reference: PairLogps, inputs: LossInputs = NOTHING) -> LossOutput:
         beta = first_beta if inputs.beta is None else inputs.beta
-        step = inputs.step or StepPairs.of(policy, reference)
+        step = inputs.step or (StepPairs.of(policy, reference) if asks_for_step else None)
         given = {"beta": beta, "step": step, "margin": inputs.margin, "bco_delta": inputs.bco_delta}
         plain = policy
         if inputs.chosen is not None:
