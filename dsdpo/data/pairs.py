@@ -65,6 +65,13 @@ class SourceFacts:
     truncated: int  # pairs with a response that was cut
     tokens: int  # of all pairs, prompt and response of each response
     duplicates: int  # pairs with the same tokens as an earlier one
+    files: tuple[str, ...] = ()  # names of the files that were read, in order; none of a saved or Hub data set
+    unread: tuple[str, ...] = ()  # names of data files beside them that were not
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SourceFacts:
+        """The facts as JSON holds them."""
+        return cls(**values | {name: tuple(values.get(name, ())) for name in ("files", "unread")})
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ def open_pairs(folder: Path) -> Pairs:
         report = DropReport.from_json(facts["report"])
         of_pairs = [array for name, array in arrays.items() if name != "unlearned"]
         whole = len(tokens) == facts["tokens"] and all(len(array) == facts["pairs"] for array in of_pairs)
-        sources = tuple(SourceFacts(**source) for source in facts["sources"])
+        sources = tuple(SourceFacts.from_json(source) for source in facts["sources"])
         pairs = Pairs(report=report, digest=facts["digest"], tokens=tokens, sources=sources, **arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(

@@ -262,6 +262,8 @@ def _facts(number: int, source: Source, index: Sequence[Chunk]) -> SourceFacts:
         truncated=sum(int(chunk.truncated.sum()) for chunk in own),
         tokens=sum(int(sequence_tokens(chunk.lengths).sum()) for chunk in own),
         duplicates=len(digests) - len(np.unique(digests)),
+        files=tuple(path.name for path in source.files),
+        unread=tuple(path.name for path in source.unread),
     )
 
 

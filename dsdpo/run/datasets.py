@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ from dsdpo.distributed import (
 from dsdpo.errors import ConfigError, DataError
 from dsdpo.training.checkpoint import read_state
 from dsdpo.training.resume import find_checkpoint
+
+NAMES_SHOWN = 5  # files that a line names
 
 
 def prepare_windows(
@@ -93,10 +95,19 @@ def prepare_data(run: RunConfig) -> Iterator[str]:
 def describe_source(source: SourceFacts) -> str:
     """What became of a source's rows, in a line."""
     dropped = ", ".join(f"{count:,} {kind}" for kind, count in source.dropped.items())
+    alone = len(source.files) == 1 and source.path.endswith(source.files[0])
+    read = "" if alone or not source.files else f" ({_names(source.files)})"
     return (
-        f"{source.path}: {source.rows:,} rows, {source.pairs:,} pairs, {source.tokens:,} tokens, "
+        f"{source.path}{read}: {source.rows:,} rows, {source.pairs:,} pairs, {source.tokens:,} tokens, "
         f"dropped {dropped or 'none'}, {source.truncated:,} truncated, {source.duplicates:,} duplicates"
+        + (f"; not read: {_names(source.unread)}" if source.unread else "")
     )
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -> None:

@@ -15,6 +15,7 @@ from dsdpo.data.steps import BatchSource
 from dsdpo.engine.config_remarks import json_remarks
 from dsdpo.engine.deepspeed_keys import untested_deepspeed
 from dsdpo.engine.zero_config import TRAINING_KEYS, offload_device, read_deepspeed_json, serves_both, stage
+from dsdpo.run.datasets import describe_source
 from dsdpo.run.plan import Layout, Plan
 from dsdpo.run_folder import RunFolder
 
@@ -30,7 +31,9 @@ def describe_plan(plan: Plan) -> str:
         ("reference", describe_reference(plan)),
         ("loss", run.loss.describe()),
         ("train data", describe_pairs(plan.train)),
+        *(("from", describe_source(source)) for source in plan.train.pairs.sources),
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
+        *(("from", describe_source(source)) for source in (plan.evaluation.pairs.sources if plan.evaluation else ())),
         ("steps", f"{plan.total_steps:,} of {run.batch.pairs_per_step} pairs, {plan.train.world_size} ranks"),
         ("first step", f"{first.pairs} pairs, {first.tokens:,} tokens, micro-batches a rank: {len(first.batches)}"),
         ("layout", describe_layout(plan.layout)),
