@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsdpo.config.data import DataConfig
-from dsdpo.data.dropped_rows import BadRow
+from dsdpo.data.dropped_rows import KINDS, BadRow
 from dsdpo.data.examples import to_examples
-from dsdpo.data.formats import RowRules
+from dsdpo.data.formats import FIELDS, RowRules
 from dsdpo.data.sources import find_sources, read_rows
 from dsdpo.errors import DataError
 from tests.data.helpers import assistant, user, write_jsonl
@@ -290,3 +291,24 @@ def test_text_becomes_messages_where_the_run_asks() -> None:
     assert example == {"prompt": [*GREETING, Q], "chosen": [A], "rejected": [B], **options}
     own = {"prompt": [Q], "chosen": [A], "rejected": [B], "chat_template_kwargs": {"enable_thinking": True}}
     assert to_examples(own, chat_rules)[0]["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_every_example_of_the_documentation_is_read() -> None:
+    blocks = re.findall(r"```json\n(.*?)```", DOCS, flags=re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    assert len(rows) >= 18
+    for row in rows:
+        examples = to_examples(row, RowRules())
+        for name in ("chosen", "rejected"):
+            assert "Where?" not in json.dumps(examples[0][name]), row
+
+
+def test_every_kind_of_bad_row_and_every_setting_of_data_is_documented() -> None:
+    assert [kind for kind in KINDS if f"`{kind}`" not in DOCS] == []
+    told = {"train", "eval", "max_length", "text", "pairing", "min_score_gap", "chat_template_kwargs", "add_eos"}
+    told |= {"keep_thoughts", "date", "train_on", "truncation", "max_prompt_length", "strict", "max_dropped_share"}
+    assert [name for name in told if name not in DataConfig.model_fields or name not in DOCS] == []
+    assert [name for name in FIELDS if f"`{name}`" not in DOCS] == []
