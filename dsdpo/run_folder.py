@@ -46,6 +46,7 @@ class RunFolder:
     stopped = _Entry("stopped.json")  # why and where a run has stopped early
     model = _Entry("model", cleared="by export")
     merged = _Entry("merged", cleared="by export")
+    exporting = _Entry("export.partial")  # model and merged, until they are whole
     lock = _Entry("run.lock", cleared="never")  # who uses the folder
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -6,9 +6,13 @@ import time
 
 from dsdpo.commands.arguments import PrecomputeArguments
 from dsdpo.console import quiet_libraries, say
+from dsdpo.engine.build import device
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
+from dsdpo.errors import StoppedError
 from dsdpo.reference.precomputed import precompute
 from dsdpo.run.plan import plan_run
+from dsdpo.stop_request import STOPPED, StopRequest
+from dsdpo.stop_signals import noted_signals
 from dsdpo.training.lost_ranks import watched_ranks
 
 
@@ -17,8 +21,14 @@ def main(given: PrecomputeArguments) -> int:
     quiet_libraries(verbose=given.verbose)
     started = time.monotonic()
     plan = plan_run(given.run, run_file=given.run_file, writes_output=False)
-    prepare_ops(plan.reference_config)
-    with watched_ranks(lost_after=given.run.distributed.lost_after):
-        precompute(plan, shard_rows=given.shard_pairs)
+    stop = StopRequest(None, deadline=given.run.checkpoint.deadline, device=device())
+    try:
+        with noted_signals(), watched_ranks(lost_after=given.run.distributed.lost_after):
+            stop.check_signals()
+            prepare_ops(plan.reference_config)
+            precompute(plan, stop, shard_rows=given.shard_pairs)
+    except StoppedError as stopped:
+        say(f"stopped by {stopped}; what was scored is stored, go on with the same command")
+        return STOPPED
     say(f"done in {time.monotonic() - started:.0f} s; dsdpo train with the same settings takes it from there")
     return 0

@@ -6,19 +6,17 @@ from dsdpo.commands.arguments import TrainArguments
 from dsdpo.console import quiet_libraries, say
 from dsdpo.distributed import rank
 from dsdpo.engine.build import device
+from dsdpo.errors import StoppedError
+from dsdpo.run.export import export_trained
 from dsdpo.run.loop import evaluate_at_start, train_until_done
-from dsdpo.run.output_folder import make_output_folder, record_settings
+from dsdpo.run.output_folder import opened_folder
 from dsdpo.run.plan import Plan, plan_run
-from dsdpo.run.resume import checkpoint_to_resume
+from dsdpo.run.resume import state_of
 from dsdpo.run.run import Run, build_run
 from dsdpo.run.summary import describe_plan, describe_results
-from dsdpo.run_folder import RunFolder
+from dsdpo.stop_request import STOPPED, StopRequest, record_stop
 from dsdpo.stop_signals import noted_signals
-from dsdpo.training.export import export_model
 from dsdpo.training.lost_ranks import watched_ranks
-from dsdpo.training.stop import StopRequest, record_stop
-
-STOPPED = 75  # exit code: saved and stopped early, to be started again with --resume auto (EX_TEMPFAIL)
 
 
 def main(given: TrainArguments) -> int:
@@ -34,14 +32,14 @@ def main(given: TrainArguments) -> int:
 
 def train(plan: Plan) -> int:
     """Build both engines, train, evaluate, save and export; the exit code. Collective."""
-    with noted_signals():
-        folder = RunFolder(plan.run.output_dir)
-        checkpoint = checkpoint_to_resume(plan)
-        make_output_folder(folder, keep=checkpoint is not None, overwrite=plan.run.overwrite_output_dir)
-        record_settings(plan, folder)
-        stop = StopRequest(folder, deadline=plan.run.checkpoint.deadline, device=device())
-        run = build_run(plan, folder, checkpoint, stop)
-        evaluate_at_start(run)
+    with noted_signals(), opened_folder(plan) as (folder, checkpoint, lock):
+        stop = StopRequest(folder, deadline=plan.run.checkpoint.deadline, device=device(), lock=lock)
+        try:
+            run = build_run(plan, folder, checkpoint, stop)
+            evaluate_at_start(run)
+        except StoppedError as stopped:
+            say(record_stop(folder, reason=str(stopped), step=state_of(checkpoint).step))
+            return STOPPED
         reason = train_until_done(run)
         return finish(run, reason)
 
@@ -49,8 +47,7 @@ def train(plan: Plan) -> int:
 def finish(run: Run, reason: str | None) -> int:
     """Export what was trained, unless the run stopped early, and say how it ended; the exit code. Collective."""
     if reason is None:
-        settings = run.plan.run
-        export_model(run.policy, run.plan.tokenizer, settings, run.folder.model, metrics=run.tracker.last_evaluation)
+        export_trained(run)
     run.saver.raise_if_lost()
     run.tracker.close()
     if reason is not None:

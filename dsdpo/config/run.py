@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -156,6 +157,8 @@ class TrainConfig(Section):
     """A step whose loss or gradient is NaN or infinite is never taken: stop the run there, or skip it and go on."""
     max_skipped_steps: PositiveInt = 10
     """Steps in a row that on_nonfinite skip may leave out before the run ends with an error."""
+    overfit_first_step: bool = False
+    """Train every step on the pairs of the first one: a loss that does not go to 0 shows a fault."""
 
     @model_validator(mode="after")
     def _trains(self) -> TrainConfig:
@@ -246,6 +249,12 @@ class WandbConfig(Section):
     """online sends as the run goes, offline writes files to send later, disabled does neither."""
 
 
+def _in_order(steps: tuple[int, int] | None) -> tuple[int, int] | None:
+    if steps is not None and steps[0] > steps[1]:
+        raise ValueError(f"tracking.profile_steps {list(steps)}: give the first step, then the last")
+    return steps
+
+
 class TrackingConfig(Section):
     """What is recorded while training."""
 
@@ -257,6 +266,8 @@ class TrackingConfig(Section):
     """What one device can do at most, in TFLOP/s of 16-bit matrix products, for perf/mfu; null: known by its name."""
     pairs: bool = True
     """Write each step's pair ids to pairs.jsonl."""
+    profile_steps: Annotated[tuple[PositiveInt, PositiveInt] | None, AfterValidator(_in_order)] = None
+    """First and last step, such as [10, 13], that torch.profiler traces into profile/ of the run folder; null: none."""
     entropy: bool = False
     """Also record the mean entropy of the policy's next-token distribution over the responses, in nats."""
     hints: bool = True

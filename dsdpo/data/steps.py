@@ -60,7 +60,9 @@ class BatchSource:
             )
             consumed_pairs += len(plan.pair_ids)
             step_lengths = lengths[plan.pair_ids]
-            batches = self._collate(plan.micro_batches[self.rank])
+            # Fillers repeat a pair of the step itself: what another pair's log-probs are must not reach its gradient.
+            spare = int(plan.pair_ids[np.argmin(longest_sequences(step_lengths))])
+            batches = tuple(self.batch(ids, spare=spare) for ids in plan.micro_batches[self.rank])
             yield StepBatches(
                 batches=batches,
                 pairs=len(plan.pair_ids),
@@ -94,10 +96,11 @@ class BatchSource:
     def _collate(self, micro_batches: Sequence[tuple[int, ...]]) -> tuple[PreferenceBatch, ...]:
         return tuple(self.batch(ids) for ids in micro_batches)
 
-    def batch(self, rows: tuple[int, ...]) -> PreferenceBatch:
-        """These rows of `pairs` as one micro-batch on the CPU, a filler if there are none."""
+    def batch(self, rows: tuple[int, ...], *, spare: int | None = None) -> PreferenceBatch:
+        """These rows of `pairs` as one micro-batch on the CPU; if none, a filler of `spare` or the shortest."""
         if not rows:
-            return filler(self._laid_out(self._longest_first[-1:].tolist(), self.layout))
+            shortest = self._longest_first[-1:].tolist() if spare is None else [spare]
+            return filler(self._laid_out(shortest, self.layout))
         batch = self._laid_out(rows, self.layout)
         return replace(batch, pair_ids=batch.pair_ids + self.first_pair_id)
 

@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 
-from dsdpo.distributed import rank, world_size
+from dsdpo.distributed import gather_objects, rank, world_size
 
 GATHER_BYTES = 512 * 2**20
 
@@ -100,6 +100,18 @@ def whole_state_dict(
 def parameter_count(module: nn.Module) -> int:
     """Number of elements of the whole model, tied ones once."""
     return sum(full_numel(parameter) for parameter in module.parameters())
+
+
+def nonfinite_parameters(module: nn.Module) -> list[str]:
+    """Names of parameters that hold NaN or infinity, on any rank, in the module's order. Collective."""
+    flags = {}
+    for name, parameter in module.named_parameters():
+        own: Any = parameter
+        own = own.ds_tensor if is_partitioned(parameter) else own
+        if not is_on_nvme(parameter) and own.numel():
+            flags[name] = own.detach().isfinite().all()  # nobody waits for it yet
+    found = {name for names in gather_objects([n for n, flag in flags.items() if not flag]) for name in names}
+    return [name for name, _ in module.named_parameters() if name in found]
 
 
 def has_frozen(module: nn.Module) -> bool:

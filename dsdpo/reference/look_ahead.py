@@ -49,6 +49,9 @@ class LookAhead(Reference):
     def scorer(self) -> tuple[Any, str | None] | None:
         return self.inner.scorer()
 
+    def moves_after(self, step: int) -> bool:
+        return self.inner.moves_after(step)
+
     def after_step(self, step: int) -> None:
         self.inner.after_step(step)
 

@@ -27,13 +27,15 @@ from dsdpo.engine.build import build_reference, device
 from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.lora import POLICY
 from dsdpo.engine.quirks.destroy import destroy_engine, used_memory
-from dsdpo.errors import CacheError
+from dsdpo.errors import CacheError, StoppedError
 from dsdpo.objective.logps import ROUNDING, PairLogps
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.reference.base import Reference, score_batches
 from dsdpo.reference.identity import ReferenceIdentity, identify_reference
 from dsdpo.reference.run_plan import RunPlan
 from dsdpo.reference.store import SHARD_ROWS, ShardWriter, open_store, pair_keys, read_rows
+from dsdpo.run_folder import RunFolder
+from dsdpo.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class PrecomputedReference(Reference):
 
     @classmethod
     def build(cls, plan: RunPlan, policy: Any) -> Reference:
-        return precompute(plan)
+        folder, deadline = RunFolder(plan.run.output_dir), plan.run.checkpoint.deadline
+        return precompute(plan, StopRequest(folder, deadline=deadline, device=device()))
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
         # A filler pair, id -1, gets the last row: anything finite does for what weighs nothing.
@@ -64,6 +67,7 @@ class Scorer:
     score_tokens: int
     audit_rows: int
     shard_rows: int = SHARD_ROWS
+    stop: StopRequest | None = None  # asked between batches
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,11 @@ class Filled:
         return f"{len(self.table):,} pairs, {known:,} known{audit}, {self.scored:,} scored{speed}"
 
 
-def precompute(plan: RunPlan, *, shard_rows: int | None = None) -> PrecomputedReference:
-    """The run's reference as a table, after which nothing of its engine is left in memory. Collective."""
+def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = None) -> PrecomputedReference:
+    """The run's reference as a table, after which nothing of its engine is left in memory. Collective.
+
+    Raises `StoppedError` if it is to stop before all is scored; what has been is stored then.
+    """
     settings, model = plan.reference.settings, plan.reference.model
     assert isinstance(settings, Precomputed)
     before = used_memory()
@@ -94,7 +101,7 @@ def precompute(plan: RunPlan, *, shard_rows: int | None = None) -> PrecomputedRe
     identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     folder = open_store_on_ranks(plan.store_folder, identity)
     say(f"reference log-probs are kept in {folder}")
-    scorer = Scorer(engine, settings.score_tokens, settings.audit_rows, shard_rows=shard_rows or SHARD_ROWS)
+    scorer = Scorer(engine, settings.score_tokens, settings.audit_rows, shard_rows=shard_rows or SHARD_ROWS, stop=stop)
     tables = [filled.table for filled in fill_tables(plan, scorer, folder, dtype=identity.dtype)]
     during = used_memory()
     destroy_engine(engine)
@@ -177,10 +184,12 @@ def score_rows(
     """Log-probs of these rows of `windows.pairs`, on every rank, stored in `folder` as they come. Collective.
 
     Long pairs come first, so that what does not fit memory fails at once. A rank with less to do scores filler pairs.
+    Raises `StoppedError` if it is to stop before all are scored, once those that are have been stored.
     """
     pairs = windows.pairs.subset(rows)
     windows = replace(windows, pairs=pairs, budget=MicroBatchBudget(tokens=scorer.score_tokens), first_pair_id=0)
     plan = plan_pass(pairs.lengths, world_size=windows.world_size, budget=windows.budget, layout=windows.layout)
+    reason: str | None = None
     writer = ShardWriter(folder, rank=rank(), shard_rows=scorer.shard_rows) if folder else None
     table = PairLogps.zeros(len(pairs))
     mininterval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
@@ -199,9 +208,15 @@ def score_rows(
                     writer.append(pair_keys(pairs, ids), logps.to("cpu"))
                     log.info("rank %d: %d pairs scored and not yet written", rank(), writer.pending_rows)
             bar.update(sum(len(theirs[index]) for theirs in plan))
+            reason = scorer.stop.reason() if scorer.stop is not None else None
+            if reason is not None and index + 1 < len(plan[windows.rank]):
+                break
+            reason = None
     with all_or_none():
         if writer is not None:
             writer.flush()
+    if reason is not None:
+        raise StoppedError(reason)
     # Each row is zero on all ranks but the one that scored it.
     return _sum_of_ranks(table)
 

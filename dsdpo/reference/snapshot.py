@@ -51,8 +51,7 @@ class SnapshotReference(Reference):
         """Score with the policy as it is after `step` all that is asked for before the next snapshot. Collective."""
         started = time.perf_counter()
         self._step = step
-        # An evaluation after the same step as the next snapshot is answered by that one.
-        windows = self._asked(step, until=step + self.every, first_evaluation=step)
+        windows = self._asked(step, until=step + self.every, first_evaluation=step + 1 if step else 0)
         ids, logps = [], []
         self.policy.eval()
         for window in windows:
@@ -66,9 +65,12 @@ class SnapshotReference(Reference):
         self.age, self.seconds = 0, time.perf_counter() - started
 
     def _asked(self, step: int, *, until: int, first_evaluation: int) -> Iterator[Sequence[PreferenceBatch]]:
-        """The windows of this rank that training after `step` and evaluations want before the step `until` is done."""
+        """The windows of this rank that training after `step` and evaluations want until the step `until` is done.
+
+        An evaluation after a step of a snapshot is made before it, with what the one before says.
+        """
         yield from (window.batches for window in islice(self.plan.training_windows(device(), step), until - step))
-        if any(self.plan.evaluates_after(later) for later in range(first_evaluation, until)):
+        if any(self.plan.evaluates_after(later) for later in range(first_evaluation, until + 1)):
             yield from self.plan.held_out_windows(device())
 
     def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
@@ -81,9 +83,12 @@ class SnapshotReference(Reference):
     def scorer(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, POLICY
 
+    def moves_after(self, step: int) -> bool:
+        return step % self.every == 0
+
     def after_step(self, step: int) -> None:
         self.age, self._step = self.age + 1, step
-        if step % self.every == 0:
+        if self.moves_after(step):
             self.syncs += 1
             self.take(step)
 

@@ -195,9 +195,12 @@ class MovingReference(Reference):
     def scorer(self) -> tuple[Any, str | None] | None:
         return self.inner.scorer()
 
+    def moves_after(self, step: int) -> bool:
+        return step % self.every == 0
+
     def after_step(self, step: int) -> None:
         self.age += 1
-        if step % self.every:
+        if not self.moves_after(step):
             return
         started = time.perf_counter()
         received = self.average.move()

@@ -19,7 +19,8 @@ def train_until_done(run: Run) -> str | None:
     """
     perf, state, due, reference = run.perf, run.state, run.due, run.reference
     windows = run.plan.training_windows(device(), state.step)
-    with Progress(state.step, due.total_steps) as progress, closing(windows):
+    with Progress(state.step, due.total_steps) as progress, closing(windows), run.profiler:
+        run.profiler.after_step(state.step)
         for window in perf.each("data", reference.looking_ahead(windows, state.step)):
             learning_rate = run.policy.get_lr()[0]
             taken = take_step(run, window)
@@ -39,6 +40,7 @@ def train_until_done(run: Run) -> str | None:
             if due.checkpoint(state.step) or run.saver.owed(state.step) or reason:
                 with perf.phase("save"):
                     run.saver.save(last=bool(reason) or state.step == due.total_steps)
+            run.profiler.after_step(state.step)
             if reason:
                 return reason
     return None
@@ -86,17 +88,22 @@ def log_step(run: Run, window: StepBatches, *, learning_rate: float, taken: bool
 
 
 def evaluate_at_start(run: Run) -> None:
-    """Score the held-out pairs before the first step of a run that is not resumed, if it asks for that. Collective."""
+    """Score the held-out pairs before the first step of a run that is not resumed, if it asks for that. Collective.
+
+    Raises `StoppedError` if the run is asked to stop meanwhile: nothing has been trained that would have to be saved.
+    """
     if run.state.step == 0 and run.due.evaluate(0):
-        log_evaluation(run, held_out_metrics(run))
+        log_evaluation(run, held_out_metrics(run, may_stop=True))
+    run.stop.check_signals()
 
 
-def held_out_metrics(run: Run) -> dict[str, float]:
+def held_out_metrics(run: Run, *, may_stop: bool = False) -> dict[str, float]:
     """The held-out metrics under policy and reference as they are; nothing without held-out pairs. Collective."""
     if run.plan.evaluation is None:
         return {}
+    windows = run.plan.held_out_windows(device())
     with run.perf.phase("evaluate"):
-        windows = run.plan.held_out_windows(device())
+        windows = run.stop.between(windows) if may_stop else windows
         return evaluate(
             run.policy, run.reference, run.loss, windows, step=max(1, run.state.step), held_out=run.held_out
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,32 @@ import torch
 from dsdpo.config.load import dump_yaml
 from dsdpo.distributed import all_or_none, rank, world_size
 from dsdpo.run.plan import Plan
+from dsdpo.run.resume import checkpoint_to_resume
 from dsdpo.run_folder import RunFolder, write_json, write_text
+from dsdpo.run_lock import RunLock
 
 PACKAGES = ("deepspeed", "transformers", "peft", "datasets", "dsdpo")
+
+
+@contextmanager
+def opened_folder(plan: Plan) -> Iterator[tuple[RunFolder, Path | None, RunLock]]:
+    """The run's folder, which no other run may use meanwhile, the checkpoint to go on from, and the lock. Collective.
+
+    Raises `ConfigError` where a live run has the folder, and what `checkpoint_to_resume` raises.
+    """
+    folder = RunFolder(plan.run.output_dir)
+    lock = RunLock(folder)
+    with all_or_none():
+        if rank() == 0:
+            lock.acquire()
+    try:
+        checkpoint = checkpoint_to_resume(plan)
+        make_output_folder(folder, keep=checkpoint is not None, overwrite=plan.run.overwrite_output_dir)
+        record_settings(plan, folder)
+        yield folder, checkpoint, lock
+    finally:
+        if rank() == 0:
+            lock.release()
 
 
 def make_output_folder(folder: RunFolder, *, keep: bool, overwrite: bool) -> None:

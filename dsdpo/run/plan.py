@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config,
 from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows, with_date
+from dsdpo.run.inputs import check_inputs_stay
 from dsdpo.run.model_checks import check_model
+from dsdpo.run_folder import RunFolder
+from dsdpo.run_lock import holder
 from dsdpo.training.cadence import Cadence
 
 
@@ -62,20 +66,25 @@ class Plan:
 
     def training_windows(self, device: torch.device, step: int = 0) -> Generator[StepBatches, None, None]:
         """This rank's windows of the steps after `step`, made ahead of time; `step` is `start_step` or later."""
-        size = self.run.batch.pairs_per_step
-        windows = self.train.steps(
-            consumed_pairs=pairs_after(
-                step - self.start_step,
-                start=self.start_pairs,
-                num_pairs=len(self.train.pairs),
-                pairs_per_step=size,
-            ),
-            steps=self.total_steps - step,
-            pairs_per_step=size,
+        left, depth = self.total_steps - step, 1 + self.run.reference.look_ahead_steps
+        if self.run.train.overfit_first_step:
+            return prefetch(repeat(next(self._steps(0, count=1)), left), device, depth=depth)
+        consumed_pairs = pairs_after(
+            step - self.start_step,
+            start=self.start_pairs,
+            num_pairs=len(self.train.pairs),
+            pairs_per_step=self.run.batch.pairs_per_step,
+        )
+        return prefetch(self._steps(consumed_pairs, count=left), device, depth=depth)
+
+    def _steps(self, consumed_pairs: int, *, count: int) -> Iterator[StepBatches]:
+        return self.train.steps(
+            consumed_pairs=consumed_pairs,
+            steps=count,
+            pairs_per_step=self.run.batch.pairs_per_step,
             seed=self.run.train.seed,
             shuffle=self.run.data.shuffle,
         )
-        return prefetch(windows, device, depth=1 + self.run.reference.look_ahead_steps)
 
     def held_out_windows(self, device: torch.device) -> Iterable[tuple[PreferenceBatch, ...]]:
         """This rank's windows of one evaluation, made ahead of time; none without held-out data."""
@@ -108,6 +117,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     check_adapter(run, trains_biases=not reference.shares_policy)
     if writes_output:
         check_output_folder(run)
+        check_inputs_stay(run, run_file)
     if reference.before_training:
         check_store(store_folder(run))
     hidden_size = int(model.hidden_size)
@@ -240,7 +250,13 @@ def check_output_folder(run: RunConfig) -> None:
             f"output_dir: {folder} cannot be written: {existing} is no folder that this user may write to; "
             "choose another"
         )
-    if folder.exists() and any(folder.iterdir()) and not run.overwrite_output_dir and not run.checkpoint.resume:
+    files = RunFolder(folder)
+    if (user := holder(files)) is not None:
+        raise ConfigError(
+            f"output_dir: {folder} is in use by {user}: wait until that run is done, or choose another folder"
+        )
+    used = folder.exists() and any(path != files.lock for path in folder.iterdir())
+    if used and not run.overwrite_output_dir and not run.checkpoint.resume:
         raise ConfigError(
             f"output_dir: {folder} is not empty; choose another folder, add --resume auto to go on with the run in it, "
             "or --overwrite_output_dir true to replace it"

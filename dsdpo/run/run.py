@@ -8,10 +8,12 @@ from pathlib import Path
 from dsdpo.engine.build import device
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.reference.base import Reference
+from dsdpo.run.finite_weights import check_start
 from dsdpo.run.models import build_policy_and_reference
 from dsdpo.run.plan import Plan
 from dsdpo.run.resume import checkpoint_record, restore_or_start, resumed_plan, state_of
 from dsdpo.run_folder import RunFolder
+from dsdpo.stop_request import StopRequest
 from dsdpo.training.cadence import Cadence
 from dsdpo.training.checkpoint import TrainState
 from dsdpo.training.evaluate import HeldOut
@@ -19,9 +21,9 @@ from dsdpo.training.groups import DeviceGroups, groupings
 from dsdpo.training.metrics import Meter
 from dsdpo.training.nonfinite import NonfiniteSteps
 from dsdpo.training.perf import Perf, perf_of
+from dsdpo.training.profiler import StepProfiler
 from dsdpo.training.saver import Saver
 from dsdpo.training.step_loss import StepLoss
-from dsdpo.training.stop import StopRequest
 from dsdpo.training.tracking import Tracker
 
 
@@ -44,6 +46,7 @@ class Run:
     tracker: Tracker
     saver: Saver
     stop: StopRequest
+    profiler: StepProfiler
 
 
 def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: StopRequest) -> Run:
@@ -53,8 +56,11 @@ def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: Stop
     """
     settings, meter, state = plan.run, Meter(), state_of(checkpoint)
     plan = resumed_plan(plan, state)
+    stop.check_signals()
     policy, reference = build_policy_and_reference(plan)
+    stop.check_signals()
     identity = restore_or_start(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
+    check_start(plan, policy, reference, checkpoint)
     tracker = Tracker(settings, folder, facts={"reference_identity": identity})
     return Run(
         plan=plan,
@@ -87,6 +93,7 @@ def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: Stop
             record=checkpoint_record(plan),
         ),
         stop=stop,
+        profiler=StepProfiler(settings.tracking.profile_steps, folder.profile),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from dsdpo.engine.config_remarks import json_remarks
 from dsdpo.engine.deepspeed_keys import untested_deepspeed
 from dsdpo.engine.zero_config import TRAINING_KEYS, offload_device, read_deepspeed_json, serves_both, stage
 from dsdpo.run.datasets import describe_source
+from dsdpo.run.notes import run_notes
 from dsdpo.run.plan import Layout, Plan
 from dsdpo.run_folder import RunFolder
 
@@ -45,7 +47,7 @@ def describe_plan(plan: Plan) -> str:
 
 def remarks(plan: Plan) -> list[str]:
     """What a user may not have meant, and what would do the same for less."""
-    sync, found = plan.reference.sync, deepspeed_remarks(plan)
+    sync, found = plan.reference.sync, [*run_notes(plan), *deepspeed_remarks(plan)]
     if sync and sync.every >= plan.total_steps:
         found.append(
             f"reference.ref_model_sync_steps {sync.every} is not reached in {plan.total_steps} "
@@ -116,8 +118,13 @@ def describe_pairs(windows: BatchSource) -> str:
 def read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The training rows and the evaluation rows of a run folder's `metrics.jsonl`, by step."""
     with RunFolder(folder).metrics.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+        rows = [with_nan(json.loads(line)) for line in lines]
     return [row for row in rows if "loss" in row], [row for row in rows if "eval/loss" in row]
+
+
+def with_nan(row: dict[str, Any]) -> dict[str, float]:
+    """A row with NaN again where it has null: JSON has no number that is not finite."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def describe_results(folder: Path) -> str:
@@ -128,6 +135,8 @@ def describe_results(folder: Path) -> str:
         if rows:
             lines.append(f"{title:>20}{'step ' + str(rows[0]['step']):>12}{'step ' + str(rows[-1]['step']):>12}")
             lines += [f"{name:>20}{rows[0][prefix + name]:>12.4f}{rows[-1][prefix + name]:>12.4f}" for name in SHOWN]
+    if train and (skipped := train[-1].get("train/skipped_steps")):
+        lines += ["", f"skipped  {skipped:.0f} of {train[-1]['step']:.0f} steps, whose loss or gradient was not finite"]
     lines += ["", f"speed    {describe_speed(train)}"] if train else []
     files = RunFolder(folder)
     lines += ["", f"model    {files.model}", f"metrics  {files.metrics}"]

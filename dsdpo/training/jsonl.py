@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class JsonlWriter:
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; a disk that takes none is warned about once."""
         warned = bool(self._waiting)
-        self._waiting += (json.dumps(row) + "\n").encode()
+        self._waiting += (json.dumps(without_nan(row), allow_nan=False) + "\n").encode()
         try:
             self._drain()
         except OSError as error:
@@ -47,6 +48,15 @@ class JsonlWriter:
         except OSError as error:
             log.warning("%s lacks its last %d rows: %s", self._path, self._waiting.count(b"\n"), error)
         self._file.close()
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null, as JSON has it, for each number in it that is not finite."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def drop_rows(path: Path, *, after: int) -> None:

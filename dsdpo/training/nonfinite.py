@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dsdpo.config.run import RunConfig
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import all_or_none, gather_objects, rank
 from dsdpo.errors import TrainingError
+from dsdpo.objective.logps import PairLogps
 from dsdpo.objective.losses import LossOutput
 from dsdpo.run_folder import RunFolder
 
@@ -33,6 +35,19 @@ def marked(loss: Tensor, output: LossOutput, weight: Tensor) -> Tensor:
     values = torch.stack([output.losses.detach(), output.chosen_rewards, output.rejected_rewards])
     sound = (torch.isfinite(values) | (weight == 0)).all()
     return loss * torch.where(sound, 1.0, math.nan)
+
+
+def without_fillers(reference: PairLogps, policy: PairLogps, weight: Tensor) -> PairLogps:
+    """`reference` with the policy's values, as numbers, for pairs of `weight` (B,) 0; no wait.
+
+    What a look-up answers for a filler may not be finite, and 0 times a gradient of NaN is NaN.
+    """
+    counts = weight > 0
+    return replace(
+        reference,
+        chosen=torch.where(counts, reference.chosen, policy.chosen.detach()),
+        rejected=torch.where(counts, reference.rejected, policy.rejected.detach()),
+    )
 
 
 class NonfiniteSteps:

@@ -38,6 +38,7 @@ MATHEMATICS = (
     "train.num_train_epochs",
     "train.max_steps",
     "train.seed",
+    "train.overfit_first_step",
 )
 
 

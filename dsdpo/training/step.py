@@ -13,7 +13,7 @@ from dsdpo.objective.losses import LossOutput
 from dsdpo.objective.scores import policy_scores
 from dsdpo.training.groups import GROUPED, DeviceGroups
 from dsdpo.training.metrics import Meter, count_pairs
-from dsdpo.training.nonfinite import marked
+from dsdpo.training.nonfinite import marked, without_fillers
 from dsdpo.training.perf import Phase, untimed
 from dsdpo.training.step_loss import StepLoss, given
 
@@ -47,8 +47,9 @@ def train_step(
         inputs = loss.ahead(policy, window, anchor, only, step=step)
         for batch, reference_logps, own in zip(window.batches, anchor, inputs, strict=True):
             scored = only or policy_scores(policy, batch, loss.extras)
+            weight = (batch.pair_ids >= 0).to(scored.logps.chosen.dtype)
+            reference_logps = without_fillers(reference_logps, scored.logps, weight)
             output = loss.function(scored.logps, reference_logps, given(own, scored))
-            weight = (batch.pair_ids >= 0).to(output.losses.dtype)
             policy.backward(marked((output.losses * weight).sum() * scale, output, weight), scale_wrt_gas=False)
             metrics = count_pairs(meter, output, scored, reference_logps, weight)
             for names, group in groups.of(batch.pair_ids) if groups else ():

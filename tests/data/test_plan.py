@@ -13,8 +13,10 @@ from dsdpo.data.plan import (
     MicroBatches,
     StepPlan,
     epoch_order,
+    pairs_after,
     plan_pass,
     plan_step,
+    remaining_steps,
     step_cost,
     steps_per_epoch,
 )
@@ -226,3 +228,18 @@ def test_planning_a_step_touches_only_its_pairs() -> None:
     )
     assert len(plan.pair_ids) == 64
     assert ids_of(plan.micro_batches) == sorted(plan.pair_ids.tolist())
+
+
+def test_positions_follow_from_the_pairs_trained_on() -> None:
+    """From wherever another batch size left off: counted step by step, an epoch's last step being smaller."""
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        num_pairs, size = int(rng.integers(1, 30)), int(rng.integers(1, 40))
+        start, target = int(rng.integers(0, 60)), int(rng.integers(0, 120))
+        consumed, positions = start, [start]
+        while consumed < target:
+            consumed += min(size, num_pairs - consumed % num_pairs)
+            positions.append(consumed)
+        options = {"start": start, "num_pairs": num_pairs, "pairs_per_step": size}
+        assert [pairs_after(step, **options) for step in range(len(positions))] == positions
+        assert remaining_steps(target, **options) == len(positions) - 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dsdpo.objective.losses import LossOutput
+from dsdpo.run.summary import describe_results
 from dsdpo.training.nonfinite import marked
 from tests.engines import planned, policy_of
 from tests.ranks import run_ranks
@@ -119,27 +120,31 @@ def test_a_value_that_is_not_finite_reaches_the_gradient(where: str, value: floa
 
 
 def test_stop_names_the_pairs_and_skip_goes_on_from_there(inputs: Path, tmp_path: Path) -> None:
-    """A word whose embedding is NaN, in the rows of one pair: as broken weights or data would do it."""
-    run, bad_pair = run_with_a_bad_pair(tmp_path, inputs)
+    """A word whose embedding comes out as NaN, in the rows of one pair, the shortest: as broken data would do it.
+
+    One of the ranks has a filler in every step, which must not be that pair.
+    """
+    run, bad_pair, word = run_with_a_bad_pair(tmp_path, inputs)
     folder = Path(run["output_dir"])
-    (code, said), (other_code, other_said) = run_ranks(2, end_of_training, write_json(tmp_path / "run.yaml", run))
+    (code, said), (other_code, other_said) = run_ranks(2, end_of_training, write_json(tmp_path / "run.yaml", run), word)
     assert code == other_code == 1
     assert f"the loss of pair {bad_pair} is not finite" in said
     assert "--train.on_nonfinite skip" in said
     assert other_said == "", "one message for all ranks"
     (row,) = rows(folder / "nonfinite.jsonl")
     step = row["step"]
+    assert step > 2
     assert row["action"] == "stop"
     assert row["found"] == "loss"
     assert set(row["losses"]) == {str(bad_pair)}
     assert row["losses"][str(bad_pair)]["loss"] == "nan"
-    assert len(row["pair_ids"]) == 8
+    assert len(row["pair_ids"]) == 6
     assert bad_pair in row["pair_ids"]
     assert [done["step"] for done in metrics(folder)] == list(range(1, step))
     assert not (folder / "model").exists()
 
     resumed = {**run, "checkpoint": {**run["checkpoint"], "resume": "auto"}}
-    run_ranks(2, train_here, {**resumed, "train": {**run["train"], "on_nonfinite": "skip"}})
+    run_ranks(2, train_with_a_bad_word, {**resumed, "train": {**run["train"], "on_nonfinite": "skip"}}, word)
     assert [row["action"] for row in rows(folder / "nonfinite.jsonl")] == ["skip"], "the stopped step was run again"
     done = metrics(folder)
     assert [row["step"] for row in done] == list(range(1, 9))
@@ -147,27 +152,62 @@ def test_stop_names_the_pairs_and_skip_goes_on_from_there(inputs: Path, tmp_path
     assert "loss" not in done[step - 1], "nothing was learned in that step"
     assert all(math.isfinite(value) for row in done for value in row.values())
     assert [row["step"] for row in rows(folder / "pairs.jsonl")] == list(range(1, 9))
+    assert "skipped  1 of 8 steps" in describe_results(folder)
 
 
-def run_with_a_bad_pair(tmp_path: Path, inputs: Path) -> tuple[dict[str, Any], int]:
-    """Eight steps of eight pairs, of which one, not in the first two steps, has a word of NaN; and that pair's id."""
+def test_a_run_that_skips_too_much_fails_and_exports_nothing(inputs: Path, tmp_path: Path) -> None:
+    """Every pair has the bad word: three steps in a row end the run; a shorter run ends as none was taken."""
+    run, _, word = run_with_a_bad_pair(tmp_path, inputs, everywhere=True)
+    run["train"] = {"max_steps": 8, "on_nonfinite": "skip", "max_skipped_steps": 3}
+    run["data"]["eval"] = run["data"]["train"]
+    (code, said), _ = run_ranks(2, end_of_training, write_json(tmp_path / "run.yaml", run), word)
+    folder = Path(run["output_dir"])
+    assert code == 1
+    assert "3 steps in a row were left out" in said
+    assert [row["step"] for row in rows(folder / "nonfinite.jsonl")] == [1, 2, 3]
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+    assert first["eval/loss"] is None
+    run["train"]["max_steps"] = 2
+    run["overwrite_output_dir"] = True
+    (code, said), _ = run_ranks(2, end_of_training, write_json(tmp_path / "run.yaml", run), word)
+    assert code == 1
+    assert "none of the 2 steps could be taken" in said
+    assert not (folder / "model").exists()
+
+
+def test_weights_that_are_not_finite_are_called_by_name(inputs: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run, _, word = run_with_a_bad_pair(tmp_path, inputs)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    (code, said), (other_code, _) = run_ranks(2, end_of_training, write_json(tmp_path / "run.yaml", run), word)
+    assert code == other_code == 2
+    assert "model.path" in said
+    assert "model.layers.1.mlp.up_proj.weight" in said
+    assert "before training has begun" in said
+
+
+def run_with_a_bad_pair(tmp_path: Path, inputs: Path, *, everywhere: bool = False) -> tuple[dict[str, Any], int, int]:
+    """Eight steps of six pairs, of which one, not in the first two steps, or each has a bad word; its id and that.
+
+    The word is bad under `train_with_a_bad_word`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dsdpo.data.plan import epoch_order
 
     lines = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()[:64]]
-    bad_pair = int(epoch_order(64, seed=42, epoch=0, shuffle=True)[-20])
+    bad_pair = int(epoch_order(64, seed=42, epoch=0, shuffle=True)[30])
     model = AutoModelForCausalLM.from_pretrained(inputs / "model")
     tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
     tokenizer.add_tokens(["zzz"])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    untied = type(model)(model.config.__class__(**{**model.config.to_dict(), "tie_word_embeddings": False}))
-    untied.load_state_dict({**model.state_dict(), "lm_head.weight": model.lm_head.weight.detach().clone()})
-    with torch.no_grad():
-        untied.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("zzz")] = math.nan
-    untied.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    lines[bad_pair] = {"prompt": "zzz", "chosen": "zzz zzz", "rejected": "zzz"}
+    for index in range(64) if everywhere else [bad_pair]:
+        lines[index] = {"prompt": "zzz", "chosen": "zzz zzz", "rejected": "zzz"}
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = settings(
@@ -175,18 +215,38 @@ def run_with_a_bad_pair(tmp_path: Path, inputs: Path) -> tuple[dict[str, Any], i
         inputs,
         model={"path": str(tmp_path / "model")},
         data={"train": str(data), "cache_dir": str(tmp_path / "cache")},
+        batch={"pairs_per_step": 6},
         train={"max_steps": 8},
         checkpoint={"every_steps": 1},
     )
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    return run, bad_pair
+    return run, bad_pair, tokenizer.convert_tokens_to_ids("zzz")
 
 
-def end_of_training(run_file: str) -> tuple[int, str]:
-    """The command's exit code on this rank, and what it says of errors."""
+@contextmanager
+def bad_word(word: int) -> Iterator[None]:
+    """A block in which every embedding of a word is NaN, though its weights are not."""
+    original = torch.nn.Embedding.forward
+
+    def forward(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        return original(self, ids) * torch.where(ids == word, math.nan, 1.0)[..., None]
+
+    torch.nn.Embedding.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Embedding.forward = original  # type: ignore[method-assign]
+
+
+def train_with_a_bad_word(run: dict[str, Any], word: int) -> None:
+    with bad_word(word):
+        train_here(run)
+
+
+def end_of_training(run_file: str, word: int) -> tuple[int, str]:
+    """The command's exit code on this rank, and what it says of errors, under `bad_word`."""
     from dsdpo.__main__ import main
 
-    with redirect_stderr(io.StringIO()) as said:
+    with bad_word(word), redirect_stderr(io.StringIO()) as said:
         code = main(["train", run_file])
     return code, "".join(line for line in said.getvalue().splitlines() if line.startswith("dsdpo"))
 

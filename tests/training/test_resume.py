@@ -138,6 +138,36 @@ def test_another_run_is_refused_by_the_names_of_what_differs(inputs: Path, tmp_p
         run_ranks(2, train_here, elsewhere)
 
 
+@pytest.mark.parametrize("strategy", ["separate", "policy_snapshot"])
+def test_another_batch_size_goes_on_with_the_pairs_that_are_left(strategy: str, inputs: Path, tmp_path: Path) -> None:
+    """Two steps of 8 of 20 pairs, then steps of 3: each pair once an epoch, and as many steps as two epochs take."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join((inputs / "train.jsonl").read_text().splitlines(keepends=True)[:20]))
+    moves = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
+    run = run_of(
+        tmp_path,
+        inputs,
+        reference_zero=None,
+        data={"train": str(data), "eval": None, "cache_dir": str(tmp_path / "cache")},
+        train={"num_train_epochs": 2, "max_steps": -1},
+        reference={"strategy": strategy, **(moves if strategy == "policy_snapshot" else {})},
+        tracking={"every_steps": 1},
+        checkpoint={"every_steps": 2, "keep_last": 9},
+    )
+    run_ranks(2, train_here, run)
+    assert [row["step"] for row in trained(run)] == [1, 2, 3, 4, 5, 6]
+    step2 = str(Path(run["output_dir"]) / "checkpoints" / "step-000002")
+    smaller = resumed(run, resume=step2, allow_changes=["batch.pairs_per_step"])
+    run_ranks(2, train_here, {**smaller, "batch": {**run["batch"], "pairs_per_step": 3}})
+    rows = trained(run)
+    steps = [json.loads(line)["pair_ids"] for line in (Path(run["output_dir"]) / "pairs.jsonl").open()]
+    assert [len(ids) for ids in steps] == [8, 8, 3, 1, 3, 3, 3, 3, 3, 3, 2]
+    for epoch in (steps[:4], steps[4:]):
+        assert sorted(pair for ids in epoch for pair in ids) == list(range(20))
+    assert [row["epoch"] * 20 for row in rows] == pytest.approx([8, 16, 19, 20, 23, 26, 29, 32, 35, 38, 40])
+    assert rows[-1]["learning_rate"] == pytest.approx(1e-3 / 11), "the schedule ends with the run"
+
+
 def test_another_reference_is_refused_unless_allowed(inputs: Path, tmp_path: Path) -> None:
     """The reference's weights change under an unchanged path: the digest knows."""
     from tests.runs import write_other_model

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import pytest
 import torch
 
 from tests.ranks import run_ranks
@@ -70,7 +72,7 @@ def test_a_stop_file_and_a_deadline_stop_too(inputs: Path, tmp_path: Path) -> No
     assert run_ranks(2, exit_code, resumed, file) == [STOPPED, STOPPED]
     assert stopped_record(run) == {"reason": f"the file {file}", "step": 1}
     assert not file.exists(), "the next start would stop at once"
-    late = {**run, "checkpoint": {"every_steps": 0, "resume": "auto", "deadline": 0}}
+    late = {**run, "checkpoint": {"every_steps": 0, "resume": "auto", "deadline": 0.001}}
     assert run_ranks(2, exit_code, late) == [STOPPED, STOPPED]
     assert stopped_record(run) == {"reason": "checkpoint.deadline", "step": 2}
 
@@ -95,3 +97,66 @@ def exit_code_while_the_clock_jumps(run: dict[str, Any]) -> int:
         return exit_code(run)
     finally:
         time.time = original
+
+
+@pytest.mark.parametrize("during", ["precompute", "loading", "first evaluation"])
+def test_a_signal_before_the_first_step_loses_nothing(during: str, inputs: Path, tmp_path: Path) -> None:
+    """One rank is signalled: both stop at once with the code that asks for a restart, and what was scored is kept."""
+    precomputed = {"strategy": "precomputed", "store": str(tmp_path / "store"), "score_tokens": 64, "audit_rows": 0}
+    run = settings(
+        tmp_path,
+        inputs,
+        reference=precomputed if during == "precompute" else {},
+        data={"eval": str(inputs / "test.jsonl")},
+        batch={"pairs_per_micro_batch": 1},
+    )
+    codes, scored = zip(*run_ranks(2, signalled_early, run, during), strict=True)
+    assert codes == (STOPPED, STOPPED)
+    assert stopped_record(run) == {"reason": "SIGTERM", "step": 0}
+    assert not (Path(run["output_dir"]) / "metrics.jsonl").exists() or not metrics(Path(run["output_dir"]))
+    if during == "precompute":
+        assert 0 < sum(scored) < 100, "it stopped at once"
+        parts = list((tmp_path / "store").glob("*/part-*.parquet"))
+        assert sum(pq.read_metadata(part).num_rows for part in parts) == sum(scored)
+    again = {**run, "checkpoint": {"every_steps": 0, "resume": "auto"}, "train": {"max_steps": 1}}
+    if during != "precompute":
+        assert run_ranks(2, exit_code, again) == [0, 0]
+        assert not (Path(run["output_dir"]) / "stopped.json").exists(), "the run went on"
+
+
+def signalled_early(run: dict[str, Any], during: str) -> tuple[int, int]:
+    """Train in this rank; rank 1 is sent SIGTERM on the way. The exit code, and pairs scored for the store."""
+    from dsdpo.engine import build
+    from dsdpo.reference.store import ShardWriter
+    from dsdpo.training import evaluate
+
+    scored = 0
+
+    def strike() -> None:
+        if torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def appended(self: Any, keys: Any, rows: Any) -> None:
+        nonlocal scored
+        scored += len(keys)
+        strike()
+        append(self, keys, rows)
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        strike()
+        return load(*arguments, **options)
+
+    def scored_pairs(*arguments: Any, **options: Any) -> Any:
+        strike()
+        return score(*arguments, **options)
+
+    append, load, score = ShardWriter.append, build.load_lm, evaluate.policy_scores
+    ShardWriter.append = appended  # type: ignore[method-assign]
+    if during == "loading":
+        build.load_lm = loaded
+    if during == "first evaluation":
+        evaluate.policy_scores = scored_pairs
+    try:
+        return exit_code(run), scored
+    finally:
+        ShardWriter.append, build.load_lm, evaluate.policy_scores = append, load, score  # type: ignore[method-assign]

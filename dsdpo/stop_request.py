@@ -6,26 +6,42 @@ One signalled rank is enough. A file needs no signal at all: `touch OUTPUT_DIR/S
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 
 from dsdpo.distributed import max_over_ranks, rank
-from dsdpo.errors import StoppedError
+from dsdpo.errors import StoppedError, TrainingError
 from dsdpo.run_folder import RunFolder, write_json
+from dsdpo.run_lock import RunLock
 from dsdpo.stop_signals import noted_signal, seconds_listened
 
-_FILE, _DEADLINE = 1000, 1001  # codes beyond any signal number
+T = TypeVar("T")
+
+STOPPED = 75  # exit code: saved and stopped early, to be started again with --resume auto (EX_TEMPFAIL)
+_FILE, _DEADLINE, _TAKEN = 1000, 1001, 1002  # codes beyond any signal number
 
 
 class StopRequest:
     """Whether a run is to stop: asked after each step and between the batches of long scoring passes."""
 
-    def __init__(self, folder: RunFolder | None, *, deadline: timedelta | None, device: torch.device) -> None:
-        """`deadline` counts from when signals began to be noted; without a `folder` there is no file to look for."""
+    def __init__(
+        self,
+        folder: RunFolder | None,
+        *,
+        deadline: timedelta | None,
+        device: torch.device,
+        lock: RunLock | None = None,
+    ) -> None:
+        """`deadline` counts from when signals began to be noted; without a `folder` there is no file to look for.
+
+        With `lock`, a run whose folder another process has taken ends with an error.
+        """
         self._file = folder.stop_file if folder else None
         self._deadline_s = None if deadline is None else deadline.total_seconds()
-        self._device = device
+        self._device, self._lock = device, lock
 
     def reason(self) -> str | None:
         """Why to stop now, the same on every rank, or None. Collective."""
@@ -34,7 +50,14 @@ class StopRequest:
             code = _DEADLINE
         if rank() == 0 and self._file is not None and self._file.exists():
             code = _FILE
+        if self._lock is not None and self._lock.taken_by is not None:
+            code = _TAKEN
         return self._agreed(code)
+
+    def check(self) -> None:
+        """Raise `StoppedError` on all ranks if there is a reason to stop. Collective."""
+        if reason := self.reason():
+            raise StoppedError(reason)
 
     def check_signals(self) -> None:
         """Raise `StoppedError` on all ranks if one was sent a signal. Collective.
@@ -44,10 +67,21 @@ class StopRequest:
         if reason := self._agreed(noted_signal()):
             raise StoppedError(reason)
 
+    def between(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, equally many on all ranks; `check` before each. Collective."""
+        for item in items:
+            self.check()
+            yield item
+
     def _agreed(self, code: int) -> str | None:
         code = max_over_ranks(code, self._device)
         if code == 0:
             return None
+        if code == _TAKEN:
+            raise TrainingError(
+                "output_dir: another run has taken the folder over, as this one gave no sign of life: it ends here and "
+                "writes nothing more"
+            )
         if code == _FILE:
             return f"the file {self._file}"
         return "checkpoint.deadline" if code == _DEADLINE else signal.Signals(code).name
