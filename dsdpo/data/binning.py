@@ -16,7 +16,7 @@ import numpy as np
 LayoutName = Literal["packed", "padded"]
 Bins = list[list[int]]  # each micro-batch's pairs, as places in the pairs' lengths
 
-CANDIDATES = 16  # micro-batch sizes tried per step
+HALVINGS = 12  # of the range in which the limit of a micro-batch is looked for
 LOOK_AHEAD = 64  # pairs
 
 
@@ -129,25 +129,23 @@ Ranges = list[tuple[int, int]]  # [first, end) of pairs sorted by size
 def alike_bins(lengths: np.ndarray, world_size: int, budget: MicroBatchBudget) -> tuple[Bins, list[int]]:
     """Micro-batches for the padded layout, and their tokens, from pairs sorted by size: neighbours go together.
 
-    The cheapest of several ways to cut. Filling micro-batches to the brim leaves the last ones nearly empty; a lower
-    limit evens them out, but too low a limit mixes long pairs with short ones. So a range of limits is tried and the
-    one with the lowest step cost is kept.
+    The cheaper of two ways to cut: filled up to the budget, which may leave the last ones nearly empty, or up to the
+    lowest limit that needs no more of them, which may pad short pairs to long ones. That limit is found by bisection.
     """
-    fewest = _fill(lengths, budget.token_limit, budget.pairs)
-    wanted = min(-(-len(fewest) // world_size) * world_size, len(lengths))
-    filled = [_cost(lengths, part) for part in fewest]
-    best: tuple[int, Ranges, list[int]] | None = None
-    for limit in np.geomspace(max(filled), max(1, sum(filled) // (2 * wanted)), CANDIDATES):
-        ranges = _fill(lengths, min(np.ceil(limit), budget.token_limit), budget.pairs)
-        if len(ranges) > wanted:
-            break
-        ranges = _split(ranges, wanted, lengths)
-        costs = [_cost(lengths, part) for part in ranges]
-        total = sum(sorted(costs, reverse=True)[::world_size])
-        if best is None or total < best[0]:
-            best = total, ranges, costs
-    assert best is not None, "the fullest bin is a limit that suffices"
-    return [list(range(first, end)) for first, end in best[1]], best[2]
+    full = _fill(lengths, budget.token_limit, budget.pairs)
+    wanted = min(-(-len(full) // world_size) * world_size, len(lengths))
+    even, low, high = full, 0.0, float(max(_cost(lengths, part) for part in full))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        tighter = _fill(lengths, min(middle, budget.token_limit), budget.pairs)
+        even, low, high = (tighter, low, middle) if len(tighter) <= wanted else (even, middle, high)
+    found = []
+    for ranges in (full, even):
+        split = _split(ranges, wanted, lengths)
+        costs = [_cost(lengths, part) for part in split]
+        found.append((sum(sorted(costs, reverse=True)[::world_size]), split, costs))
+    _, best, costs = min(found, key=lambda one: one[0])
+    return [list(range(first, end)) for first, end in best], costs
 
 
 def _fill(lengths: np.ndarray, limit: float, most_pairs: int | None) -> Ranges:
