@@ -235,18 +235,19 @@ class ExportConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases, beside metrics.jsonl."""
 
-    project: str = "dsdpo"
-    """Project name."""
+    project: str | None = None
+    """Project name; null: WANDB_PROJECT, else dsdpo."""
     entity: str | None = None
-    """User or team; null: the account's default."""
+    """User or team; null: WANDB_ENTITY, else the account's default."""
     name: str | None = None
-    """Run name; null: the name of output_dir."""
+    """Run name; null: WANDB_NAME, else the name of output_dir."""
     group: str | None = None
-    """Group of runs shown together."""
+    """Group of runs shown together; null: WANDB_RUN_GROUP."""
     tags: list[str] = Field(default=[])
-    """Labels of the run."""
-    mode: Literal["online", "offline", "disabled"] = "online"
-    """online sends as the run goes, offline writes files to send later, disabled does neither."""
+    """Labels of the run; none: WANDB_TAGS."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """online sends as the run goes, offline writes files to send later, disabled does neither; null: WANDB_MODE, else
+    online where this machine is logged in."""
 
 
 def _in_order(steps: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ import torch
 
 from dsdpo.config.load import dump_yaml
 from dsdpo.distributed import all_or_none, rank, world_size
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.run.plan import Plan
 from dsdpo.run.resume import checkpoint_to_resume
 from dsdpo.run_folder import RunFolder, write_json, write_text
 from dsdpo.run_lock import RunLock
 
-PACKAGES = ("deepspeed", "transformers", "peft", "datasets", "dsdpo")
+PACKAGES = ("deepspeed", "transformers", "peft", "datasets", "wandb", "dsdpo")
 
 
 @contextmanager
@@ -59,17 +61,53 @@ def make_output_folder(folder: RunFolder, *, keep: bool, overwrite: bool) -> Non
 
 def record_settings(plan: Plan, folder: RunFolder) -> None:
     """Write the resolved settings, both DeepSpeed configs and the environment into the run folder. Collective."""
-    environment: dict[str, Any] = {
+    with all_or_none():
+        if rank() == 0:
+            write_text(folder.config, dump_yaml(plan.run))
+            write_json(folder.deepspeed, plan.policy_config)
+            write_json(folder.environment, environment())
+            if plan.reference.own_engine:
+                write_json(folder.deepspeed_reference, plan.reference_config)
+
+
+def environment() -> dict[str, Any]:
+    """The command, versions, code and number of ranks of this run."""
+    return {
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "world_size": world_size(),
         "versions": {"torch": torch.__version__} | {name: version(name) for name in PACKAGES},  # with its CUDA build
+        "git_commit": git_commit(Path(__file__).parent),
     }
-    with all_or_none():
-        if rank() == 0:
-            write_text(folder.config, dump_yaml(plan.run))
-            write_json(folder.deepspeed, plan.policy_config)
-            write_json(folder.environment, environment)
-            if plan.reference.own_engine:
-                write_json(folder.deepspeed_reference, plan.reference_config)
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that is checked out in `folder`, with "+changes" where files differ from it; None outside of git."""
+    answers = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        answers.append(done.stdout.strip())
+    return answers[0] + ("+changes" if answers[1] else "")
+
+
+def facts(plan: Plan, policy: TrainingEngine, identity: dict[str, Any]) -> dict[str, Any]:
+    """What makes this run comparable with others, beside its settings."""
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in policy.module.parameters()]
+    return {
+        "resolved_deepspeed": plan.policy_config,
+        "resolved_deepspeed_reference": plan.reference_config if plan.reference.own_engine else None,
+        "environment": environment(),
+        "parameters": sum(count for count, _ in counts),
+        "trainable_parameters": sum(count for count, trainable in counts if trainable),
+        "training_pairs": len(plan.train.pairs),
+        "held_out_pairs": len(plan.evaluation.pairs) if plan.evaluation else 0,
+        "total_steps": plan.total_steps,
+        "layout": plan.layout.name,
+        "reference_identity": identity,
+    }

@@ -10,6 +10,7 @@ from dsdpo.engine.types import TrainingEngine
 from dsdpo.reference.base import Reference
 from dsdpo.run.finite_weights import check_start
 from dsdpo.run.models import build_policy_and_reference
+from dsdpo.run.output_folder import facts
 from dsdpo.run.plan import Plan
 from dsdpo.run.resume import checkpoint_record, restore_or_start, resumed_plan, state_of
 from dsdpo.run_folder import RunFolder
@@ -61,7 +62,7 @@ def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: Stop
     stop.check_signals()
     identity = restore_or_start(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
     check_start(plan, policy, reference, checkpoint)
-    tracker = Tracker(settings, folder, facts={"reference_identity": identity})
+    tracker = Tracker(settings, folder, facts=facts(plan, policy, identity))
     return Run(
         plan=plan,
         folder=folder,

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsdpo.config.run import RunConfig
+from dsdpo.console import say
 from dsdpo.distributed import rank
 from dsdpo.run_folder import RunFolder
 from dsdpo.training.jsonl import JsonlWriter, drop_rows
@@ -80,7 +82,10 @@ class Tracker:
             self._pairs.close()
         if self._wandb is not None:
             try:
+                offline, files = self._wandb.settings._offline, Path(self._wandb.settings.sync_dir)
                 self._wandb.finish()
+                if offline and files.exists():
+                    say(f"W&B: send this run with: wandb sync {files}")
             except Exception as error:
                 self._give_up_on_wandb(error)
 
@@ -90,23 +95,60 @@ class Tracker:
 
 
 def _start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Any:
-    """A W&B run under the id kept in the run folder, or None with a warning: tracking never stops training."""
+    """A W&B run under the id kept in the run folder, or None with a warning: tracking never stops training.
+
+    What the settings leave open is taken from W&B's own environment variables. Without a login, or where the server is
+    out of reach, files are written to be sent later; nobody is ever asked anything.
+    """
     settings = run.tracking.wandb
     assert settings is not None
-    id_file = folder.wandb_id
+    given = settings.model_dump(exclude_none=True, exclude={"mode", "tags"})
+    for key, variable, fallback in (
+        ("project", "WANDB_PROJECT", "dsdpo"),
+        ("name", "WANDB_NAME", Path(run.output_dir).name),
+    ):
+        given.setdefault(key, os.environ.get(variable) or fallback)
+    given |= {"tags": settings.tags or None, "config": {**run.model_dump(mode="json"), **facts}}
     try:
         import wandb
 
-        session = wandb.init(
-            dir=str(folder),
-            id=id_file.read_text().strip() if id_file.exists() else None,
-            resume="allow",
-            config={**run.model_dump(mode="json"), **facts},
-            settings=wandb.Settings(init_timeout=START_TIMEOUT_S),
-            **{"name": Path(run.output_dir).name, **settings.model_dump(exclude_none=True)},
-        )
-        id_file.write_text(session.id + "\n")
-        return session
+        mode = settings.mode or os.environ.get("WANDB_MODE") or "online"
+        if mode == "online" and not _logged_in(wandb):
+            log.warning("W&B: this machine is not logged in, so the run is written to files to send later")
+            mode = "offline"
+        try:
+            return _init_wandb(folder, mode, given)
+        except Exception as error:
+            if mode != "online":
+                raise
+            log.warning("W&B could not start (%s); files to send later, and metrics.jsonl, have every row", error)
+            wandb.teardown()
+            return _init_wandb(folder, "offline", given)
     except Exception as error:
         log.warning("W&B could not start (%s); metrics go to metrics.jsonl only", error)
         return None
+
+
+def _init_wandb(folder: RunFolder, mode: Any, given: dict[str, Any]) -> Any:
+    import wandb
+
+    session = wandb.init(
+        dir=str(folder),
+        id=folder.wandb_id.read_text().strip() if folder.wandb_id.exists() else None,
+        resume="allow",
+        mode=mode,
+        settings=wandb.Settings(init_timeout=START_TIMEOUT_S),
+        **given,
+    )
+    folder.wandb_id.write_text(session.id + "\n")
+    return session
+
+
+def _logged_in(wandb: Any) -> bool:
+    """True if W&B finds a key on this machine; asks neither the user nor the server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # before W&B 0.31
+        return bool(wandb.api.api_key)

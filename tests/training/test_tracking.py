@@ -89,6 +89,57 @@ def test_wandb_that_fails_in_the_middle_warns_once(tmp_path: Path, caplog: pytes
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
+def test_wandbs_own_variables_count_where_the_run_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    names = ("PROJECT", "NAME", "ENTITY", "RUN_GROUP", "TAGS")
+    for name in names:
+        monkeypatch.setenv(f"WANDB_{name}", f"their-{name.lower()}")
+
+    def settings_of(name: str, **ours: Any) -> list[Any]:
+        wandb.teardown()  # which reads the environment once in a process
+        (tmp_path / name).mkdir()
+        tracker = Tracker(run_in(tmp_path / name, ours), RunFolder(tmp_path / name))
+        settings = tracker._wandb.settings
+        tracker.close()
+        return [
+            settings.project,
+            settings.run_name,
+            settings.entity,
+            settings.run_group,
+            tuple(settings.run_tags or ()),
+        ]
+
+    assert settings_of("theirs") == ["their-project", "their-name", "their-entity", "their-run_group", ("their-tags",)]
+    ours = settings_of("ours", project="p", name="n", entity="e", group="g", tags=["t"])
+    assert ours == ["p", "n", "e", "g", ("t",)]
+    for name in names:
+        monkeypatch.delenv(f"WANDB_{name}")
+    assert settings_of("neither")[:2] == ["dsdpo", "neither"]
+    wandb.teardown()
+    assert capsys.readouterr().out.count("send this run with: wandb sync ") == 3
+
+
+def test_without_a_login_nobody_is_asked_and_files_are_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))  # which is not there
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker(run_in(tmp_path, {}), RunFolder(tmp_path))
+        tracker.log(1, {"loss": 0.5})
+        tracker.close()
+    assert caplog.text.count("not logged in") == 1
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert f"wandb sync {folder}" in capsys.readouterr().out
+
+
 SERVICE_KILLED = """
 import logging, os, signal, sys
 from pathlib import Path
