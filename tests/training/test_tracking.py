@@ -98,10 +98,10 @@ def test_wandbs_own_variables_count_where_the_run_says_nothing(
     for name in names:
         monkeypatch.setenv(f"WANDB_{name}", f"their-{name.lower()}")
 
-    def settings_of(name: str, **ours: Any) -> list[Any]:
+    def settings_of(folder: str, **ours: Any) -> list[Any]:
         wandb.teardown()  # which reads the environment once in a process
-        (tmp_path / name).mkdir()
-        tracker = Tracker(run_in(tmp_path / name, ours), RunFolder(tmp_path / name))
+        (tmp_path / folder).mkdir()
+        tracker = Tracker(run_in(tmp_path / folder, ours), RunFolder(tmp_path / folder))
         settings = tracker._wandb.settings
         tracker.close()
         return [
