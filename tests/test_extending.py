@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import dsdpo
-from tests.runs import demo_inputs, metrics, settings
+from tests.runs import metrics, settings
 
 STRATEGY = '''
 """A reference under which every token is equally likely."""
@@ -51,11 +51,6 @@ def squared(policy: PairLogps, reference: PairLogps, *, beta: float | Tensor, sq
     h = (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
     return (beta * h - squared_target) ** 2
 '''
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

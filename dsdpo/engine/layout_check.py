@@ -9,6 +9,7 @@ import torch
 from dsdpo.data.steps import BatchSource
 from dsdpo.distributed import max_over_ranks
 from dsdpo.engine.build import device
+from dsdpo.engine.scoring_mode import scoring
 from dsdpo.errors import ConfigError
 from dsdpo.objective.logps import ROUNDING, pair_logps
 
@@ -16,7 +17,6 @@ from dsdpo.objective.logps import ROUNDING, pair_logps
 SPARE_TOKENS = 128
 
 
-@torch.no_grad()
 def check_layout(engine: Any, windows: BatchSource, *, dtype: str) -> None:
     """Score a few pairs, the longest and the shortest among them, in both layouts. Collective.
 
@@ -25,12 +25,10 @@ def check_layout(engine: Any, windows: BatchSource, *, dtype: str) -> None:
     """
     if windows.layout == "padded":
         return
-    was_training = engine.module.training
-    engine.eval()
-    ours, plain = (pair_logps(engine, windows.sample(layout).to(device())) for layout in ("packed", "padded"))
+    with scoring(engine):
+        ours, plain = (pair_logps(engine, windows.sample(layout).to(device())) for layout in ("packed", "padded"))
     packed, padded = (torch.cat([logps.chosen, logps.rejected]) for logps in (ours, plain))
     tokens = torch.cat([plain.chosen_tokens, plain.rejected_tokens])
-    engine.train(was_training)
     allowed = ROUNDING[dtype] * (padded.abs() + tokens + SPARE_TOKENS)
     # A padded answer that is not finite says nothing of the layout; training stops at it and names the pair.
     wrong = padded.isfinite() & ~((packed - padded).abs() <= allowed)

@@ -10,13 +10,13 @@ from dsdpo.config.reference import Adapter
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.engine.lora import REFERENCE, AdapterSwitch, adapter_pairs, load_reference_adapter, save_reference_adapter
 from dsdpo.engine.quirks.gather_trace import SecondOrder
+from dsdpo.engine.scoring_mode import scoring
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_batches
 from dsdpo.reference.identity import identify_reference
-from dsdpo.reference.look_ahead import looking_ahead
 from dsdpo.reference.run_plan import RunPlan
-from dsdpo.reference.trdpo import moving
+from dsdpo.reference.trdpo import with_trdpo
 
 
 class AdapterReference(Reference):
@@ -43,18 +43,13 @@ class AdapterReference(Reference):
         own.identity = identify_reference(plan, policy.module, adapter=own.adapter)
         reference: Reference = own
         if settings.sync is not None:
-            reference = moving(own, adapter_pairs(policy.module.lm), policy, settings.sync)
-        return looking_ahead(reference, steps=settings.look_ahead_steps, sync=settings.sync)
+            reference = with_trdpo(own, adapter_pairs(policy.module.lm), policy, settings.sync)
+        reference.look_ahead_steps = settings.look_ahead_steps
+        return reference
 
-    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
-        was_training = self.policy.module.training
-        # The reference has no dropout of its own; this is for what else a model does in training mode only.
-        self.policy.eval()
-        try:
-            with self._switch.use(self.adapter), self._gathers.recorded_apart():
-                return score_batches(self.policy, window, score_tokens=self.score_tokens)
-        finally:
-            self.policy.train(was_training)
+    def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        with scoring(self.policy), self._switch.use(self.adapter), self._gathers.recorded_apart():
+            return score_batches(self.policy, batches, score_tokens=self.score_tokens)
 
     def scorer(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, self.adapter

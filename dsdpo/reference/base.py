@@ -1,9 +1,10 @@
-"""The one operation every reference strategy offers, and the one function that performs it on an engine."""
+"""What every reference strategy offers, and the function that scores batches on an engine."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from dsdpo.data.collate import group_by_tokens, merge
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks
 from dsdpo.objective.logps import PairLogps, pair_logps
+from dsdpo.phases import Phase, untimed
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.run_plan import RunPlan
 
 
 class Reference(ABC):
-    """The anchor π_ref: log-probs of a window's pairs under it, whoever holds its weights."""
+    """The reference model π_ref: log-probs of pairs under it, whichever engine, adapter or table has them."""
 
     identity: ReferenceIdentity | None = None
-    """Which reference this is: saved with every checkpoint. None where nobody has identified it."""
+    """Which reference this is: saved with every checkpoint. None: it has none."""
+    look_ahead_steps: int = 1
+    """Optimizer steps scored at once: under ZeRO-3 the weights are gathered once for all that fit a pass."""
+    sync_every: int | None = None
+    """Optimizer steps between two moves towards the policy; None: it does not move."""
 
     @classmethod
     def build(cls, plan: RunPlan, policy: Any) -> Reference:
@@ -31,15 +37,33 @@ class Reference(ABC):
 
         `policy` is the training engine, warmed up; None for a strategy that is scored before training.
         """
-        raise NotImplementedError(f"{cls.__name__} is made around another reference")
+        raise NotImplementedError(f"{cls.__name__} wraps another reference")
 
     @abstractmethod
-    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
+    def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         """One `PairLogps` per batch, without gradient. Collective, as often on every rank."""
 
-    def looking_ahead(self, windows: Iterable[StepBatches], step: int) -> Iterable[StepBatches]:
-        """The windows of the steps after `step`, of which a reference may see several before it is asked."""
-        return windows
+    def along(
+        self, steps: Iterable[StepBatches], *, after: int, phase: Phase = untimed
+    ) -> Iterator[tuple[StepBatches, list[PairLogps]]]:
+        """Each of the steps after step `after`, with the log-probs of its batches. Collective.
+
+        Scores `look_ahead_steps` steps at once, never beyond a sync; scoring is timed as the phase "reference". Take
+        the step and call `after_step` before asking for the next.
+        """
+        steps = iter(steps)
+        while group := list(islice(steps, self._steps_until_scored(after))):
+            with phase("reference"):
+                answers = self.score([batch for step in group for batch in step.batches])
+            for step in group:
+                mine, answers = answers[: len(step.batches)], answers[len(step.batches) :]
+                yield step, mine
+            after += len(group)
+
+    def _steps_until_scored(self, after: int) -> int:
+        if self.sync_every is None:
+            return self.look_ahead_steps
+        return min(self.look_ahead_steps, self.sync_every - after % self.sync_every)
 
     def scorer(self) -> tuple[Any, str | None] | None:
         """The model that scores training pairs as training goes, and its adapter in use; None: nothing is computed."""
@@ -49,31 +73,31 @@ class Reference(ABC):
         """Called after optimizer step number `step`, counted from 1; where a moving reference moves. Collective."""
 
     def moves_after(self, step: int) -> bool:
-        """Whether `after_step(step)` will make it another reference."""
-        return False
+        """Whether `after_step(step)` will move it towards the policy."""
+        return self.sync_every is not None and step % self.sync_every == 0
 
     def metrics(self) -> dict[str, float]:
-        """What to record of the reference itself beside the training metrics, under its full names."""
+        """Metrics of the reference itself, by their full names."""
         return {}
 
     def save(self, folder: Path) -> None:  # noqa: B027 (a frozen reference has no state)
-        """Write into `folder` whatever cannot be rebuilt from the run's config. Collective."""
+        """Write into `folder` what cannot be rebuilt from the run's settings. Collective."""
 
     def load(self, folder: Path) -> None:  # noqa: B027
-        """Take up the state that `save` wrote. Collective."""
+        """Load the state that `save` wrote. Collective."""
 
 
 @torch.no_grad()
 def score_batches(
-    model: Callable[..., Tensor], window: Sequence[PreferenceBatch], *, score_tokens: int
+    model: Callable[..., Tensor], batches: Sequence[PreferenceBatch], *, score_tokens: int
 ) -> list[PairLogps]:
-    """Log-probs of a window, in as few forward passes of at most `score_tokens` tokens as it takes. Collective.
+    """Log-probs of some batches, in as few forward passes of at most `score_tokens` tokens as it takes. Collective.
 
-    Under ZeRO-3 each pass gathers all weights, so a window that fits one pass costs one gather per layer however many
-    micro-batches it holds. A rank with less to score repeats its last group, or ranks would hang in a gather.
+    Under ZeRO-3 each pass gathers all weights, so batches that fit one pass cost one gather per layer however many they
+    are. A rank with less to score repeats its last group, or ranks would hang in a gather.
     """
-    groups = group_by_tokens(window, score_tokens)
-    passes = max_over_ranks(len(groups), window[0].input_ids.device)
+    groups = group_by_tokens(batches, score_tokens)
+    passes = max_over_ranks(len(groups), batches[0].input_ids.device)
     scored: list[PairLogps] = []
     for index in range(passes):
         group = groups[min(index, len(groups) - 1)]

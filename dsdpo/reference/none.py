@@ -21,5 +21,5 @@ class NoReference(Reference):
     def build(cls, plan: RunPlan, policy: Any) -> Reference:
         return cls()
 
-    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
-        return [NoLogps.zeros(batch.num_pairs, device=batch.pair_ids.device) for batch in window]
+    def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        return [NoLogps.zeros(batch.num_pairs, device=batch.pair_ids.device) for batch in batches]

@@ -54,14 +54,14 @@ class PrecomputedReference(Reference):
         folder, deadline = RunFolder(plan.run.output_dir), plan.run.checkpoint.deadline
         return precompute(plan, StopRequest(folder, deadline=deadline, device=device()))
 
-    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
+    def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         # A filler pair, id -1, gets the last row: anything finite does for what weighs nothing.
-        return [self._table.take(batch.pair_ids) for batch in window]
+        return [self._table.take(batch.pair_ids) for batch in batches]
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """An inference engine, and how to score a whole data set with it."""
+class ScoringJob:
+    """An inference engine and the settings for scoring a data set with it."""
 
     engine: Callable[..., Tensor]
     score_tokens: int
@@ -72,7 +72,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Filled:
-    """What became of one data set."""
+    """The log-probs of one data set, and what it took to get them."""
 
     table: PairLogps
     scored: int  # distinct pairs that were not in the store
@@ -88,7 +88,7 @@ class Filled:
 
 
 def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = None) -> PrecomputedReference:
-    """The run's reference as a table, after which nothing of its engine is left in memory. Collective.
+    """Score all pairs of the run with the reference engine, which is destroyed afterwards. Collective.
 
     Raises `StoppedError` if it is to stop before all is scored; what has been is stored then.
     """
@@ -101,11 +101,12 @@ def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = Non
     identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     folder = open_store_on_ranks(plan.store_folder, identity)
     say(f"reference log-probs are kept in {folder}")
-    scorer = Scorer(engine, settings.score_tokens, settings.audit_rows, shard_rows=shard_rows or SHARD_ROWS, stop=stop)
-    tables = [filled.table for filled in fill_tables(plan, scorer, folder, dtype=identity.dtype)]
+    rows_a_shard = shard_rows or SHARD_ROWS
+    job = ScoringJob(engine, settings.score_tokens, settings.audit_rows, shard_rows=rows_a_shard, stop=stop)
+    tables = [filled.table for filled in fill_tables(plan, job, folder, dtype=identity.dtype)]
     during = used_memory()
     destroy_engine(engine)
-    del engine, scorer
+    del engine, job
     after = used_memory()
     for place in before:
         say(
@@ -115,13 +116,13 @@ def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = Non
     return PrecomputedReference(tables, identity)
 
 
-def fill_tables(plan: RunPlan, scorer: Scorer, folder: Path, *, dtype: str) -> list[Filled]:
+def fill_tables(plan: RunPlan, job: ScoringJob, folder: Path, *, dtype: str) -> list[Filled]:
     """The log-probs of training pairs, then of held-out pairs. Collective."""
     filled = []
     for name, windows in (("train", plan.train), ("held-out", plan.evaluation)):
         if windows is not None:
             seed = plan.run.train.seed
-            filled.append(fill_table(scorer, windows, folder, dtype=dtype, seed=seed, name=name))
+            filled.append(fill_table(job, windows, folder, dtype=dtype, seed=seed, name=name))
             say(f"reference on {name} data: {filled[-1].describe()}")
     return filled
 
@@ -137,7 +138,7 @@ def open_store_on_ranks(store: Path, identity: ReferenceIdentity) -> Path:
     return folder
 
 
-def fill_table(scorer: Scorer, windows: BatchSource, folder: Path, *, dtype: str, seed: int, name: str) -> Filled:
+def fill_table(job: ScoringJob, windows: BatchSource, folder: Path, *, dtype: str, seed: int, name: str) -> Filled:
     """Log-probs of every pair of a data set, from the store or else scored now and stored. Collective.
 
     Raises CacheError where stored rows are not what the engine gives.
@@ -154,14 +155,14 @@ def fill_table(scorer: Scorer, windows: BatchSource, folder: Path, *, dtype: str
     first = index[inverse]  # a pair that stands in the data several times is scored once
     distinct = first == np.arange(len(pairs))
     missing, known = np.flatnonzero(distinct & ~have), np.flatnonzero(distinct & have)
-    count = min(scorer.audit_rows, len(known))
+    count = min(job.audit_rows, len(known))
     audit = np.sort(np.random.default_rng(seed).choice(known, size=count, replace=False))
     if len(audit):
-        again = score_rows(scorer, windows, audit, label=f"audit of {name} data")
+        again = score_rows(job, windows, audit, label=f"audit of {name} data")
         with all_or_none():
             check_audit(table.take(audit), again, origins=pairs.origins[audit], dtype=dtype, folder=folder)
     if len(missing):
-        table.put(missing, score_rows(scorer, windows, missing, label=f"reference on {name} data", folder=folder))
+        table.put(missing, score_rows(job, windows, missing, label=f"reference on {name} data", folder=folder))
     return Filled(table.take(first), len(missing), len(audit), time.monotonic() - started)
 
 
@@ -179,7 +180,7 @@ def rows_of_all_nodes(have: np.ndarray, table: PairLogps) -> tuple[np.ndarray, P
 
 
 def score_rows(
-    scorer: Scorer, windows: BatchSource, rows: np.ndarray, *, label: str, folder: Path | None = None
+    job: ScoringJob, windows: BatchSource, rows: np.ndarray, *, label: str, folder: Path | None = None
 ) -> PairLogps:
     """Log-probs of these rows of `windows.pairs`, on every rank, stored in `folder` as they come. Collective.
 
@@ -187,10 +188,10 @@ def score_rows(
     Raises `StoppedError` if it is to stop before all are scored, once those that are have been stored.
     """
     pairs = windows.pairs.subset(rows)
-    windows = replace(windows, pairs=pairs, budget=MicroBatchBudget(tokens=scorer.score_tokens), first_pair_id=0)
+    windows = replace(windows, pairs=pairs, budget=MicroBatchBudget(tokens=job.score_tokens), first_pair_id=0)
     plan = plan_pass(pairs.lengths, world_size=windows.world_size, budget=windows.budget, layout=windows.layout)
     reason: str | None = None
-    writer = ShardWriter(folder, rank=rank(), shard_rows=scorer.shard_rows) if folder else None
+    writer = ShardWriter(folder, rank=rank(), shard_rows=job.shard_rows) if folder else None
     table = PairLogps.zeros(len(pairs))
     mininterval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
     bar = tqdm(
@@ -201,14 +202,14 @@ def score_rows(
             if writer is not None:
                 with all_or_none():  # a full disk on one node must not leave the others waiting in a gather
                     writer.make_room(len(ids))
-            [logps] = score_batches(scorer.engine, window, score_tokens=scorer.score_tokens)
+            [logps] = score_batches(job.engine, window, score_tokens=job.score_tokens)
             if ids:
                 table.put(np.asarray(ids), logps)
                 if writer is not None:
                     writer.append(pair_keys(pairs, ids), logps.to("cpu"))
                     log.info("rank %d: %d pairs scored and not yet written", rank(), writer.pending_rows)
             bar.update(sum(len(theirs[index]) for theirs in plan))
-            reason = scorer.stop.reason() if scorer.stop is not None else None
+            reason = job.stop.reason() if job.stop is not None else None
             if reason is not None and index + 1 < len(plan[windows.rank]):
                 break
             reason = None

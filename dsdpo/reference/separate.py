@@ -14,9 +14,8 @@ from dsdpo.objective.logps import PairLogps
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.reference.base import Reference, score_batches
 from dsdpo.reference.identity import identify_reference
-from dsdpo.reference.look_ahead import looking_ahead
 from dsdpo.reference.run_plan import RunPlan
-from dsdpo.reference.trdpo import match_parameters, moving
+from dsdpo.reference.trdpo import match_parameters, with_trdpo
 
 
 class SeparateReference(Reference):
@@ -38,11 +37,12 @@ class SeparateReference(Reference):
         if settings.sync is not None:
             merges = model.lora is None and plan.run.model.lora is not None
             sources = merged_parameters(policy.module) if merges else dict(policy.module.named_parameters())
-            reference = moving(reference, match_parameters(sources, engine.module), engine, settings.sync)
-        return looking_ahead(reference, steps=settings.look_ahead_steps, sync=settings.sync)
+            reference = with_trdpo(reference, match_parameters(sources, engine.module), engine, settings.sync)
+        reference.look_ahead_steps = settings.look_ahead_steps
+        return reference
 
-    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
-        return score_batches(self.engine, window, score_tokens=self.score_tokens)
+    def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        return score_batches(self.engine, batches, score_tokens=self.score_tokens)
 
     def scorer(self) -> tuple[Any, str | None]:
         return self.engine.module.lm, POLICY

@@ -22,6 +22,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import rank, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.lora import POLICY
+from dsdpo.engine.scoring_mode import scoring
 from dsdpo.errors import CheckpointError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_batches
@@ -34,7 +35,8 @@ class SnapshotReference(Reference):
 
     def __init__(self, policy: Any, plan: RunPlan, *, every: int, score_tokens: int) -> None:
         """`policy` is the training engine; `plan` says what training and evaluations ask for, and when."""
-        self.policy, self.plan, self.every, self.score_tokens = policy, plan, every, score_tokens
+        self.policy, self.plan, self.score_tokens = policy, plan, score_tokens
+        self.every = self.sync_every = every
         self._ids: torch.Tensor | None = None  # (M,) int64, ascending; None before the first snapshot
         self._logps: PairLogps  # (M,) each, in their order
         self.syncs, self.age, self.seconds, self._step = 0, 0, 0.0, 0
@@ -47,50 +49,43 @@ class SnapshotReference(Reference):
         reference.identity = identify_reference(plan, policy.module, adapter=POLICY if plan.run.model.lora else None)
         return reference
 
-    def take(self, step: int) -> None:
-        """Score with the policy as it is after `step` all that is asked for before the next snapshot. Collective."""
+    def score_until_next_sync(self, step: int) -> None:
+        """Score everything needed up to the next sync with the policy as it is after `step`. Collective."""
         started = time.perf_counter()
         self._step = step
-        windows = self._asked(step, until=step + self.every, first_evaluation=step + 1 if step else 0)
         ids, logps = [], []
-        self.policy.eval()
-        for window in windows:
-            ids += [batch.pair_ids for batch in window]
-            logps += score_batches(self.policy, window, score_tokens=self.score_tokens)
-        self.policy.train()
+        # An evaluation after step 0 comes before any training; one after a sync's step comes before that sync.
+        with scoring(self.policy):
+            for batches in self._batches_until(step, step + self.every, first_evaluation=step + 1 if step else 0):
+                ids += [batch.pair_ids for batch in batches]
+                logps += score_batches(self.policy, batches, score_tokens=self.score_tokens)
         if not ids:  # after the last step
             return
         self._ids, order = torch.cat(ids).sort()
         self._logps = PairLogps.cat(logps).take(order)
         self.age, self.seconds = 0, time.perf_counter() - started
 
-    def _asked(self, step: int, *, until: int, first_evaluation: int) -> Iterator[Sequence[PreferenceBatch]]:
-        """The windows of this rank that training after `step` and evaluations want until the step `until` is done.
-
-        An evaluation after a step of a snapshot is made before it, with what the one before says.
-        """
-        yield from (window.batches for window in islice(self.plan.training_windows(device(), step), until - step))
-        if any(self.plan.evaluates_after(later) for later in range(first_evaluation, until + 1)):
+    def _batches_until(self, step: int, last: int, *, first_evaluation: int) -> Iterator[Sequence[PreferenceBatch]]:
+        """This rank's batches of the steps after `step` up to `last`, and of evaluations from `first_evaluation` on."""
+        yield from (window.batches for window in islice(self.plan.training_windows(device(), step), last - step))
+        if any(self.plan.evaluates_after(later) for later in range(first_evaluation, last + 1)):
             yield from self.plan.held_out_windows(device())
 
-    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
+    def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         if self._ids is None:  # the start of a run that was not resumed
-            self.take(0)
+            self.score_until_next_sync(0)
         assert self._ids is not None
         # A filler pair, id -1, gets the first row: anything finite does for what weighs nothing.
-        return [self._logps.take(torch.searchsorted(self._ids, batch.pair_ids)) for batch in window]
+        return [self._logps.take(torch.searchsorted(self._ids, batch.pair_ids)) for batch in batches]
 
     def scorer(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, POLICY
-
-    def moves_after(self, step: int) -> bool:
-        return step % self.every == 0
 
     def after_step(self, step: int) -> None:
         self.age, self._step = self.age + 1, step
         if self.moves_after(step):
             self.syncs += 1
-            self.take(step)
+            self.score_until_next_sync(step)
 
     def save(self, folder: Path) -> None:
         assert self._ids is not None
@@ -118,15 +113,16 @@ class SnapshotReference(Reference):
 
     def _check_complete(self, folder: Path) -> None:
         """Raise `CheckpointError` if a pair will be asked for of which the snapshot says nothing."""
-        until = self._step - self._step % self.every + self.every
+        last = self._step - self._step % self.every + self.every
         assert self._ids is not None
-        for window in self._asked(self._step, until=until, first_evaluation=self._step + 1):
-            ids = torch.cat([batch.pair_ids for batch in window])
+        for batches in self._batches_until(self._step, last, first_evaluation=self._step + 1):
+            ids = torch.cat([batch.pair_ids for batch in batches])
             absent = ids[(ids >= 0) & ~torch.isin(ids, self._ids)]
             if len(absent):
                 raise CheckpointError(
-                    f"{folder}: the snapshot has nothing on pair {int(absent[0])}, which is wanted before the next: "
-                    "resume with the data, batch.pairs_per_step, evaluation and ref_model_sync_steps that it had"
+                    f"{folder}: the snapshot has nothing on pair {int(absent[0])}, which is needed before the next "
+                    "sync: resume with the data, batch.pairs_per_step, evaluation and ref_model_sync_steps that it had "
+                    "(one of an older dsdpo cannot be resumed if an evaluation follows the step of a sync)"
                 )
 
     def metrics(self) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment" (arXiv 2404.09656), eqs. 7 and 8.
 
-Each rank moves its own part of each reference parameter. Where it also holds the policy's values for that part, nothing
-is communicated; elsewhere the policy's parameters are made whole, a bounded group at a time. The reference itself is
-never gathered. With α < 1 the average lives in float32, of which a 16-bit engine holds the rounding: bfloat16 swallows
-small steps (at α = 0.01 a bfloat16 average moved a tenth of the way).
+Each rank updates its own shard of each reference parameter. Where it also holds the policy's values for that shard,
+nothing is communicated; elsewhere the policy's parameters are gathered, a bounded group at a time. The reference itself
+is never gathered. With α < 1 the average is kept in float32, of which a 16-bit engine holds the rounding: small updates
+are lost in bfloat16 (at α = 0.01 a bfloat16 average moved a tenth of the way).
 """
 
 from __future__ import annotations
@@ -41,16 +41,22 @@ from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference
 
-Match = tuple[str, Any, Any]  # name, the policy's parameter or `MergedWeight`, the reference's parameter
+ParameterPair = tuple[str, Any, Any]  # name, the policy's parameter or `MergedWeight`, the reference's parameter
 
 
 class MovingAverage:
-    """Reference parameters that follow the policy's, each rank its own part."""
+    """An exponential moving average of the policy's parameters in the reference's; each rank updates its own shards."""
 
     def __init__(
-        self, matches: Sequence[Match], engine: Any, *, alpha: float, gather: bool = False, budget: int = GATHER_BYTES
+        self,
+        matches: Sequence[ParameterPair],
+        engine: Any,
+        *,
+        alpha: float,
+        gather: bool = False,
+        budget: int = GATHER_BYTES,
     ) -> None:
-        """`engine` holds the reference parameters; `gather` takes the gathered path even where it is not needed."""
+        """`engine` holds the reference parameters; `gather`: gather the policy's even where shards already match."""
         self.matches, self.engine, self.alpha, self.budget = list(matches), engine, alpha, budget
         self.local = {name: is_local(source, target) and not gather for name, source, target in self.matches}
         self.averages: dict[str, Tensor] = {}  # float32 parts, where the engine's own are 16-bit
@@ -61,7 +67,7 @@ class MovingAverage:
                         self.averages[name] = shard.float().clone()
 
     def describe(self) -> str:
-        """How the parameters move, in words."""
+        """How the parameters are updated, in words."""
         local = sum(self.local.values())
         ways = {
             "each rank moves its own shards, nothing is communicated": local,
@@ -71,13 +77,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def move(self) -> int:
-        """One sync; the bytes of policy parameters that were assembled from other ranks. Collective."""
+        """Update all parameters once; the bytes of policy parameters that were gathered. Collective."""
         release_gathered(self.engine)
         return sum(self._move_group(group) for group in self._groups())
 
-    def _groups(self) -> Iterator[list[Match]]:
-        """The matches in groups that are all local, or whose sources stay under the byte budget when whole."""
-        group: list[Match] = []
+    def _groups(self) -> Iterator[list[ParameterPair]]:
+        """The pairs in groups that are all local, or whose gathered sources stay under the byte budget."""
+        group: list[ParameterPair] = []
         size = 0.0
         for match in self.matches:
             name, source, _ = match
@@ -90,8 +96,8 @@ class MovingAverage:
         if group:
             yield group
 
-    def _move_group(self, group: list[Match]) -> int:
-        """The one function that moves parameters. Element by element alike on every path, so bit for bit equal."""
+    def _move_group(self, group: list[ParameterPair]) -> int:
+        """Update a group of parameters, with the same arithmetic on both paths: results are equal bit for bit."""
         local = self.local[group[0][0]]
         with readable([source for _, source, _ in group], local=local) as values:
             for name, source, target in group:
@@ -106,7 +112,7 @@ class MovingAverage:
         return 0 if local else sum(bytes_whole(source) for _, source, _ in group)
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's parts, float32 where they are kept so."""
+        """This rank's shards by name, float32 where the average is kept in float32."""
         parts = {}
         for name, _, target in self.matches:
             with writable_shard(target) as (shard, _start):
@@ -114,8 +120,8 @@ class MovingAverage:
         return parts
 
     @torch.no_grad()
-    def restore(self, saved: SavedParts) -> None:
-        """Take up what `state` returned, on ranks that may have been more or fewer and cut the parameters otherwise."""
+    def restore(self, saved: ShardReader) -> None:
+        """Load what `state` returned, on another number of ranks too."""
         release_gathered(self.engine)
         for name, _, target in self.matches:
             with writable_shard(target) as (shard, start):
@@ -125,22 +131,22 @@ class MovingAverage:
                 shard.copy_(part)
 
 
-class SavedParts:
-    """The parts that all ranks of a checkpoint saved, of which any stretch can be read whatever the cut."""
+class ShardReader:
+    """Reads any slice of a parameter from the shards that all ranks of a checkpoint saved, whatever their partition."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[int, Any] = {}  # by rank, opened when first needed
         self._open = ExitStack()
 
-    def __enter__(self) -> SavedParts:
+    def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """(count,) elements of a parameter, `start` being the place of the first in the whole."""
+        """(count,) elements of a parameter from element `start` on."""
         if count == 0:
             return torch.empty(0)
         # Every rank but the last few has as many elements as the first; if all had the whole, the first will do.
@@ -160,7 +166,7 @@ class SavedParts:
         return self._files[of_rank].get_slice(name)
 
 
-def match_parameters(sources: Mapping[str, Any], reference: nn.Module) -> list[Match]:
+def match_parameters(sources: Mapping[str, Any], reference: nn.Module) -> list[ParameterPair]:
     """The policy's parameters (by the reference's names) beside the reference's.
 
     Raises `ConfigError` where they do not correspond.
@@ -181,22 +187,20 @@ def match_parameters(sources: Mapping[str, Any], reference: nn.Module) -> list[M
 
 
 class MovingReference(Reference):
-    """A reference that is scored like the one it wraps and moved towards the policy every `every` steps."""
+    """A reference that scores like the one it wraps, with parameters moved towards the policy every `every` steps."""
 
     def __init__(self, inner: Reference, average: MovingAverage, *, every: int) -> None:
-        self.inner, self.average, self.every = inner, average, every
+        self.inner, self.average = inner, average
+        self.every = self.sync_every = every
         self.identity = inner.identity
         self.syncs = self.age = 0
         self.last_sync: dict[str, float] = {}
 
-    def score(self, window: Sequence[PreferenceBatch]) -> list[PairLogps]:
-        return self.inner.score(window)
+    def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
+        return self.inner.score(batches)
 
     def scorer(self) -> tuple[Any, str | None] | None:
         return self.inner.scorer()
-
-    def moves_after(self, step: int) -> bool:
-        return step % self.every == 0
 
     def after_step(self, step: int) -> None:
         self.age += 1
@@ -220,7 +224,7 @@ class MovingReference(Reference):
         try:
             with safe_open(folder / "rank-0.safetensors", framework="pt") as file:
                 facts = json.loads(file.metadata()["moving"])
-            with SavedParts(folder) as parts:
+            with ShardReader(folder) as parts:
                 self.average.restore(parts)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: the moving reference cannot be read: {error}") from error
@@ -229,8 +233,8 @@ class MovingReference(Reference):
             self.last_sync = {"reference/sync_bytes": facts["sync_bytes"]}
 
 
-def moving(reference: Reference, matches: list[Match], engine: Any, sync: Sync) -> MovingReference:
-    """TR-DPO on a reference whose parameters `engine` holds."""
+def with_trdpo(reference: Reference, matches: list[ParameterPair], engine: Any, sync: Sync) -> MovingReference:
+    """The reference, whose parameters `engine` holds, moved towards the policy as `sync` says."""
     average = MovingAverage(matches, engine, alpha=sync.alpha)
     say(f"reference moves every {sync.every} steps: {average.describe()}")
     return MovingReference(reference, average, every=sync.every)

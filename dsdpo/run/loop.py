@@ -6,6 +6,7 @@ from contextlib import closing
 
 from dsdpo.data.steps import StepBatches
 from dsdpo.engine.build import device
+from dsdpo.objective.logps import PairLogps
 from dsdpo.run.run import Run
 from dsdpo.training.cadence import Progress
 from dsdpo.training.evaluate import evaluate
@@ -21,9 +22,10 @@ def train_until_done(run: Run) -> str | None:
     windows = run.plan.training_windows(device(), state.step)
     with Progress(state.step, due.total_steps) as progress, closing(windows), run.profiler:
         run.profiler.after_step(state.step)
-        for window in perf.each("data", reference.looking_ahead(windows, state.step)):
+        steps = reference.along(perf.each("data", windows), after=state.step, phase=perf.phase)
+        for window, anchor in steps:
             learning_rate = run.policy.get_lr()[0]
-            taken = take_step(run, window)
+            taken = take_step(run, window, anchor)
             # At a sync the reference becomes what the policy is, or comes near it: held-out pairs are scored before.
             held_out = held_out_metrics(run) if due.evaluate(state.step) and reference.moves_after(state.step) else {}
             with perf.phase("sync"):
@@ -46,11 +48,9 @@ def train_until_done(run: Run) -> str | None:
     return None
 
 
-def take_step(run: Run, window: StepBatches) -> bool:
+def take_step(run: Run, window: StepBatches, anchor: list[PairLogps]) -> bool:
     """Train on one step's pairs and move the run's state on; whether the weights were changed. Collective."""
     counted, means = run.meter.state(), dict(run.state.means)
-    with run.perf.phase("reference"):
-        anchor = run.reference.score(window.batches)
     run.state.step += 1
     run.state.consumed_pairs += window.pairs
     outputs = train_step(

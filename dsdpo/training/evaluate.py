@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import gather_objects
+from dsdpo.engine.scoring_mode import scoring
 from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.objective.losses import LossInputs
 from dsdpo.objective.scores import PolicyScores, policy_scores
@@ -39,7 +40,6 @@ class HeldOut:
     anchor: list[list[PairLogps]] = field(default_factory=list)  # its answers, by window
 
 
-@torch.no_grad()
 def evaluate(
     policy: Any,
     reference: Reference,
@@ -57,15 +57,14 @@ def evaluate(
     held_out = held_out or HeldOut()
     rows, without_reference = [], False
     known = list(held_out.anchor)
-    policy.eval()
-    for index, window in enumerate(windows):
-        anchor = known[index] if known else reference.score(window)
-        if held_out.reference_is_static and not known:
-            held_out.anchor.append(list(anchor))
-        for batch, reference_logps in zip(window, anchor, strict=True):
-            without_reference = isinstance(reference_logps, NoLogps)
-            rows.append(table_rows(batch, policy_scores(policy, batch, loss.extras), reference_logps))
-    policy.train()
+    with scoring(policy):
+        for index, window in enumerate(windows):
+            anchor = known[index] if known else reference.score(window)
+            if held_out.reference_is_static and not known:
+                held_out.anchor.append(list(anchor))
+            for batch, reference_logps in zip(window, anchor, strict=True):
+                without_reference = isinstance(reference_logps, NoLogps)
+                rows.append(table_rows(batch, policy_scores(policy, batch, loss.extras), reference_logps))
     table = gathered(rows)
     metrics = metrics_of(table, loss, step, without_reference=without_reference)
     for grouping in held_out.groupings:

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +28,6 @@ from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter
 
 T = TypeVar("T")
-Phase = Callable[[str], AbstractContextManager[None]]
 
 MODEL_PHASES = ("reference", "forward_backward")
 PHASES = ("data", *MODEL_PHASES, "optimizer", "sync", "log", "other")  # of a step
@@ -64,11 +63,6 @@ PEAK_TFLOPS = {
 def peak_tflops(name: str) -> float | None:
     """What a device of that name can do at most, None where that is not known."""
     return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
-
-
-def untimed(phase: str) -> AbstractContextManager[None]:
-    """A phase that nobody measures."""
-    return nullcontext()
 
 
 class Laps:

@@ -11,10 +11,10 @@ from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import PairLogps
 from dsdpo.objective.losses import LossOutput
 from dsdpo.objective.scores import policy_scores
+from dsdpo.phases import Phase, untimed
 from dsdpo.training.groups import GROUPED, DeviceGroups
 from dsdpo.training.metrics import Meter, count_pairs
 from dsdpo.training.nonfinite import marked, without_fillers
-from dsdpo.training.perf import Phase, untimed
 from dsdpo.training.step_loss import StepLoss, given
 
 

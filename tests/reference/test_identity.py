@@ -65,7 +65,7 @@ def test_same_digest_in_every_engine(world_size: int, inputs: Path, tmp_path: Pa
         assert found == [expected] * world_size, (which, zero)
 
 
-def test_against_plain_arithmetic() -> None:
+def test_digest_equals_plain_arithmetic() -> None:
     """splitmix64 in Python's own integers, element by element."""
     module = nn.Linear(3, 2)
     module.register_buffer("scale", torch.tensor([1.5, -2.0], dtype=torch.bfloat16))
@@ -91,14 +91,14 @@ def test_against_plain_arithmetic() -> None:
     assert weights_digest(module) == f"{sums[0]:016x}{sums[1]:016x}"
 
 
-def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_is_independent_of_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ResponseScorer(tiny_lm())
     whole = weights_digest(module)
     monkeypatch.setattr("dsdpo.reference.identity.CHUNK_CPU", 7)
     assert weights_digest(module) == whole
 
 
-def test_what_changes_the_digest() -> None:
+def test_digest_changes_with_values_names_and_order() -> None:
     lm = tiny_lm()
     before = weights_digest(ResponseScorer(copy.deepcopy(lm)))
     weight = lm.model.layers[1].mlp.up_proj.weight.data

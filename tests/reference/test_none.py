@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import demo_inputs, settings, train_on
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_inputs(tmp_path_factory.mktemp("inputs"))
+from tests.runs import settings, train_on
 
 
 def test_trains_and_resumes_without_a_reference(inputs: Path, tmp_path: Path) -> None:

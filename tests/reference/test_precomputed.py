@@ -55,14 +55,14 @@ def precompute_here(run: dict[str, Any], shard_rows: int = 8) -> dict[str, Any]:
     from dsdpo.engine.build import build_reference
     from dsdpo.engine.quirks.destroy import destroy_engine
     from dsdpo.reference.identity import identify_reference
-    from dsdpo.reference.precomputed import Scorer, fill_tables, open_store_on_ranks
+    from dsdpo.reference.precomputed import ScoringJob, fill_tables, open_store_on_ranks
     from dsdpo.run.plan import plan_run
 
     plan = plan_run(RunConfig.model_validate(run))
     engine = build_reference(plan.reference.model, plan.reference_config, layout=plan.layout.name)
     identity = identify_reference(plan, engine.module, adapter=None)
     folder = open_store_on_ranks(plan.store_folder, identity)
-    scorer = Scorer(engine, plan.run.reference.score_tokens, plan.run.reference.audit_rows, shard_rows=shard_rows)
+    scorer = ScoringJob(engine, plan.run.reference.score_tokens, plan.run.reference.audit_rows, shard_rows=shard_rows)
     try:
         filled = fill_tables(plan, scorer, folder, dtype=identity.dtype)
     finally:
@@ -119,7 +119,7 @@ def test_held_out_pairs_have_their_own_rows(inputs: Path, tmp_path: Path) -> Non
         assert {name: other[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-5)
 
 
-def test_table_is_the_plain_models(inputs: Path, tmp_path: Path) -> None:
+def test_table_equals_a_plain_forward_pass(inputs: Path, tmp_path: Path) -> None:
     """Every row against one sequence at a time through the plain model."""
     from transformers import AutoModelForCausalLM
 
@@ -267,7 +267,7 @@ def test_audit_tolerance(dtype: str, off: float, refused: bool, tmp_path: Path) 
         check()
 
 
-def test_filler_pairs_get_something_finite() -> None:
+def test_filler_pairs_get_finite_log_probs() -> None:
     rows = torch.tensor([[-5.0, -7.0], [-6.0, -8.0]]), torch.tensor([[1, 3], [2, 4]])
     table = PairLogps(*rows[0], *rows[1])
     batch = random_batch(3)

@@ -295,6 +295,9 @@ def test_snapshot_gives_the_numbers_of_a_copied_reference(inputs: Path, tmp_path
     for ours, theirs in zip(taken, copied, strict=True):
         for name in ("loss", "rewards/margins", "eval/loss", "eval/rewards/margins", "reference/age_steps"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), (ours["step"], name)
+    # Step 6 is that of a sync: held-out pairs are scored before it, when policy and reference are not yet the same.
+    [held_out] = [row for row in copied if row["step"] == 6 and "eval/loss" in row]
+    assert abs(held_out["eval/rewards/margins"]) > 1e-5
 
 
 def parameters_alive(run: dict[str, Any]) -> tuple[int, int]:

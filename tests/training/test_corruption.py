@@ -108,7 +108,7 @@ def harm_one_after_the_other(run: dict[str, Any]) -> dict[tuple[str, str], tuple
     return outcomes
 
 
-def test_what_does_not_belong_there_misleads_nobody(trained: dict[str, Any]) -> None:
+def test_files_that_are_no_checkpoints_are_ignored(trained: dict[str, Any]) -> None:
     """DeepSpeed's own pointer, a folder without a state, and a file that is named like a checkpoint."""
     checkpoints = Path(trained["output_dir"]) / "checkpoints"
     for folder in (checkpoints, checkpoints / "step-000002", checkpoints / "step-000002" / "policy"):

@@ -127,7 +127,7 @@ def test_resumed_elsewhere_equals_uninterrupted(case: str, inputs: Path, tmp_pat
         assert numbers(found, done) == pytest.approx(numbers(rows, done), abs=1e-5, rel=1e-5)
 
 
-def test_a_snapshot_is_not_asked_for_what_it_has_not(inputs: Path, tmp_path: Path) -> None:
+def test_a_snapshot_that_lacks_pairs_is_refused(inputs: Path, tmp_path: Path) -> None:
     sections, _ = CASES["snapshot"]
     moves = {**sections["reference"], "ref_model_sync_steps": 6}
     run = run_of(tmp_path, inputs, "zero3", "", **{**sections, "reference": moves})

@@ -28,7 +28,7 @@ def run_on(disk: Path, folder: Path, inputs: Path, **checkpoint: Any) -> dict[st
     return {**run, "output_dir": str(disk / "run")}
 
 
-def test_a_full_disk_costs_no_step_and_no_checkpoint(inputs: Path, tmp_path: Path) -> None:
+def test_training_goes_on_and_saves_later_on_a_full_disk(inputs: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=20_000) as disk:
         run = run_on(disk, tmp_path, inputs)
         # Full from the sixth step on, when a checkpoint is due, until the seventh has been trained on.
@@ -103,7 +103,7 @@ class Messages(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def test_attempts_are_further_and_further_apart_and_end() -> None:
+def test_pauses_between_attempts_double_until_the_last() -> None:
     """Failing for ever after step 10: attempts after steps 10, 11, 13, 17, of which the fourth is the last."""
     tried, retries = [], Retries(4)
     for step in range(10, 30):
