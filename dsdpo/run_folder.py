@@ -1,15 +1,15 @@
 """A run's folder: the name of every file and folder in it, once, with what lists, writes and clears them.
 
-Importing this needs neither torch nor anything else of the package.
+Importing this needs no torch.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from dsdpo.atomic import delete, partial_path
 
 Cleared = Literal["at start", "by export", "never"]
 
@@ -76,35 +76,3 @@ class RunFolder:
             if entry.cleared == "at start" and self.path / entry.name not in keep:
                 delete(self.path / entry.name)
             delete(partial_path(self.path / entry.name))
-
-
-def partial_path(path: Path) -> Path:
-    """Where a file or folder is written before it gets its name."""
-    return path.with_name(f"{path.name}.partial")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: whole under another name, flushed to the disk, then renamed."""
-    partial = partial_path(path)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON for people to read, atomically."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def delete(path: Path) -> None:
-    """Delete a file or a folder with all in it; nothing may be there. Of a link, the link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

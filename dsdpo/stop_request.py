@@ -12,9 +12,10 @@ from typing import TypeVar
 
 import torch
 
+from dsdpo.atomic import write_json
 from dsdpo.distributed import max_over_ranks, rank
 from dsdpo.errors import StoppedError, TrainingError
-from dsdpo.run_folder import RunFolder, write_json
+from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import RunLock
 from dsdpo.stop_signals import noted_signal, seconds_listened
 

@@ -11,7 +11,7 @@ import dsdpo
 PACKAGE = Path(dsdpo.__file__).parent
 ROOMS = ["config", "data", "objective", "engine", "reference", "training", "run", "commands"]
 BELOW = (  # all rooms
-    "errors", "distributed", "console", "phases", "run_folder", "run_lock", "stop_signals", "stop_request",
+    "atomic", "errors", "distributed", "console", "phases", "run_folder", "run_lock", "stop_signals", "stop_request",
 )  # fmt: skip
 BELOW_ALL = {"dsdpo", *(f"dsdpo.{name}" for name in BELOW)}
 ALLOWED = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.run_folder import RunFolder, partial_path, write_json
+from dsdpo.atomic import partial_path, write_json
+from dsdpo.run_folder import RunFolder
 
 
 def fill(folder: RunFolder) -> None:

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from dsdpo.atomic import replacing
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.encode import Encoded, Encoder, encode_examples
 from dsdpo.data.examples import to_examples
@@ -64,13 +65,11 @@ class Chunk:
     bad: list[tuple[int, str, str, str]]  # row, place, kind and detail of each bad row
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         facts = {"source": self.source, "notes": self.notes, "bad": self.bad}
-        partial = path.with_name(f".{path.name}-{os.getpid()}")
-        with partial.open("wb") as file:
-            arrays = {name: getattr(self, name) for name in ARRAYS}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        with replacing(path, shared=True) as file:
             np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Chunk:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dsdpo.atomic import digest_of, write_text
 from dsdpo.data.dropped_rows import DropReport
 from dsdpo.errors import CacheError
 
@@ -195,9 +195,7 @@ def damage(folder: Path) -> str | None:
     wrong = _damage(folder)
     if wrong is None:
         with suppress(OSError):  # a folder that may only be read is read whole each time
-            partial = folder / f".{CHECKED}-{os.getpid()}"
-            partial.write_text(json.dumps(state), encoding="utf-8")
-            partial.replace(folder / CHECKED)
+            write_text(folder / CHECKED, json.dumps(state), shared=True)
     return wrong
 
 
@@ -240,7 +238,7 @@ def _array_digest(values: np.ndarray) -> str:
 def _facts_digest(facts: dict[str, Any]) -> str:
     """Of everything in pairs.json but itself."""
     others = {key: value for key, value in facts.items() if key != "facts"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    return digest_of(others)
 
 
 def open_pairs(folder: Path) -> Pairs:

@@ -9,7 +9,6 @@ rows, weights and several sources, pair i is row i of the file.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dsdpo.atomic import digest_of, publish
 from dsdpo.config.data import DataConfig, SourceConfig
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.chunks import Chunk, make_chunks
@@ -69,7 +69,7 @@ def prepare_pairs(
         try:
             with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent, ignore_cleanup_errors=True) as made:
                 _make(Path(made) / "pairs", chunks, found, encoder, data=data, seed=seed, key=key)
-                _publish(Path(made) / "pairs", folder)
+                publish(Path(made) / "pairs", folder)
         except DataError:
             shutil.rmtree(chunks, ignore_errors=True)  # the next attempt would find the same
             raise
@@ -95,12 +95,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
             key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")
         }
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    return _digest([type(tokenizer).__name__, rules, special])
+    return digest_of([type(tokenizer).__name__, rules, special])
 
 
 def template_digest(tokenizer: Any) -> str:
     """Hash over the chat template, or over its absence."""
-    return _digest(tokenizer.chat_template)
+    return digest_of(tokenizer.chat_template)
 
 
 def _key(sources: Sequence[Source], encoder: Encoder, data: DataConfig, seed: int) -> str:
@@ -113,11 +113,7 @@ def _key(sources: Sequence[Source], encoder: Encoder, data: DataConfig, seed: in
     settings = data.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     tokenizer = encoder.tokenizer
     rules = [tokenizer_digest(tokenizer), template_digest(tokenizer), encoder.end_tokens, settings]
-    return _digest([VERSION, parts, rules, seed if sampled else None])[:32]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return digest_of([VERSION, parts, rules, seed if sampled else None])[:32]
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -293,13 +289,3 @@ def _discard_old(folder: Path) -> None:
         with suppress(OSError):
             if now - left.stat().st_mtime > KEPT_DAYS * 86400:
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _publish(made: Path, folder: Path) -> None:
-    """Moves a finished folder to its place in one step; where another process was first, its work stands."""
-    try:
-        os.rename(made, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(made)

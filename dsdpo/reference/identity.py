@@ -8,7 +8,6 @@ Neither the number of ranks nor the ZeRO stage nor where shards lie has any part
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsdpo.atomic import digest_of
 from dsdpo.config.run import ModelConfig
 from dsdpo.data.tokenize import template_digest, tokenizer_digest
 from dsdpo.distributed import world_size
@@ -75,7 +75,7 @@ class ReferenceIdentity:
         decisive = {name: getattr(self, name) for name in DECISIVE}
         if self.token_weights is not None:
             decisive["token_weights"] = self.token_weights
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
+        return digest_of(decisive)[:32]
 
     def differences(self, other: ReferenceIdentity, among: Sequence[str] = ()) -> list[str]:
         """One text for each field that differs, this identity's value first; of all fields, or `among` these."""
@@ -149,7 +149,7 @@ def architecture_digest(config: Any, adapter: Any = None) -> str:
     content = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_ARCHITECTURE}
     if adapter is not None:
         content |= {key: getattr(adapter, key) for key in ADAPTER_SCALING}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return digest_of(content)[:32]
 
 
 @torch.no_grad()

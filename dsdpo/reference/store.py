@@ -1,9 +1,9 @@
-"""Log-probs kept from run to run: a folder per reference identity, in it shards that are only ever added.
+"""The store of log-probs: a folder per reference identity with append-only Parquet shards.
 
 `STORE/<identity key>/identity.json` and `part-<rank>-<n>-<sha256>.parquet`, a row for each pair, keyed by a hash of its
 token ids. Which data set, order, world size or loss asked for a row has no part in its key, so any run may use it. A
-shard is written under another name, flushed and renamed; its own name carries its checksum, so a damaged one is known,
-and two runs that write at the same time cannot touch each other's.
+shard is written atomically and its name carries its checksum, so damage is detected, and runs that write at the same
+time do not touch each other's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsdpo.atomic import publish, write_bytes, write_json
 from dsdpo.data.pairs import TOKEN, Pairs
 from dsdpo.errors import CacheError
 from dsdpo.objective.logps import PairLogps
@@ -77,7 +77,7 @@ def open_store(store: Path, identity: ReferenceIdentity) -> Path:
 
 
 def read_identity(folder: Path) -> ReferenceIdentity | None:
-    """Whose log-probs a folder says it holds; None where it does not say so."""
+    """The identity in a folder of the store, or in a checkpoint; None where it cannot be read."""
     try:
         return ReferenceIdentity.from_json(json.loads((folder / "identity.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -101,7 +101,7 @@ def read_rows(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, PairLogps]:
 
 
 class ShardWriter:
-    """One rank's new rows, written whenever a shard's worth has come together."""
+    """Buffers one rank's new rows and writes them a shard at a time."""
 
     def __init__(self, folder: Path, *, rank: int, shard_rows: int = SHARD_ROWS) -> None:
         self.folder, self.rank, self.shard_rows = folder, rank, shard_rows
@@ -110,20 +110,20 @@ class ShardWriter:
 
     @property
     def pending_rows(self) -> int:
-        """Rows that a kill would cost now."""
+        """Buffered rows, which a kill would lose."""
         return sum(len(keys) for keys, _ in self._pending)
 
     def append(self, keys: np.ndarray, rows: PairLogps) -> None:
-        """Take rows on; nothing is written yet."""
+        """Buffer rows."""
         self._pending.append((keys, rows))
 
     def make_room(self, rows: int) -> None:
-        """Write what is pending if `rows` more would be more than a shard. Raises CacheError as `flush` does."""
+        """Write the buffered rows if `rows` more would exceed a shard. Raises CacheError as `flush` does."""
         if self._pending and self.pending_rows + rows > self.shard_rows:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending. Raises CacheError where it is not finite or cannot be written."""
+        """Write the buffered rows as a shard. Raises CacheError where they are not finite or cannot be written."""
         if not self._pending:
             return
         keys = np.concatenate([keys for keys, _ in self._pending])
@@ -141,7 +141,7 @@ class ShardWriter:
         content = sink.getvalue().to_pybytes()
         name = f"part-{self.rank:05d}-{self._written:05d}-{_checksum(content)}.parquet"
         try:
-            _write_whole(self.folder / name, content)
+            write_bytes(self.folder / name, content, shared=True)
         except OSError as error:
             raise CacheError(
                 f"{self.folder}: log-probs cannot be written ({error.strerror}); shards written so far are kept: make "
@@ -152,7 +152,7 @@ class ShardWriter:
 
 
 def _parts(folder: Path) -> Iterator[tuple[np.ndarray, PairLogps]]:
-    """Keys and rows of each whole shard, in the order of their names."""
+    """Keys and rows of each undamaged shard, in the order of their names."""
     for path in sorted(folder.glob("part-*.parquet")):
         try:
             content = path.read_bytes()
@@ -180,20 +180,19 @@ def _set_aside(path: Path) -> None:
 
 
 def _make_folder(folder: Path, identity: ReferenceIdentity) -> None:
-    """The folder with its `identity.json`, in one step; where another process was first, its work stands."""
+    """Make the folder with its `identity.json` atomically; one that another process has made first is kept."""
     made = folder.with_name(f".new-{uuid.uuid4().hex}")
     try:
         made.mkdir(parents=True)
-        _write_whole(made / "identity.json", (json.dumps(identity.to_json(), indent=2) + "\n").encode())
-        made.rename(folder)
+        write_json(made / "identity.json", identity.to_json())
+        publish(made, folder)
     except OSError as error:
         shutil.rmtree(made, ignore_errors=True)
-        if not folder.is_dir():
-            raise CacheError(f"reference.store: {folder} cannot be made ({error.strerror})") from error
+        raise CacheError(f"reference.store: {folder} cannot be made ({error.strerror})") from error
 
 
 def _explain_new(store: Path, identity: ReferenceIdentity) -> None:
-    """Say why log-probs of what looks like the same reference are not used: the nearest one's differences."""
+    """Warn why stored log-probs of a similar reference are not used, by the fields in which the nearest differs."""
     found = [(folder.parent, read_identity(folder.parent)) for folder in store.glob("*/identity.json")]
     same_source = [
         (identity.differences(other, DECISIVE), folder)
@@ -206,20 +205,6 @@ def _explain_new(store: Path, identity: ReferenceIdentity) -> None:
             "no log-probs of this reference in %s; the nearest, %s, differs in %s", store, folder.name,
             "; ".join(differences),
         )  # fmt: skip
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """The file, whole or not at all: written under another name, flushed to the disk, renamed."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _checksum(content: bytes) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from dsdpo.atomic import write_json, write_text
 from dsdpo.config.load import dump_yaml
 from dsdpo.distributed import all_or_none, rank, world_size
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.run.plan import Plan
 from dsdpo.run.resume import checkpoint_to_resume
-from dsdpo.run_folder import RunFolder, write_json, write_text
+from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import RunLock
 
 PACKAGES = ("deepspeed", "transformers", "peft", "datasets", "wandb", "dsdpo")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsdpo.atomic import write_json
 from dsdpo.console import say
 from dsdpo.data.plan import remaining_steps
 from dsdpo.distributed import all_or_none, rank
@@ -15,7 +16,7 @@ from dsdpo.errors import ConfigError
 from dsdpo.reference.base import Reference
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.run.plan import Plan, with_total_steps
-from dsdpo.run_folder import RunFolder, write_json
+from dsdpo.run_folder import RunFolder
 from dsdpo.training.checkpoint import TrainState, load_checkpoint, read_state
 from dsdpo.training.metrics import Meter
 from dsdpo.training.resume import check_identity, check_settings, find_checkpoint

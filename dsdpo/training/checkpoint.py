@@ -1,17 +1,17 @@
-"""Checkpoints that exist only when they are whole: every file's checksum, then `state.json`, then one rename.
+"""Save and load checkpoints, atomically: every file's checksum, then `state.json`, then one rename.
 
 A checkpoint holds DeepSpeed's files of the policy engine, the reference's state, and one file a rank with its random
-number generators and half-read metrics. `state.json` says how far the run was, and under which settings.
+number generators and the metrics counted since the last row. `state.json` has the progress and settings of the run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,24 +22,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import dsdpo
+from dsdpo.atomic import (
+    delete_atomically,
+    digest_of_file,
+    dump_checksummed,
+    flush_to_disk,
+    load_checksummed,
+    partial_path,
+    write_json,
+)
 from dsdpo.distributed import all_or_none, barrier, gather_objects, rank, world_size
 from dsdpo.engine.quirks.checkpoint_files import TAG, load_engine, save_engine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter
-from dsdpo.training.pruning import Keep, remove, superseded, sweep
-from dsdpo.training.seal import sealed, unsealed
 
 STATE, MANIFEST = "state.json", "manifest.json"
+DELETING = ".old"  # the suffix of a checkpoint that is being deleted
+LOWER_IS_BETTER = {"loss", "nll", "perplexity", "ties", "drift", "calibration_error"}
 
 
 @dataclass
 class TrainState:
-    """All progress of a run: the position in the data follows from one integer."""
+    """The progress of a run."""
 
     step: int = 0  # optimizer updates done
     consumed_pairs: int = 0  # pairs trained on, over all epochs
     means: dict[str, float] = field(default_factory=dict)  # running means of the loss, and the best evaluation so far
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How many checkpoints are kept."""
+
+    last: int  # newest ones, at least 1
+    best: int = 0  # best ones by `metric`; may be among the newest
+    metric: str = "eval/loss"
 
 
 def save_checkpoint(
@@ -50,7 +68,7 @@ def save_checkpoint(
     reference: Reference,
     meter: Meter,
     record: dict[str, Any],
-    keep: Keep,
+    keep: Retention,
 ) -> Path:
     """Write `folder/step-000100`, then delete those that `keep` does not keep. Collective.
 
@@ -59,17 +77,18 @@ def save_checkpoint(
     `save_latest=False`. Raises `CheckpointError` where the disk fails, and gives back the room that was taken.
     """
     final = folder / f"step-{state.step:06d}"
-    partial = final.with_suffix(".partial")
+    partial = partial_path(final)
     try:
         _write(partial, state, policy=policy, reference=reference, meter=meter, record=record)
         with all_or_none(), writing(partial):
             if rank() == 0:
-                _flush_all(partial)
-                remove(final)  # of a run that went on from an earlier one
+                for path in [*partial.rglob("*"), partial]:
+                    flush_to_disk(path)
+                delete_checkpoint(final)  # of a run that went on from an earlier one
                 partial.rename(final)
-                _flush_one(folder)
+                flush_to_disk(folder)
                 for old in superseded(whole_checkpoints(folder), keep):
-                    remove(old)
+                    delete_checkpoint(old)
     except CheckpointError:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -81,10 +100,10 @@ def save_checkpoint(
 def _write(
     partial: Path, state: TrainState, *, policy: Any, reference: Reference, meter: Meter, record: dict[str, Any]
 ) -> None:
-    """Everything of a checkpoint, its state last. Collective."""
+    """Write all files of a checkpoint, `state.json` last. Collective."""
     with all_or_none(), writing(partial):
         if rank() == 0:
-            sweep(partial.parent)
+            delete_leftovers(partial.parent)
             (partial / TAG).mkdir(parents=True)
     # One agreement each: a rank whose disk is full must not miss the collectives of what is saved next.
     with all_or_none(), writing(partial):
@@ -96,18 +115,18 @@ def _write(
     barrier()
     with all_or_none(), writing(partial):
         if rank() == 0 and reference.identity is not None:
-            (partial / "identity.json").write_text(json.dumps(reference.identity.to_json(), indent=2) + "\n")
+            write_json(partial / "identity.json", reference.identity.to_json())
     manifest = checksums(partial)
     with all_or_none(), writing(partial):
         if rank() == 0:
             progress = {**asdict(state), "world_size": world_size(), "dsdpo": dsdpo.__version__, **record}
-            (partial / MANIFEST).write_text(sealed(manifest))
-            (partial / STATE).write_text(sealed(progress))
+            (partial / MANIFEST).write_text(dump_checksummed(manifest))
+            (partial / STATE).write_text(dump_checksummed(progress))
 
 
 @contextmanager
 def writing(partial: Path) -> Iterator[None]:
-    """A block in which what a full or failing disk raises becomes a `CheckpointError`."""
+    """Turns the errors of a full or failing disk into `CheckpointError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -115,10 +134,10 @@ def writing(partial: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path, *, policy: Any, reference: Reference, meter: Meter, seed: int) -> TrainState:
-    """Put everything back as `save_checkpoint` found it. Collective. For a checkpoint that `damage` finds whole.
+    """Restore everything that `save_checkpoint` saved, from a checkpoint without damage. Collective.
 
-    Another number of ranks deals out anew what was counted, and draws its random numbers from `seed`, the step and the
-    rank.
+    On another number of ranks the sums of metrics are redistributed, and random numbers follow from `seed`, the step
+    and the rank.
     """
     load_engine(policy, path)
     progress = read_state(path)
@@ -129,17 +148,17 @@ def load_checkpoint(path: Path, *, policy: Any, reference: Reference, meter: Met
         else:
             key = hashlib.sha256(f"{seed}/{progress['step']}/{rank()}".encode())
             torch.manual_seed(int.from_bytes(key.digest()[:7], "big"))
-            restore_meter(dealt_sums(path, progress["world_size"]), meter)
+            restore_meter(redistributed_sums(path, progress["world_size"]), meter)
     return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"], means=progress.get("means", {}))
 
 
 def rank_file(folder: Path, of_rank: int) -> Path:
-    """Where a rank keeps what no other rank has."""
+    """The file of a rank's own state."""
     return folder / f"rank-{of_rank}.safetensors"
 
 
 def rank_state(meter: Meter) -> dict[str, torch.Tensor]:
-    """This rank's random number generators and what it has counted since metrics were last read."""
+    """This rank's random number generators and its sums of metrics since they were last read."""
     state = {f"meter/{name}": sums.cpu() for name, sums in meter.state().items()}
     state["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
@@ -148,7 +167,7 @@ def rank_state(meter: Meter) -> dict[str, torch.Tensor]:
 
 
 def restore_rank_state(state: dict[str, torch.Tensor], meter: Meter) -> None:
-    """Take up what `rank_state` gave."""
+    """Restore what `rank_state` gave."""
     torch.set_rng_state(state["rng/cpu"])
     if "rng/cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["rng/cuda"])
@@ -156,18 +175,18 @@ def restore_rank_state(state: dict[str, torch.Tensor], meter: Meter) -> None:
 
 
 def meter_sums(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `rank_state` says was counted."""
+    """The sums of metrics in what `rank_state` gave."""
     return {name.removeprefix("meter/"): sums for name, sums in state.items() if name.startswith("meter/")}
 
 
 def restore_meter(sums: dict[str, torch.Tensor], meter: Meter) -> None:
-    """Have the meter go on from these sums, on the device it counts on."""
+    """Set the meter to these sums, on the device that it sums on."""
     device = torch.device("cuda") if torch.cuda.is_initialized() else torch.device("cpu")
     meter.restore({name: value.to(device) for name, value in sums.items()})
 
 
-def dealt_sums(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
-    """This rank's share of what `ranks` ranks had counted: over all of today's ranks the sums are the same.
+def redistributed_sums(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """This rank's share of the sums of `ranks` ranks, whose total over today's ranks is the same.
 
     Every rank gets every name, in the same order, as the meter's all-reduce needs.
     """
@@ -184,23 +203,19 @@ def checksums(folder: Path) -> dict[str, str]:
     mine = {}
     with all_or_none():
         for name in names[rank() :: world_size()]:
-            digest = hashlib.sha256()
             try:
-                with (folder / name).open("rb") as file:
-                    while chunk := file.read(1 << 24):
-                        digest.update(chunk)
+                mine[name] = digest_of_file(folder / name)
             except OSError as error:
                 raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
-            mine[name] = digest.hexdigest()
     return {name: digest for part in gather_objects(mine) for name, digest in part.items()}
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, the same on every rank, or None. Collective."""
     wrong, manifest = "", {}
     try:
         read_state(path)
-        manifest = unsealed((path / MANIFEST).read_text())
+        manifest = load_checksummed((path / MANIFEST).read_text())
     except CheckpointError as error:
         wrong = str(error)
     except (OSError, ValueError) as error:
@@ -218,7 +233,7 @@ def damage(path: Path) -> str | None:
 def read_state(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's `state.json`."""
     try:
-        content = unsealed((path / STATE).read_text())
+        content = load_checksummed((path / STATE).read_text())
         return content | {"step": int(content["step"]), "consumed_pairs": int(content["consumed_pairs"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {STATE} cannot be read: {error}") from error
@@ -230,15 +245,40 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if (path / STATE).exists()), key=lambda path: int(path.name[5:]))
 
 
-def _flush_all(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _flush_one(path)
+def superseded(whole: Sequence[Path], keep: Retention) -> list[Path]:
+    """Those of the whole checkpoints, given oldest first, that are neither among the newest nor among the best.
+
+    A checkpoint of a step that was not evaluated is not among the best; of equals the newer one is the better.
+    """
+    kept = set(whole[-keep.last :])
+    if keep.best:
+        scores = {path: score(path, keep.metric) for path in whole}
+        found = [path for path in reversed(whole) if scores[path] is not None]
+        kept.update(sorted(found, key=lambda path: sign(keep.metric) * (scores[path] or 0.0))[: keep.best])
+    return [path for path in whole if path not in kept]
 
 
-def _flush_one(path: Path) -> None:
-    """Have a folder's names, or a file's content, on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sign(metric: str) -> float:
+    """1 if a lower value of a metric is better, -1 if a higher one is."""
+    return 1.0 if LOWER_IS_BETTER & set(metric.split("/")) else -1.0
+
+
+def score(path: Path, metric: str) -> float | None:
+    """A held-out metric in a checkpoint's state, None if its step was not evaluated."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        value = float(json.loads((path / STATE).read_text())["evaluation"][metric])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint atomically."""
+    delete_atomically(path, by_way_of=path.with_suffix(DELETING))
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what interrupted saving and deleting left behind."""
+    for suffix in (".partial", DELETING):
+        for path in folder.glob(f"step-*{suffix}"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, each beginning with its step, that outlive a killed run and a full disk."""
+"""JSON-lines files of one row a step, appended to at once and kept consistent over kills and full disks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsdpo.run_folder import partial_path
+from dsdpo.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 
 
 class JsonlWriter:
-    """Appends rows at once; those that a full disk does not take wait here, and go first when it does."""
+    """Appends rows unbuffered; rows that a full disk does not take are kept in memory and written first later."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -23,7 +23,7 @@ class JsonlWriter:
         self._waiting = b""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; a disk that takes none is warned about once."""
+        """Append one row; warns once where the disk does not take it."""
         warned = bool(self._waiting)
         self._waiting += (json.dumps(without_nan(row), allow_nan=False) + "\n").encode()
         try:
@@ -37,12 +37,12 @@ class JsonlWriter:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def sync(self) -> None:
-        """Have every row on the disk itself. Raises OSError."""
+        """Write all rows and wait until they are on the disk. Raises OSError."""
         self._drain()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what still waits; rows that the disk does not take even now are lost, with a warning."""
+        """Write the rows still in memory; those that the disk does not take even now are lost, with a warning."""
         try:
             self._drain()
         except OSError as error:
@@ -60,12 +60,10 @@ def without_nan(value: Any) -> Any:
 
 
 def drop_rows(path: Path, *, after: int) -> None:
-    """Take the rows of later steps than `after` out of a file, and any that were cut off; it may not exist."""
+    """Delete rows of later steps than `after` from a file, and rows that were cut off; it may not exist."""
     if path.exists():
         kept = [row for row in path.read_bytes().splitlines(keepends=True) if _belongs(row, after)]
-        whole = partial_path(path)
-        whole.write_bytes(b"".join(kept))
-        whole.replace(path)
+        write_bytes(path, b"".join(kept))
 
 
 def _belongs(row: bytes, after: int) -> bool:

@@ -12,7 +12,7 @@ from dsdpo.errors import CheckpointError
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.store import read_identity
 from dsdpo.run_folder import RunFolder
-from dsdpo.training.checkpoint import damage, read_state, whole_checkpoints
+from dsdpo.training.checkpoint import find_damage, read_state, whole_checkpoints
 
 # Settings that decide what is learned. All others (ZeRO config, micro-batches, logging, paths) may change on resume.
 MATHEMATICS = (
@@ -54,7 +54,7 @@ def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
     if run.checkpoint.resume == "auto":
         skipped: list[str] = []
         for path in reversed(broadcast_object(whole_checkpoints(folder))):
-            wrong = damage(path)
+            wrong = find_damage(path)
             if wrong is None:
                 return path, skipped
             skipped.append(f"{path} is damaged ({wrong}): trying the one before it")
@@ -68,7 +68,7 @@ def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
     path = Path(run.checkpoint.resume)
     if path.resolve().parent != folder.resolve():
         raise CheckpointError(f"checkpoint.resume: {path} is not in {folder}; name one of that run's, or say auto")
-    if wrong := damage(path):
+    if wrong := find_damage(path):
         raise CheckpointError(f"checkpoint.resume: {path} is damaged: {wrong}; name another, or say auto")
     return path, []
 

@@ -1,4 +1,4 @@
-"""Saving that may fail: training goes on, and the checkpoint is tried again until the disk has room."""
+"""Save with retries: where the disk fails, training goes on and the checkpoint is tried again later."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
-from dsdpo.training.checkpoint import TrainState, save_checkpoint, writing
+from dsdpo.training.checkpoint import Retention, TrainState, save_checkpoint, writing
 from dsdpo.training.metrics import Meter
-from dsdpo.training.pruning import Keep
 from dsdpo.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ class Saver:
                 reference=self.reference,
                 meter=self.meter,
                 record=self.record | {"evaluation": self.tracker.evaluation_of(self.state.step)},
-                keep=Keep(last=settings.keep_last, best=settings.keep_best, metric=settings.best_metric),
+                keep=Retention(last=settings.keep_last, best=settings.keep_best, metric=settings.best_metric),
             )
             return None
         except CheckpointError as caught:

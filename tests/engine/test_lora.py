@@ -236,9 +236,8 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     from dsdpo.config.loss import LossConfig
     from dsdpo.distributed import barrier, rank
     from dsdpo.engine.shards import parameter_count
-    from dsdpo.training.checkpoint import TrainState, save_checkpoint
+    from dsdpo.training.checkpoint import Retention, TrainState, save_checkpoint
     from dsdpo.training.metrics import Meter
-    from dsdpo.training.pruning import Keep
     from dsdpo.training.step import train_step
     from dsdpo.training.step_loss import StepLoss
 
@@ -255,7 +254,7 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     policy, reference, windows = build_here(run)
     steps(policy, reference, windows[:2])
     parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
-    path = save_checkpoint(Path(folder), TrainState(2, 16), keep=Keep(last=1), **parts)
+    path = save_checkpoint(Path(folder), TrainState(2, 16), keep=Retention(last=1), **parts)
     whole = steps(policy, reference, windows[2:])
     barrier()
     fresh, fresh_reference, windows = build_here(run)

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from dsdpo.errors import CheckpointError
-from dsdpo.training.checkpoint import TrainState, save_checkpoint, whole_checkpoints
+from dsdpo.training.checkpoint import Retention, TrainState, save_checkpoint, whole_checkpoints
 from dsdpo.training.metrics import Meter
-from dsdpo.training.pruning import Keep
 from tests.engines import planned, policy_of, reference_of, train_steps
 from tests.ranks import run_ranks
 from tests.runs import POLICIES, settings
@@ -26,7 +25,7 @@ def save(plan: Any, policy: Any, folder: str, step: int, keep_last: int = 2) -> 
     reference = SeparateReference(reference_of(plan), score_tokens=1000)
     state = TrainState(step=step, consumed_pairs=8 * step)
     parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
-    return save_checkpoint(Path(folder), state, keep=Keep(last=keep_last), **parts)
+    return save_checkpoint(Path(folder), state, keep=Retention(last=keep_last), **parts)
 
 
 def test_newest_are_kept_and_half_written_ones_ignored(inputs: Path, tmp_path: Path) -> None:

@@ -138,5 +138,5 @@ def test_a_snapshot_that_lacks_pairs_is_refused(inputs: Path, tmp_path: Path) ->
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
     # After the third step an evaluation is wanted, of which nobody knew when the snapshot was taken.
     later = {**run, "evaluation": {"every_steps": 3, "at_start": False}}
-    with pytest.raises(RankError, match=r"the snapshot has nothing on pair \d+, which is wanted"):
+    with pytest.raises(RankError, match=r"the snapshot has nothing on pair \d+, which is needed"):
         run_ranks(2, train_here, later)

@@ -9,8 +9,7 @@ import pytest
 
 from dsdpo.config.load import load_run, run_parser
 from dsdpo.errors import ConfigError
-from dsdpo.training.checkpoint import whole_checkpoints
-from dsdpo.training.pruning import Keep, superseded
+from dsdpo.training.checkpoint import Retention, superseded, whole_checkpoints
 from tests.runs import settings, train_on
 
 SCORES = {1: 0.60, 2: 0.50, 3: 0.55, 4: None, 5: 0.50, 6: float("nan"), 7: 0.65}  # eval/loss by step
@@ -29,17 +28,17 @@ def checkpoints(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("keep", "kept"),
     [
-        (Keep(last=2), [6, 7]),
-        (Keep(last=1, best=1), [5, 7]),  # of equals the newer
-        (Keep(last=1, best=2), [2, 5, 7]),
-        (Keep(last=1, best=3), [2, 3, 5, 7]),
-        (Keep(last=3, best=1), [5, 6, 7]),
-        (Keep(last=1, best=2, metric="eval/rewards/accuracies"), [1, 7]),  # the newest is among the best
-        (Keep(last=1, best=99), [1, 2, 3, 5, 7]),  # neither 4, never evaluated, nor 6, whose loss is no number
-        (Keep(last=99), [1, 2, 3, 4, 5, 6, 7]),
+        (Retention(last=2), [6, 7]),
+        (Retention(last=1, best=1), [5, 7]),  # of equals the newer
+        (Retention(last=1, best=2), [2, 5, 7]),
+        (Retention(last=1, best=3), [2, 3, 5, 7]),
+        (Retention(last=3, best=1), [5, 6, 7]),
+        (Retention(last=1, best=2, metric="eval/rewards/accuracies"), [1, 7]),  # the newest is among the best
+        (Retention(last=1, best=99), [1, 2, 3, 5, 7]),  # neither 4, never evaluated, nor 6, whose loss is no number
+        (Retention(last=99), [1, 2, 3, 4, 5, 6, 7]),
     ],
 )
-def test_newest_and_best_are_kept(keep: Keep, kept: list[int], tmp_path: Path) -> None:
+def test_newest_and_best_are_kept(keep: Retention, kept: list[int], tmp_path: Path) -> None:
     whole = checkpoints(tmp_path)
     gone = superseded(whole, keep)
     assert [int(path.name[5:]) for path in whole if path not in gone] == kept
