@@ -51,7 +51,7 @@ class AdapterReference(Reference):
         with scoring(self.policy), self._switch.use(self.adapter), self._gathers.recorded_apart():
             return score_batches(self.policy, batches, score_tokens=self.score_tokens)
 
-    def scorer(self) -> tuple[Any, str | None]:
+    def model_for_flops(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, self.adapter
 
     def save(self, folder: Path) -> None:

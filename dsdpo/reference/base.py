@@ -65,7 +65,7 @@ class Reference(ABC):
             return self.look_ahead_steps
         return min(self.look_ahead_steps, self.sync_every - after % self.sync_every)
 
-    def scorer(self) -> tuple[Any, str | None] | None:
+    def model_for_flops(self) -> tuple[Any, str | None] | None:
         """The model that scores training pairs as training goes, and its adapter in use; None: nothing is computed."""
         return None
 

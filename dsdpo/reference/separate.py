@@ -44,5 +44,5 @@ class SeparateReference(Reference):
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         return score_batches(self.engine, batches, score_tokens=self.score_tokens)
 
-    def scorer(self) -> tuple[Any, str | None]:
+    def model_for_flops(self) -> tuple[Any, str | None]:
         return self.engine.module.lm, POLICY

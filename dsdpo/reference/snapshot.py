@@ -78,7 +78,7 @@ class SnapshotReference(Reference):
         # A filler pair, id -1, gets the first row: anything finite does for what weighs nothing.
         return [self._logps.take(torch.searchsorted(self._ids, batch.pair_ids)) for batch in batches]
 
-    def scorer(self) -> tuple[Any, str | None]:
+    def model_for_flops(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, POLICY
 
     def after_step(self, step: int) -> None:

@@ -199,8 +199,8 @@ class MovingReference(Reference):
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         return self.inner.score(batches)
 
-    def scorer(self) -> tuple[Any, str | None] | None:
-        return self.inner.scorer()
+    def model_for_flops(self) -> tuple[Any, str | None] | None:
+        return self.inner.model_for_flops()
 
     def after_step(self, step: int) -> None:
         self.age += 1

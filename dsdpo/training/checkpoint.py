@@ -32,6 +32,7 @@ from dsdpo.atomic import (
     write_json,
 )
 from dsdpo.distributed import all_or_none, barrier, gather_objects, rank, world_size
+from dsdpo.engine.build import device
 from dsdpo.engine.quirks.checkpoint_files import TAG, load_engine, save_engine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
@@ -181,8 +182,7 @@ def meter_sums(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def restore_meter(sums: dict[str, torch.Tensor], meter: Meter) -> None:
     """Set the meter to these sums, on the device that it sums on."""
-    device = torch.device("cuda") if torch.cuda.is_initialized() else torch.device("cpu")
-    meter.restore({name: value.to(device) for name, value in sums.items()})
+    meter.restore({name: value.to(device()) for name, value in sums.items()})
 
 
 def redistributed_sums(folder: Path, ranks: int) -> dict[str, torch.Tensor]:

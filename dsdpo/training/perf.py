@@ -212,11 +212,11 @@ class Perf:
 
 def perf_of(run: RunConfig, policy: TrainingEngine, reference: Reference) -> Perf:
     """Figures of a run from now on, held against the operations that its two models need."""
-    scorer = reference.scorer()
+    scored_by = reference.model_for_flops()
     operations = partial(
         step_flops,
         policy=model_flops(policy.module.lm, adapter=POLICY, shape_of=full_shape),
-        reference=model_flops(scorer[0], adapter=scorer[1], shape_of=full_shape) if scorer else None,
+        reference=model_flops(scored_by[0], adapter=scored_by[1], shape_of=full_shape) if scored_by else None,
     )
     return Perf(device(), step_flops=operations, peak=run.tracking.peak_tflops)
 
