@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.load import check_deepspeed_files, load_run, run_parser
+from dsdpo.config.reference import Precomputed
+from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.errors import ConfigError
 
@@ -53,7 +55,7 @@ def precompute(argv: list[str]) -> PrecomputeArguments:
     )
     run, flags = load_run(argv, parser)
     check_deepspeed_files(run)
-    if run.reference.strategy != "precomputed":
+    if not isinstance(plan_reference(run).settings, Precomputed):
         raise ConfigError(
             f"{flags.run}: reference.strategy is {run.reference.strategy}, under which training would not use what "
             "dsdpo precompute stores: set it to precomputed, here and for training"
