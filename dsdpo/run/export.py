@@ -10,11 +10,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dsdpo.atomic import delete, partial_path
 from dsdpo.distributed import all_or_none, broadcast_object, rank
 from dsdpo.errors import DsdpoError, TrainingError
 from dsdpo.run.finite_weights import check_trained
 from dsdpo.run.run import Run
-from dsdpo.run_folder import delete, partial_path
 from dsdpo.training.checkpoint import whole_checkpoints
 from dsdpo.training.export import export_model
 

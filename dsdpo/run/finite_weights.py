@@ -19,7 +19,7 @@ def check_start(plan: Plan, policy: TrainingEngine, reference: Reference, checkp
         if checkpoint is not None:
             raise CheckpointError(f"{checkpoint}: {what}; go on from an earlier checkpoint")
         raise ConfigError(f"{named_model(plan.run)}: {what}; give a model whose weights are finite")
-    scorer = reference.scorer()
+    scorer = reference.model_for_flops()
     if scorer is None or scorer[0] is policy.module.lm:
         return
     if names := nonfinite_parameters(scorer[0]):
