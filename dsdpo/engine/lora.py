@@ -26,7 +26,7 @@ from dsdpo.config.lora import ON_THE_HEAD, LoraConfig
 from dsdpo.config.run import ModelConfig
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.adapter_folder import ADAPTER_WEIGHTS
-from dsdpo.engine.shards import MergedWeight, release_gathered, whole_state_dict, writable_shard
+from dsdpo.engine.shards import MergedWeight, finish_writes, release_gathered, whole_state_dict, writable_shard
 from dsdpo.errors import CheckpointError, ConfigError
 
 POLICY, REFERENCE = "default", "reference"  # peft's names of the two adapters
@@ -229,3 +229,4 @@ def load_reference_adapter(engine: Any, path: Path) -> None:
             whole = file.get_tensor(name).view(-1)
             with torch.no_grad(), writable_shard(parameter) as (shard, start):
                 shard.copy_(whole[start : start + shard.numel()])
+        finish_writes()

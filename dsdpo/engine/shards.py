@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
@@ -127,6 +128,15 @@ def release_gathered(engine: Any) -> None:
     """
     if hasattr(engine.optimizer, "empty_partition_cache"):
         engine.optimizer.empty_partition_cache()
+
+
+def finish_writes() -> None:
+    """Wait until what was written to shards is there for the next forward.
+
+    ZeRO-3 gathers on a stream of its own, which does not wait for the one that writes (DeepSpeed 0.19,
+    `overlap_comm`). One wait per sync or resume; a CPU has nothing to wait for.
+    """
+    get_accelerator().synchronize()
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -25,6 +25,8 @@ from transformers.masking_utils import sdpa_mask
 
 from dsdpo.data.batch import Packed
 from dsdpo.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 NAMES = {"auto": "dsdpo", "sdpa": "dsdpo_sdpa", "flash_attention_2": "dsdpo", "flash_attention_3": "dsdpo"}
 """model.attn_implementation -> the registered name of what takes its place for packed batches.
@@ -240,23 +242,56 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Variant], Tensor]
 
 
 def varlen_kernel(query: Tensor, variant: Variant) -> Kernel | None:
-    """The flash attention kernel that takes all pairs at once, or None where none can."""
-    can = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
-    if not can or query.shape[-1] % 8 or variant.sinks is not None or variant.dropout:
+    """The flash attention kernel that takes all pairs at once, or None where none can; on a GPU it is said once why."""
+    if not query.is_cuda:
         return None
-    flash, torch_varlen = _varlen_functions()
+    reason = no_kernel_for(query.dtype, query.shape[-1], variant, _capability(query.device))
+    flash, torch_varlen = _varlen_functions() if reason is None else (None, None)
     if flash is not None:
         return partial(_flash_varlen, flash)
-    return None if torch_varlen is None or variant.softcap is not None else partial(_torch_varlen, torch_varlen)
+    if reason is None and torch_varlen is not None and variant.softcap is None:
+        return partial(_torch_varlen, torch_varlen)
+    _tell_once(reason or f"{'soft-capping needs flash-attn' if variant.softcap else 'flash-attn'}, not installed")
+    return None
+
+
+def no_kernel_for(
+    dtype: torch.dtype, head_size: int, variant: Variant, capability: tuple[int, int] | None
+) -> str | None:
+    """Why no variable-length kernel can compute this attention, None if one can. `capability` is CUDA's, None: ROCm."""
+    if capability is not None and capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0 (Ampere)"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernels take 16-bit numbers, not {str(dtype).removeprefix('torch.')}"
+    if head_size > 256 or head_size % 8:
+        return f"the kernels take heads of up to 256 numbers, by eights, not {head_size}"
+    if variant.sinks is not None:
+        return "the kernels have no attention sinks"
+    return "the kernels are not used with dropout" if variant.dropout else None
+
+
+@lru_cache(maxsize=8)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=32)
+def _tell_once(reason: str) -> None:
+    log.warning("attention goes pair by pair, which is slower with the same results: %s", reason)
 
 
 @lru_cache(maxsize=1)
 def _varlen_functions() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-    """`flash_attn_varlen_func` of flash-attn 3 or 2, and torch's `varlen_attn`, where installed."""
+    """`flash_attn_varlen_func` of flash-attn 3 or 2, and torch's `varlen_attn`, where installed and able to load."""
     flash = None
     for name in ("flash_attn", "flash_attn_interface"):  # the later one, flash-attn 3, wins
-        with suppress(ImportError):
-            flash = importlib.import_module(name).flash_attn_varlen_func
+        try:
+            # flash-attn 4 has a `flash_attn` too, an empty one around its own package.
+            flash = getattr(importlib.import_module(name), "flash_attn_varlen_func", None) or flash
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # built for another torch or CUDA
+            log.warning("%s is installed but does not load (%s): it is not used", name, error)
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # before torch 2.10

@@ -268,10 +268,19 @@ class _ChunkedLogp(torch.autograd.Function):
                 rows[row, at] = _extra(name, logits, logps[at], normalizer[at])
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
         ctx.transform, ctx.chunk = transform, chunk
+        device = hidden.device.type
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return rows if extras else logps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # Logits must be made again as they were, and autograd runs a backward outside of autocast.
+        enabled, dtype = ctx.autocast
+        with torch.autocast(grad.device.type, dtype=dtype, enabled=enabled):
+            return _ChunkedLogp._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
         grad = grad if grad.dim() == 1 else grad[0]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

@@ -29,6 +29,7 @@ from dsdpo.distributed import rank, world_size
 from dsdpo.engine.shards import (
     GATHER_BYTES,
     bytes_whole,
+    finish_writes,
     full_numel,
     is_local,
     parts_of,
@@ -79,7 +80,9 @@ class MovingAverage:
     def move(self) -> int:
         """Update all parameters once; the bytes of policy parameters that were gathered. Collective."""
         release_gathered(self.engine)
-        return sum(self._move_group(group) for group in self._groups())
+        received = sum(self._move_group(group) for group in self._groups())
+        finish_writes()
+        return received
 
     def _groups(self) -> Iterator[list[ParameterPair]]:
         """The pairs in groups that are all local, or whose gathered sources stay under the byte budget."""
@@ -129,6 +132,7 @@ class MovingAverage:
                 if name in self.averages:
                     self.averages[name].copy_(part)
                 shard.copy_(part)
+        finish_writes()
 
 
 class ShardReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -292,3 +293,49 @@ def test_torch_has_the_function_that_is_called() -> None:
     options = {"scale": 1.0, "window_size": (-1, 0), "enable_gqa": True}
     inspect.signature(varlen_attn).bind(*range(7), **options)
     assert module._varlen_functions()[1] is varlen_attn
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "variant", "capability", "reason"),
+    [
+        (torch.bfloat16, 64, {}, (8, 0), None),
+        (torch.float16, 256, {"softcap": 30.0}, (9, 0), None),
+        (torch.bfloat16, 64, {}, None, None),  # ROCm
+        (torch.float16, 64, {}, (7, 5), "compute capability 7.5"),
+        (torch.float32, 64, {}, (8, 0), "not float32"),
+        (torch.bfloat16, 100, {}, (8, 0), "not 100"),
+        (torch.bfloat16, 512, {}, (8, 0), "not 512"),
+        (torch.bfloat16, 64, {"sinks": torch.zeros(2)}, (8, 0), "sinks"),
+        (torch.bfloat16, 64, {"dropout": 0.1}, (8, 0), "dropout"),
+    ],
+)
+def test_what_no_kernel_can_compute_is_named(dtype, head_size, variant, capability, reason) -> None:
+    nothing = {"scale": None, "dropout": 0.0, "window": None, "softcap": None, "sinks": None}
+    said = module.no_kernel_for(dtype, head_size, module.Variant(**nothing | variant), capability)
+    assert (said is None) if reason is None else reason in said
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"flash_attn/cute/__init__.py": ""}, False),  # flash-attn 4: a namespace without the function
+        ({"flash_attn/__init__.py": "raise OSError('undefined symbol')"}, False),
+        ({"flash_attn/__init__.py": "flash_attn_varlen_func = print"}, True),
+        ({"flash_attn/cute/__init__.py": "", "flash_attn_interface.py": "flash_attn_varlen_func = print"}, True),
+        ({"flash_attn/__init__.py": "flash_attn_varlen_func = print", "flash_attn_interface.py": ""}, True),
+    ],
+)
+def test_flash_attn_of_any_version_is_used_or_passed_over(files, found, tmp_path, monkeypatch) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "flash_attn_interface")]:
+        monkeypatch.delitem(sys.modules, name)
+    module._varlen_functions.cache_clear()
+    try:
+        assert (module._varlen_functions()[0] is print) == found
+    finally:
+        module._varlen_functions.cache_clear()
+        for name in [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "flash_attn_interface")]:
+            del sys.modules[name]
