@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from dsdpo.atomic import digest_of, write_text
 from dsdpo.data.dropped_rows import DropReport
-from dsdpo.errors import CacheError
+from dsdpo.errors import CacheError, DataError
 
 TOKEN = np.dtype("<i4")
 ARRAYS = ("starts", "lengths", "origins")
@@ -89,6 +90,7 @@ class Pairs:
     weights: np.ndarray | None = None  # (N,) float32
     scores: np.ndarray | None = None  # (N, n) float32
     sources: tuple[SourceFacts, ...] = ()
+    borrowed: np.ndarray | None = None  # (N,) int64, first token of a last response that is another group's first
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -103,41 +105,73 @@ class Pairs:
 
     def subset(self, rows: np.ndarray) -> Pairs:
         """These rows alone, in this order."""
-        chosen = {name: getattr(self, name)[rows] for name in (*ARRAYS, "margins", "weights", "scores")
+        chosen = {name: getattr(self, name)[rows] for name in (*ARRAYS, "margins", "weights", "scores", "borrowed")
                   if getattr(self, name) is not None}  # fmt: skip
         return replace(self, **chosen)
 
-    def unlearned_ranges(self, pair_id: int) -> np.ndarray:
-        """(u, 2) int64, ranges of a group's tokens that are not learned, counted from its first token."""
+    def stretches(self, pair_id: int) -> list[tuple[int, int]]:
+        """[start, end) in `tokens` of a group's prompt and of each of its responses."""
+        ends = np.cumsum([int(self.starts[pair_id]), *self.lengths[pair_id].tolist()]).tolist()
+        parts = list(pairwise(ends))
+        if self.borrowed is not None:
+            start = int(self.borrowed[pair_id])
+            parts[-1] = start, start + int(self.lengths[pair_id, -1])
+        return parts
+
+    def unlearned_ranges(self, start: int, end: int) -> np.ndarray:
+        """(u, 2) int64, ranges of tokens that are not learned within [start, end) of `tokens`, counted from `start`."""
         if not len(self.unlearned):
             return NO_RANGES
-        start = int(self.starts[pair_id])
-        end = start + int(self.lengths[pair_id].sum())
-        first, last = np.searchsorted(self.unlearned[:, 0], (start, end))
-        return self.unlearned[first:last] - start
+        first = np.searchsorted(self.unlearned[:, 1], start, side="right")
+        last = np.searchsorted(self.unlearned[:, 0], end)
+        return np.clip(self.unlearned[first:last], start, end) - start
 
     def _group(self, pair_id: int) -> Group:
-        sizes = self.lengths[pair_id].tolist()
-        start = int(self.starts[pair_id])
-        ends = np.cumsum(sizes).tolist()
-        tokens = self.tokens[start : start + ends[-1]]
-        prompt, *responses = (tokens[end - size : end] for size, end in zip(sizes, ends, strict=True))
-        ranges = self.unlearned_ranges(pair_id)
+        prompt, *responses = self.stretches(pair_id)
         learned = []
-        for size, end in zip(sizes[1:], ends[1:], strict=True):
-            mask = np.ones(size, dtype=bool)
-            for first, last in (ranges - (end - size)).tolist():
-                mask[max(first, 0) : max(last, 0)] = False
+        for start, end in responses:
+            mask = np.ones(end - start, dtype=bool)
+            for first, last in self.unlearned_ranges(start, end).tolist():
+                mask[first:last] = False
             learned.append(None if mask.all() else mask)
         return Group(
             pair_id,
-            prompt,
-            tuple(responses),
-            learned=tuple(learned) if len(ranges) else (),
+            self.tokens[prompt[0] : prompt[1]],
+            tuple(self.tokens[start:end] for start, end in responses),
+            learned=tuple(learned) if any(mask is not None for mask in learned) else (),
             margin=None if self.margins is None else float(self.margins[pair_id]),
             weight=None if self.weights is None else float(self.weights[pair_id]),
             scores=None if self.scores is None else tuple(self.scores[pair_id].tolist()),
         )
+
+
+def with_mismatched(pairs: Pairs, max_length: int) -> Pairs:
+    """Groups of one response, each with a second one that answers another prompt: that of the next group with one.
+
+    KTO estimates the KL between policy and reference on such mismatched pairs (Ethayarajh et al. 2024, arXiv
+    2402.01306, sec. 4.1). A borrowed response is cut where it would exceed `max_length` behind its new prompt. Raises
+    DataError where all prompts are the same.
+    """
+    assert pairs.group_size == 1, f"groups of {pairs.group_size} responses"
+    lenders = np.array([_lender(pairs, pair_id) for pair_id in range(len(pairs))])
+    lengths = np.column_stack([pairs.lengths, pairs.lengths[lenders, 1]]).astype(np.int32)
+    lengths[:, 2] = np.minimum(lengths[:, 2], max_length - lengths[:, 0])
+    digest = hashlib.sha256(f"{pairs.digest} mismatched {max_length}".encode()).hexdigest()
+    borrowed = pairs.starts[lenders] + pairs.lengths[lenders, 0]
+    return replace(pairs, lengths=lengths, borrowed=borrowed, digest=digest)
+
+
+def _lender(pairs: Pairs, pair_id: int) -> int:
+    """The next group, from the last one on to the first, that has another prompt."""
+    start, end = pairs.stretches(pair_id)[0]
+    for step in range(1, len(pairs)):
+        other = (pair_id + step) % len(pairs)
+        if pairs.lengths[other, 0] != end - start:
+            return other
+        first = int(pairs.starts[other])
+        if not np.array_equal(pairs.tokens[start:end], pairs.tokens[first : first + end - start]):
+            return other
+    raise DataError("all rows have the same prompt: KTO needs completions of other prompts to estimate the KL with")
 
 
 def write_tokens(folder: Path, chunks: Iterable[np.ndarray]) -> None:

@@ -50,10 +50,14 @@ def pair_keys(pairs: Pairs, ids: Sequence[int] | None = None) -> np.ndarray:
     keys = np.empty(len(chosen), dtype=KEY)
     for row, (start, size) in enumerate(zip(starts, lengths.sum(1, dtype=np.int64).tolist(), strict=True)):
         digest = hashlib.blake2b(lengths[row].tobytes(), digest_size=KEY.itemsize)
-        digest.update(np.ascontiguousarray(pairs.tokens[start : start + size], dtype=TOKEN).tobytes())
-        unlearned = pairs.unlearned_ranges(int(chosen[row]))
-        if len(unlearned):
-            digest.update(b"unlearned" + unlearned.astype("<i8").tobytes())
+        # A group's own tokens stand together; a response that it borrows stands elsewhere.
+        own = [(start, start + size)] if pairs.borrowed is None else pairs.stretches(int(chosen[row]))
+        for first, last in own:
+            digest.update(np.ascontiguousarray(pairs.tokens[first:last], dtype=TOKEN).tobytes())
+        for first, last in own:
+            unlearned = pairs.unlearned_ranges(first, last)
+            if len(unlearned):
+                digest.update(b"unlearned" + unlearned.astype("<i8").tobytes())
         keys[row] = digest.digest()
     return keys
 

@@ -11,11 +11,12 @@ import pytest
 from dsdpo.config.data import DataConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import MicroBatchBudget, packed_cost, padded_cost
-from dsdpo.data.pairs import Pairs, open_pairs
+from dsdpo.data.pairs import Pairs, open_pairs, with_mismatched, write_index, write_tokens
 from dsdpo.data.plan import plan_pass
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
 from dsdpo.errors import DataError
+from dsdpo.reference.store import pair_keys
 from tests.data.helpers import assistant, letter_tokenizer, text_rows, user, words, write_jsonl
 
 RATED: list[Any] = [
@@ -66,6 +67,38 @@ def test_one_rated_completion_a_row(tmp_path: Path) -> None:
         assert batch.scores.tolist() == [[1.0], [0.0]]
         assert batch.response.tolist() == [0] * 6 + [1] * 4
     assert batch_of(pairs, "packed", (0, 3)).num_tokens == 2 + 5 + 4 + 3, "neither has its last token"
+
+
+def test_a_rated_completion_beside_one_of_another_prompt(tmp_path: Path) -> None:
+    """The mismatched pairs of KTO's estimate: the next row's completion, unless that has the same prompt."""
+    rows = [*RATED[:3], {"prompt": "a longer prompt:", "completion": " a longer one", "label": 1}]
+    plain = prepared(tmp_path, rows)
+    pairs = with_mismatched(plain, 50)
+    assert pairs.group_size == 2
+    assert [texts(pairs, row) for row in range(4)] == [
+        ["p:", " good</s>", "yes;</s>"],
+        ["p:", " bad</s>", "yes;</s>"],
+        ["uq;a", "yes;</s>", " a longer one</s>"],
+        ["a longer prompt:", " a longer one</s>", " good</s>"],
+    ]
+    assert texts(with_mismatched(plain, 12), 2) == ["uq;a", "yes;</s>", " a longe"], "cut, without an end"
+    keys = pair_keys(pairs)
+    assert len(set(keys.tolist())) == 4
+    same = [(tuple(group.prompt), *map(tuple, group.responses)) for group in pairs[range(4)]]
+    folder = tmp_path / "written"
+    folder.mkdir()
+    write_tokens(folder, [np.array([*group[0], *group[1], *group[2]]) for group in same])
+    starts = np.cumsum([0, *pairs.lengths.sum(axis=1).tolist()[:-1]])
+    write_index(folder, starts=starts, lengths=pairs.lengths, origins=pairs.origins, report=pairs.report)
+    assert pair_keys(open_pairs(folder)).tolist() == keys.tolist(), "keys are of tokens, wherever they stand"
+    assert texts(pairs.subset(np.array([3, 0])), 1) == texts(pairs, 0)
+    for layout in ("packed", "padded"):
+        batch = batch_of(pairs, layout, (0, 2))
+        assert batch.group_size == 2
+        assert batch.scores is not None
+        assert batch.scores.tolist() == [[1.0], [1.0]]
+    with pytest.raises(DataError, match="all rows have the same prompt"):
+        with_mismatched(plain.subset(np.array([0, 1])), 50)
 
 
 def test_lists_best_first(tmp_path: Path) -> None:
