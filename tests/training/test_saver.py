@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsdpo.errors import CheckpointError
+from dsdpo.errors import CheckpointError, TrainingError
 from dsdpo.training.checkpoint import whole_checkpoints
 from dsdpo.training.jsonl import JsonlWriter
 from dsdpo.training.saver import Retries
@@ -58,10 +60,40 @@ def test_a_last_save_that_fails_still_exports_the_model(inputs: Path, tmp_path: 
         assert load_file(disk / "run" / "model" / "model.safetensors")
 
 
+def test_an_export_that_finds_no_room_leaves_the_old_model_and_loses_nothing(inputs: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=20_000) as disk:
+        settings = {"train": {"max_steps": 2}, "overwrite_output_dir": True, "optimizer": {"learning_rate": 1e-2}}
+        run = run_on(disk, tmp_path, inputs, every_steps=0, save_attempts=2, save_pause=0) | settings
+        run_ranks(2, train_here, run)
+        model = disk / "run" / "model" / "model.safetensors"
+        before = load_file(model)
+        steps = {"max_steps": 4}
+        outcome = run_ranks(2, train_on_a_full_disk, {**run, "train": steps}, str(disk), 100, 3 * STEP + 1, None)
+        for lines in outcome:
+            assert "model could not be written" in lines[-1], "all ranks end with the error"
+        assert sorted(path.name for path in disk.glob("run/*") if "partial" in path.name) == []
+        after = load_file(model)
+        assert all(torch.equal(after[name], before[name]) for name in before), "the earlier run's model"
+        elsewhere = Path(re.search(r"It is in (\S+) instead", outcome[0][-1])[1])  # type: ignore[index]
+        trained = load_file(elsewhere / "model" / "model.safetensors")
+        assert any(not torch.equal(trained[name], before[name]) for name in before)
+        shutil.rmtree(elsewhere)
+        # With a whole checkpoint of the last step nothing else is needed.
+        empty(disk)
+        run["checkpoint"] = {**run["checkpoint"], "every_steps": 2}
+        said = run_ranks(2, train_on_a_full_disk, run, str(disk), 100, 10**6, None, True)[0]
+        assert "step-000002 has everything: make room" in said[-1]
+        empty(disk)
+        run_ranks(2, train_here, {**run, "checkpoint": {**run["checkpoint"], "resume": "auto"}})
+        assert any(not torch.equal(value, before[name]) for name, value in load_file(model).items())
+
+
 def train_on_a_full_disk(
-    run: dict[str, Any], disk: str, leaving_kib: int, full_at: int, empty_at: int | None
+    run: dict[str, Any], disk: str, leaving_kib: int, full_at: int, empty_at: int | None, at_export: bool = False
 ) -> list[str]:
     """Train while rank 0 fills the disk before one backward pass, counted from 1, and empties it before another.
+
+    Or it fills it `at_export`.
 
     What is warned about, and the error at the end, if any.
     """
@@ -78,16 +110,25 @@ def train_on_a_full_disk(
                 empty(Path(disk))
         return original(*arguments, **options)
 
+    from dsdpo.run import export
+
+    def check(*arguments: Any) -> None:
+        if at_export and torch.distributed.get_rank() == 0:
+            fill(Path(disk), leaving_kib=leaving_kib)
+        return checked(*arguments)
+
+    checked, export.check_trained = export.check_trained, check
     said = Messages()
     logger = logging.getLogger("dsdpo.training.saver")
     logger.addHandler(said)
     torch.Tensor.backward = backward  # type: ignore[method-assign]
     try:
         train_here(run)
-    except CheckpointError as error:
+    except (CheckpointError, TrainingError) as error:
         said.lines.append(str(error))
     finally:
         torch.Tensor.backward = original  # type: ignore[method-assign]
+        export.check_trained = checked
         logger.removeHandler(said)
     return said.lines
 
