@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2.exceptions import TemplateError
 
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.messages import Message, text_of
 from dsdpo.data.render import common_length
+from dsdpo.data.types import Tokenizer
 
 TrainOn = Literal["all", "assistant", "last"]
 Span = tuple[int, int]  # [start, end) in a text
@@ -34,7 +35,7 @@ def response_mask(
     *,
     render: Render,
     mark: Callable[[Sequence[Message]], list[int]] | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     train_on: TrainOn,
 ) -> list[bool] | None:
     """Of the tokens `ids` of a response, which are learned; None: all of them.
@@ -130,7 +131,7 @@ def _text(message: Message) -> str:
     return text_of(message)
 
 
-def span_mask(text: str, ids: list[int], spans: Sequence[Span], tokenizer: Any) -> list[bool]:
+def span_mask(text: str, ids: list[int], spans: Sequence[Span], tokenizer: Tokenizer) -> list[bool]:
     """Which of `ids`, the tokens that `text` ends with, begin within one of the spans.
 
     A few tokens where the response begins may be others than those of the whole text, which merges across the border:
@@ -141,7 +142,7 @@ def span_mask(text: str, ids: list[int], spans: Sequence[Span], tokenizer: Any) 
     return [mask[0] if mask else True] * (len(ids) - len(mask)) + mask
 
 
-def _token_starts(text: str, ids: list[int], tokenizer: Any) -> list[int]:
+def _token_starts(text: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """Where in the text the last tokens begin, for as many of `ids` as are tokens of the whole text too."""
     if not getattr(tokenizer, "is_fast", False):
         return _counted_starts(text, ids, tokenizer)
@@ -150,7 +151,7 @@ def _token_starts(text: str, ids: list[int], tokenizer: Any) -> list[int]:
     return [start for start, _ in encoded.offset_mapping[len(encoded.input_ids) - same :]]
 
 
-def _counted_starts(text: str, ids: list[int], tokenizer: Any) -> list[int]:
+def _counted_starts(text: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """The same for a tokenizer that does not tell: each token's length as text, counted from the end."""
     whole = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     starts, end = [], len(text)

@@ -6,14 +6,14 @@ import os
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from dsdpo.config.data import DataConfig
 from dsdpo.data.render import Renderer
 from dsdpo.data.tokenize import cache_folder, template_digest
+from dsdpo.data.types import Tokenizer
 
 
-def settled_date(data: DataConfig, tokenizer: Any) -> str | None:
+def settled_date(data: DataConfig, tokenizer: Tokenizer) -> str | None:
     """`data.date`, else the day on which data was first prepared with this template in this cache, as YYYY-MM-DD.
 
     That day is noted in the cache on the first call. None where the template does not ask for the date.

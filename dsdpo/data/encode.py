@@ -36,6 +36,7 @@ from dsdpo.config.data import DataConfig
 from dsdpo.data.assistant_mask import TrainOn, has_marks, response_mask
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.render import Rendered, Renderer, render, response_name
+from dsdpo.data.types import Tokenizer
 
 # Characters to put before a text: the first that does not merge with its beginning is taken.
 GUARDS = ("\x01", "\n", ".", "a", "1")
@@ -92,7 +93,7 @@ class Encoded:
         return "rewritten" in self.notes
 
 
-def encoder_for(tokenizer: Any, data: DataConfig) -> Encoder:
+def encoder_for(tokenizer: Tokenizer, data: DataConfig) -> Encoder:
     """The encoder of a run's settings."""
     return make_encoder(
         tokenizer,
@@ -107,7 +108,7 @@ def encoder_for(tokenizer: Any, data: DataConfig) -> Encoder:
 
 
 def make_encoder(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     add_eos: Literal["auto", "never"] = "auto",

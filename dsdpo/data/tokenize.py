@@ -32,6 +32,7 @@ from dsdpo.data.dropped_rows import DropReport, check_report, collect_problems
 from dsdpo.data.encode import Encoder, encoder_for
 from dsdpo.data.pairs import Pairs, SourceFacts, damage, open_pairs, write_index, write_tokens
 from dsdpo.data.sources import SECTIONS, DefaultSplit, Source, find_sources, read_rows, uses_of_rows
+from dsdpo.data.types import Tokenizer
 from dsdpo.errors import DataError
 
 __all__ = ["Pairs", "cache_folder", "open_pairs", "prepare_pairs", "template_digest", "tokenizer_digest"]
@@ -47,7 +48,7 @@ KEPT_DAYS = 7  # that the chunks of an unfinished preparation stay
 
 
 def prepare_pairs(
-    sources: Sequence[SourceConfig], tokenizer: Any, *, data: DataConfig, seed: int, default_split: DefaultSplit
+    sources: Sequence[SourceConfig], tokenizer: Tokenizer, *, data: DataConfig, seed: int, default_split: DefaultSplit
 ) -> Path:
     """The folder with the sources' token pairs, made now unless it is there; safe to call from several processes.
 
@@ -84,7 +85,7 @@ def prepare_pairs(
     return folder
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Hash over everything that decides a text's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -98,7 +99,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_of([type(tokenizer).__name__, rules, special])
 
 
-def template_digest(tokenizer: Any) -> str:
+def template_digest(tokenizer: Tokenizer) -> str:
     """Hash over the chat template, or over its absence."""
     return digest_of(tokenizer.chat_template)
 

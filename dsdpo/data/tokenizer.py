@@ -10,6 +10,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import AutoTokenizer, GenerationConfig
 
 from dsdpo.config.run import ModelConfig
+from dsdpo.data.types import Tokenizer
 from dsdpo.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
-def end_tokens(tokenizer: Any, model: ModelConfig) -> tuple[str, ...]:
+def end_tokens(tokenizer: Tokenizer, model: ModelConfig) -> tuple[str, ...]:
     """The tokens that end a generation of the model: its tokenizer's EOS and those of its generation config."""
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     with suppress(OSError, ValueError):  # most models without one
@@ -63,7 +64,7 @@ def end_tokens(tokenizer: Any, model: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(i)) for i in found if 0 <= i < len(tokenizer)))
 
 
-def _check_template(tokenizer: Any, name: str) -> None:
+def _check_template(tokenizer: Tokenizer, name: str) -> None:
     """Raises `ConfigError` for a chat template that is no valid Jinja, which would refuse every row."""
     if tokenizer.chat_template is None:
         return

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from dsdpo.data.steps import BatchSource
 from dsdpo.distributed import max_over_ranks
 from dsdpo.engine.build import device
 from dsdpo.engine.scoring_mode import scoring
+from dsdpo.engine.types import InferenceEngine
 from dsdpo.errors import ConfigError
 from dsdpo.objective.logps import ROUNDING, pair_logps
 
@@ -17,7 +16,7 @@ from dsdpo.objective.logps import ROUNDING, pair_logps
 SPARE_TOKENS = 128
 
 
-def check_layout(engine: Any, windows: BatchSource, *, dtype: str) -> None:
+def check_layout(engine: InferenceEngine, windows: BatchSource, *, dtype: str) -> None:
     """Score a few pairs, the longest and the shortest among them, in both layouts. Collective.
 
     Raises `ConfigError` on all ranks if on any they differ by more than rounding in `dtype`. Does nothing for padded

@@ -11,6 +11,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.engine.lora import REFERENCE, AdapterSwitch, adapter_pairs, load_reference_adapter, save_reference_adapter
 from dsdpo.engine.quirks.gather_trace import SecondOrder
 from dsdpo.engine.scoring_mode import scoring
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_batches
@@ -22,7 +23,7 @@ from dsdpo.reference.trdpo import with_trdpo
 class AdapterReference(Reference):
     """No second model: a window is scored by the policy engine with its trained adapter switched away."""
 
-    def __init__(self, policy: Any, *, score_tokens: int) -> None:
+    def __init__(self, policy: TrainingEngine, *, score_tokens: int) -> None:
         """`policy` is the engine around a `ResponseScorer` of a PeftModel, with or without a reference adapter."""
         self.policy = policy
         self.score_tokens = score_tokens
@@ -36,7 +37,8 @@ class AdapterReference(Reference):
             )
 
     @classmethod
-    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+    def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
+        assert policy is not None
         settings = plan.reference.settings
         assert isinstance(settings, Adapter)
         own = cls(policy, score_tokens=settings.score_tokens)

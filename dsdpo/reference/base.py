@@ -15,6 +15,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.collate import group_by_tokens, merge
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import PairLogps, pair_logps
 from dsdpo.phases import Phase, untimed
 from dsdpo.reference.identity import ReferenceIdentity
@@ -32,7 +33,7 @@ class Reference(ABC):
     """Optimizer steps between two moves towards the policy; None: it does not move."""
 
     @classmethod
-    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+    def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
         """The reference of a run, for the classes in `config.reference.STRATEGIES`. Collective.
 
         `policy` is the training engine, warmed up; None for a strategy that is scored before training.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dsdpo.atomic import digest_of
 from dsdpo.config.run import ModelConfig
 from dsdpo.data.tokenize import template_digest, tokenizer_digest
+from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.shards import local_shards
@@ -114,7 +115,7 @@ def identify(
     module: Any,
     *,
     model: ModelConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     max_length: int,
     strategy: str,
     engine_config: dict[str, Any] | None = None,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from dsdpo.data.batch import PreferenceBatch
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.reference.base import Reference
 from dsdpo.reference.run_plan import RunPlan
@@ -18,7 +18,7 @@ class NoReference(Reference):
     """
 
     @classmethod
-    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+    def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
         return cls()
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +26,7 @@ from dsdpo.engine.build import build_reference, device
 from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.lora import POLICY
 from dsdpo.engine.quirks.destroy import destroy_engine, used_memory
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CacheError, StoppedError
 from dsdpo.objective.logps import ROUNDING, PairLogps
 from dsdpo.objective.token_weights import TokenWeights
@@ -50,7 +50,7 @@ class PrecomputedReference(Reference):
         self._table = PairLogps.cat(tables).to(device())
 
     @classmethod
-    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+    def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
         folder, deadline = RunFolder(plan.run.output_dir), plan.run.checkpoint.deadline
         return precompute(plan, StopRequest(folder, deadline=deadline, device=device()))
 

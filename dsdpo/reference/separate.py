@@ -10,6 +10,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.engine.build import build_reference
 from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.lora import POLICY, merged_parameters
+from dsdpo.engine.types import InferenceEngine, TrainingEngine
 from dsdpo.objective.logps import PairLogps
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.reference.base import Reference, score_batches
@@ -21,12 +22,13 @@ from dsdpo.reference.trdpo import match_parameters, with_trdpo
 class SeparateReference(Reference):
     """A frozen model in an engine of its own, asked once per optimizer step for the whole window."""
 
-    def __init__(self, engine: Any, *, score_tokens: int) -> None:
+    def __init__(self, engine: InferenceEngine, *, score_tokens: int) -> None:
         self.engine = engine
         self.score_tokens = score_tokens
 
     @classmethod
-    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+    def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
+        assert policy is not None
         settings, model = plan.reference.settings, plan.reference.model
         assert isinstance(settings, Separate)
         weights = TokenWeights.of(plan.run.loss)

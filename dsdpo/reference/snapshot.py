@@ -23,6 +23,7 @@ from dsdpo.distributed import rank, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.lora import POLICY
 from dsdpo.engine.scoring_mode import scoring
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference, score_batches
@@ -33,7 +34,7 @@ from dsdpo.reference.run_plan import RunPlan
 class SnapshotReference(Reference):
     """Answers from what the policy said at the last snapshot: one at the start, then one every `every` steps."""
 
-    def __init__(self, policy: Any, plan: RunPlan, *, every: int, score_tokens: int) -> None:
+    def __init__(self, policy: TrainingEngine, plan: RunPlan, *, every: int, score_tokens: int) -> None:
         """`policy` is the training engine; `plan` says what training and evaluations ask for, and when."""
         self.policy, self.plan, self.score_tokens = policy, plan, score_tokens
         self.every = self.sync_every = every
@@ -42,7 +43,8 @@ class SnapshotReference(Reference):
         self.syncs, self.age, self.seconds, self._step = 0, 0, 0.0, 0
 
     @classmethod
-    def build(cls, plan: RunPlan, policy: Any) -> Reference:
+    def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
+        assert policy is not None
         settings = plan.reference.settings
         assert isinstance(settings, Snapshot)
         reference = cls(policy, plan, every=settings.sync.every, score_tokens=settings.score_tokens)

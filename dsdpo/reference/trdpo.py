@@ -38,6 +38,7 @@ from dsdpo.engine.shards import (
     size_for_gathering,
     writable_shard,
 )
+from dsdpo.engine.types import InferenceEngine
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
 from dsdpo.reference.base import Reference
@@ -51,7 +52,7 @@ class MovingAverage:
     def __init__(
         self,
         matches: Sequence[ParameterPair],
-        engine: Any,
+        engine: InferenceEngine,
         *,
         alpha: float,
         gather: bool = False,
@@ -237,7 +238,9 @@ class MovingReference(Reference):
             self.last_sync = {"reference/sync_bytes": facts["sync_bytes"]}
 
 
-def with_trdpo(reference: Reference, matches: list[ParameterPair], engine: Any, sync: Sync) -> MovingReference:
+def with_trdpo(
+    reference: Reference, matches: list[ParameterPair], engine: InferenceEngine, sync: Sync
+) -> MovingReference:
     """The reference, whose parameters `engine` holds, moved towards the policy as `sync` says."""
     average = MovingAverage(matches, engine, alpha=sync.alpha)
     say(f"reference moves every {sync.every} steps: {average.describe()}")

@@ -16,6 +16,7 @@ from dsdpo.data.sources import SECTIONS, DefaultSplit
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import (
     all_or_none,
     broadcast_object,
@@ -37,7 +38,7 @@ def prepare_windows(
     run: RunConfig,
     sources: list[SourceConfig],
     split: DefaultSplit,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     model: Any,
     layout: LayoutName,
 ) -> BatchSource:
@@ -57,7 +58,7 @@ def prepare_windows(
     )
 
 
-def with_date(run: RunConfig, tokenizer: Any) -> RunConfig:
+def with_date(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The run with the date that its chat template is told, if that asks: a resumed run's own. Collective."""
     settled = None
     with all_or_none():

@@ -22,6 +22,7 @@ from dsdpo.data.prefetch import prefetch
 from dsdpo.data.steps import BatchSource, StepBatches
 from dsdpo.data.tokenize import cache_folder
 from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import world_size
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.build import start_distributed
@@ -54,7 +55,7 @@ class Plan:
     reference: ReferencePlan
     policy_config: dict[str, Any]  # DeepSpeed's, with nothing "auto" left
     reference_config: dict[str, Any]
-    tokenizer: Any
+    tokenizer: Tokenizer
     train: BatchSource
     evaluation: BatchSource | None
     total_steps: int  # of the whole run

@@ -34,6 +34,7 @@ from dsdpo.atomic import (
 from dsdpo.distributed import all_or_none, barrier, gather_objects, rank, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.quirks.checkpoint_files import TAG, load_engine, save_engine
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter
@@ -65,7 +66,7 @@ def save_checkpoint(
     folder: Path,
     state: TrainState,
     *,
-    policy: Any,
+    policy: TrainingEngine,
     reference: Reference,
     meter: Meter,
     record: dict[str, Any],
@@ -99,7 +100,13 @@ def save_checkpoint(
 
 
 def _write(
-    partial: Path, state: TrainState, *, policy: Any, reference: Reference, meter: Meter, record: dict[str, Any]
+    partial: Path,
+    state: TrainState,
+    *,
+    policy: TrainingEngine,
+    reference: Reference,
+    meter: Meter,
+    record: dict[str, Any],
 ) -> None:
     """Write all files of a checkpoint, `state.json` last. Collective."""
     with all_or_none(), writing(partial):
@@ -134,7 +141,7 @@ def writing(partial: Path) -> Iterator[None]:
         raise CheckpointError(f"{partial}: {error}; the checkpoint was not written, earlier ones are intact") from error
 
 
-def load_checkpoint(path: Path, *, policy: Any, reference: Reference, meter: Meter, seed: int) -> TrainState:
+def load_checkpoint(path: Path, *, policy: TrainingEngine, reference: Reference, meter: Meter, seed: int) -> TrainState:
     """Restore everything that `save_checkpoint` saved, from a checkpoint without damage. Collective.
 
     On another number of ranks the sums of metrics are redistributed, and random numbers follow from `seed`, the step

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import gather_objects
 from dsdpo.engine.scoring_mode import scoring
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.objective.losses import LossInputs
 from dsdpo.objective.scores import PolicyScores, policy_scores
@@ -41,7 +42,7 @@ class HeldOut:
 
 
 def evaluate(
-    policy: Any,
+    policy: TrainingEngine,
     reference: Reference,
     loss: StepLoss,
     windows: Iterable[Sequence[PreferenceBatch]],

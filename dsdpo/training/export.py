@@ -9,12 +9,16 @@ import dsdpo
 from dsdpo.config.load import dump_yaml
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
+from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.lora import merged_model, save_adapter
 from dsdpo.engine.shards import whole_state_dict
+from dsdpo.engine.types import TrainingEngine
 
 
-def export_model(policy: Any, tokenizer: Any, run: RunConfig, folder: Path, *, metrics: dict[str, float]) -> None:
+def export_model(
+    policy: TrainingEngine, tokenizer: Tokenizer, run: RunConfig, folder: Path, *, metrics: dict[str, float]
+) -> None:
     """Write whole weights (safetensors, in the engine's dtype), tokenizer and model card to `folder`. Collective.
 
     Of a policy with an adapter, that is the adapter alone; see `export_adapter`. Works from any ZeRO stage: parameters
@@ -32,7 +36,7 @@ def export_model(policy: Any, tokenizer: Any, run: RunConfig, folder: Path, *, m
             (folder / "README.md").write_text(model_card(run, metrics), encoding="utf-8")
 
 
-def export_adapter(lm: Any, tokenizer: Any, run: RunConfig, folder: Path, *, metrics: dict[str, float]) -> None:
+def export_adapter(lm: Any, tokenizer: Tokenizer, run: RunConfig, folder: Path, *, metrics: dict[str, float]) -> None:
     """Write the adapter to `folder`, and if asked for, the merged model to `merged` beside it. Collective.
 
     Merging reads the base model anew: rank 0 needs room for one copy on the CPU, as it does to export a whole model.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import world_size
 from dsdpo.engine.quirks.gather_trace import SecondOrder
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import PairLogps, token_counts
 from dsdpo.objective.losses import LossInputs, LossOutput, StepPairs, make_loss
 from dsdpo.objective.scores import PolicyScores, extras_of
@@ -69,7 +69,13 @@ class StepLoss:
         return LossInputs(beta=self.beta(step), bco_delta=self._delta())
 
     def ahead(
-        self, policy: Any, window: StepBatches, anchor: Sequence[PairLogps], first: PolicyScores | None, *, step: int
+        self,
+        policy: TrainingEngine,
+        window: StepBatches,
+        anchor: Sequence[PairLogps],
+        first: PolicyScores | None,
+        *,
+        step: int,
     ) -> list[LossInputs]:
         """What each batch's loss is given beside its own log-probs. Collective for the losses that ask for the step.
 
@@ -117,7 +123,7 @@ class StepLoss:
         self.means["beta"] = max(LEAST_BETA, self.settings.beta * (1.0 + alpha * (mean - before)))
         return self.means["beta"]
 
-    def _pass_ahead(self, policy: Any, window: StepBatches) -> list[PairLogps]:
+    def _pass_ahead(self, policy: TrainingEngine, window: StepBatches) -> list[PairLogps]:
         """The policy's log-probs of this rank's batches, without gradient. Collective."""
         self._gathers = self._gathers or SecondOrder(policy)
         policy.eval()
