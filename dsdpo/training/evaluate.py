@@ -138,6 +138,8 @@ def calibration_error(margins: Tensor) -> float:
 
     σ(|margin|) is how sure the policy is of its preferred response; it should be right that often. A tie is half right.
     """
+    if not margins.isfinite().all():
+        return math.nan
     sure = torch.sigmoid(margins.abs())
     right = (margins > 0).double() + 0.5 * (margins == 0).double()
     place = ((sure - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)

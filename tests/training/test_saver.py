@@ -85,7 +85,7 @@ def test_an_export_that_finds_no_room_leaves_the_old_model_and_loses_nothing(inp
         assert "step-000002 has everything: make room" in said[-1]
         empty(disk)
         run_ranks(2, train_here, {**run, "checkpoint": {**run["checkpoint"], "resume": "auto"}})
-        assert any(not torch.equal(value, before[name]) for name, value in load_file(model).items())
+        assert not (disk / "run" / "export.partial").exists()
 
 
 def train_on_a_full_disk(
@@ -110,7 +110,12 @@ def train_on_a_full_disk(
                 empty(Path(disk))
         return original(*arguments, **options)
 
+    from dsdpo.commands.train import train
+    from dsdpo.config.run import RunConfig
     from dsdpo.run import export
+    from dsdpo.run.plan import plan_run
+
+    plan = plan_run(RunConfig.model_validate(run))  # which tries DeepSpeed on a small model
 
     def check(*arguments: Any) -> None:
         if at_export and torch.distributed.get_rank() == 0:
@@ -123,7 +128,7 @@ def train_on_a_full_disk(
     logger.addHandler(said)
     torch.Tensor.backward = backward  # type: ignore[method-assign]
     try:
-        train_here(run)
+        train(plan)
     except (CheckpointError, TrainingError) as error:
         said.lines.append(str(error))
     finally:
