@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def write_json(path: Path, content: dict[str, Any]) -> str:
     """Write the file; its path as text."""
     path.write_text(json.dumps(content))
     return str(path)
+
+
+def each_once(names: Iterable[str], others: Iterable[str], *, whole: str) -> list[tuple[str, str]]:
+    """Pairs for engines that meet only in shared settings: `whole` beside each of `others`, every other name once."""
+    others = list(others)
+    rest = [name for name in names if name != whole]
+    return [(whole, other) for other in others] + [(name, others[i % len(others)]) for i, name in enumerate(rest)]
 
 
 def train_on(world_size: int, run: dict[str, Any]) -> list[dict[str, float]]:

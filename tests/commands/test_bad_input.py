@@ -18,9 +18,12 @@ from tests.ranks import run_ranks
 
 HANG_S = 240  # 15 s on a machine of one's own, minutes on a crowded one
 BY_NAME = {case.name: case for case in CASES}
-# Through real processes: an early and a late mistake of each kind.
-IN_ONE_PROCESS = [RUN_FILE[0], RUN_FILE[4], RUN_FILE[-1], DEEPSPEED[2], MODEL[0], MODEL[7], DATA[1], DATA[9]]
-UNDER_THE_LAUNCHER = ["unknown key", "stage-3 key typo", "binary junk", "one bad row under data.strict"]
+# Ranks have nothing to agree on before DeepSpeed is asked about its JSONs.
+BEFORE_RANKS_MEET = RUN_FILE
+ON_RANKS = [BY_NAME["unknown key"], *DEEPSPEED, *MODEL, *DATA]
+# Through real processes: before torch is imported, before ranks meet, after they have met.
+AS_PROCESSES = ["unknown section", "no tokenizer", "one bad row under data.strict"]
+UNDER_THE_LAUNCHER = ["unknown key", "one bad row under data.strict"]
 
 
 def test_at_least_twenty_different_cases() -> None:
@@ -28,14 +31,26 @@ def test_at_least_twenty_different_cases() -> None:
     assert len({case.mentions for case in CASES}) == len(CASES)
 
 
-# Ranks have nothing to agree on before the data.
-@pytest.mark.parametrize(("case", "world_size"), [(case, 2) for case in CASES] + [(case, 1) for case in DATA], ids=str)
-def test_every_rank_refuses_and_rank_0_says_why(case: Case, world_size: int, inputs: Path, tmp_path: Path) -> None:
-    answers = run_ranks(world_size, command_here, write(case, tmp_path, inputs))
-    assert [code for code, _, _ in answers] == [2] * world_size
+@pytest.mark.parametrize("case", BEFORE_RANKS_MEET, ids=str)
+def test_refused_before_ranks_meet(case: Case, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from dsdpo.__main__ import in_process_group, main
+
+    arguments = write(case, tmp_path, inputs)
+    capfd.readouterr()
+    code = main(arguments)
+    output, errors = capfd.readouterr()
+    assert_says(case, errors)
+    assert (code, output) == (2, "")
+    assert not in_process_group()
+
+
+@pytest.mark.parametrize("case", ON_RANKS, ids=str)
+def test_every_rank_refuses_and_rank_0_says_why(case: Case, inputs: Path, tmp_path: Path) -> None:
+    answers = run_ranks(2, command_here, write(case, tmp_path, inputs))
+    assert [code for code, _, _ in answers] == [2, 2]
     assert_says(case, answers[0][2])
-    assert [text for _, output, _ in answers for text in output.splitlines()] == []
-    assert [errors for _, _, errors in answers[1:]] == [""] * (world_size - 1)
+    assert [output for _, output, _ in answers] == ["", ""]
+    assert answers[1][2] == ""
 
 
 def command_here(argv: list[str]) -> tuple[int, str, str]:
@@ -75,8 +90,9 @@ def assert_says(case: Case, errors: str) -> None:
     assert not re.search(r"\b(WARNING|INFO)\b", errors)
 
 
-@pytest.mark.parametrize("case", IN_ONE_PROCESS, ids=str)
-def test_as_a_real_process(case: Case, inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", AS_PROCESSES)
+def test_as_a_real_process(name: str, inputs: Path, tmp_path: Path) -> None:
+    case = BY_NAME[name]
     answer = finish([*DSDPO, *write(case, tmp_path, inputs)], limit_s=HANG_S)
     assert answer.returncode == 2
     assert_says(case, answer.stderr)
