@@ -277,8 +277,8 @@ def test_a_home_folder_is_found_in_every_path(monkeypatch):
         ("", ["--data.train", "null"], "command line: ", "data.train is null"),
         ("", ["--data.train", '{"path": "a", "wieght": 2}'], "command line: ", "did you mean weight?"),
         ("", ["--data.train", '{"path"'], "command line: ", "check brackets and quotes"),
-        ("", ["--model", "null"], "command line: ", "model is null"),
-        ("", ["--loss", "3"], "command line: ", "loss is 3"),
+        ("", ["--model", "null"], "command line: ", "model"),
+        ("", ["--loss", "3"], "command line: ", "loss"),
         ("", ["--batch.pairs_per_micro_batch", "128"], "command line: ", "is more than batch.pairs_per_step 64"),
         ("batch: {pairs_per_micro_batch: 128}", [], "run.yaml: ", "is more than batch.pairs_per_step 64"),
         (

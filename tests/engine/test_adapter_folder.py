@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.errors import ConfigError
@@ -31,9 +32,14 @@ def write(folder: Path, **changes: Any) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(GOOD | changes))
 
 
+def check_of(settings: dict[str, Any]) -> None:
+    run = RunConfig.model_validate(settings)
+    check_adapter(run, trains_biases=not plan_reference(run).shares_policy)
+
+
 def check(folder: Path, **reference: Any) -> None:
     model = {"path": "org/model", "lora": {"path": str(folder)}}
-    check_adapter(RunConfig.model_validate(NEEDED | {"model": model, "reference": reference}))
+    check_of(NEEDED | {"model": model, "reference": reference})
 
 
 def test_a_lora_adapter_is_fine(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -45,8 +51,8 @@ def test_a_lora_adapter_is_fine(folder: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_nothing_to_check_for_a_fresh_one() -> None:
-    check_adapter(RunConfig.model_validate(NEEDED | {"model": {"path": "m", "lora": {}}}))
-    check_adapter(RunConfig.model_validate(NEEDED | {"model": {"path": "m"}}))
+    check_of(NEEDED | {"model": {"path": "m", "lora": {}}})
+    check_of(NEEDED | {"model": {"path": "m"}})
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
