@@ -52,6 +52,8 @@ FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {},
+    "phi3": {},
+    "hyperclovax": {"logits_scaling": 0.125},
 }
 
 

@@ -174,6 +174,8 @@ class ReferenceConfig(Section):
     """Folder or Hub id of the reference; null: the model that the policy starts from."""
     revision: str | None = None
     """Hub branch, tag or commit of the reference; null: model.revision if the path is the policy's."""
+    allow_other_tokenizer: bool = False
+    """Take a reference whose tokenizer or number of embeddings is not the policy's."""
     deepspeed: PathText | None = None
     """DeepSpeed JSON of the reference engine (stage 0 or 3); null: derived from the policy's."""
     score_tokens: PositiveInt = 32768

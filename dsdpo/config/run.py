@@ -65,7 +65,7 @@ class ModelConfig(Section):
     chat_template: PathText | None = None
     """Jinja file used as chat template; null: the tokenizer's own."""
     pad_token: str | None = None
-    """Token to pad with, for a tokenizer without one; null: the tokenizer's own."""
+    """Token to pad with; null: the tokenizer's own, else its end of sequence, else id 0. Nothing attends to it."""
 
     @model_validator(mode="after")
     def _offloads_little(self) -> ModelConfig:

@@ -12,7 +12,7 @@ import torch
 from dsdpo.data.batch import Padded, PreferenceBatch, filler
 from dsdpo.data.binning import COSTS, LayoutName, MicroBatchBudget, longest_sequences, sequence_tokens
 from dsdpo.data.collate import collate
-from dsdpo.data.pairs import Pairs
+from dsdpo.data.pairs import Group, Pairs
 from dsdpo.data.plan import plan_pass, plan_step, rank_costs
 
 
@@ -88,10 +88,15 @@ class BatchSource:
         count = self.budget.pairs or max(1, int(np.searchsorted(costs, self.budget.token_limit, side="right")))
         return filler(self._laid_out(order[:count].tolist(), self.layout)).to(device)
 
-    def sample(self, layout: LayoutName, *, count: int = 4) -> PreferenceBatch:
-        """A few pairs of all lengths, from the longest to the shortest, in a layout of choice, on the CPU."""
+    def sample(self, *, count: int = 4, longest: int | None = None) -> list[Group]:
+        """A few pairs of all lengths, from the longest to the shortest.
+
+        With `longest`, prompts lose their beginning and responses their end until a sequence has so many tokens, and
+        all tokens of a response are learned.
+        """
         places = np.unique(np.linspace(0, len(self.pairs) - 1, count).astype(np.int64))
-        return self._laid_out(self._longest_first[places].tolist(), layout)
+        groups = self.pairs[self._longest_first[places].tolist()]
+        return groups if longest is None else [shortened(group, longest) for group in groups]
 
     def _collate(self, micro_batches: Sequence[tuple[int, ...]]) -> tuple[PreferenceBatch, ...]:
         return tuple(self.batch(ids) for ids in micro_batches)
@@ -110,6 +115,13 @@ class BatchSource:
     @cached_property
     def _longest_first(self) -> np.ndarray:
         return np.argsort(-longest_sequences(self.pairs.lengths), kind="stable")
+
+
+def shortened(group: Group, longest: int) -> Group:
+    """The end of the group's prompt and the beginnings of its responses, at most `longest` tokens together."""
+    prompt = group.prompt[-max(1, longest // 2) :]
+    responses = tuple(response[: longest - len(prompt)] for response in group.responses)
+    return replace(group, prompt=prompt, responses=responses, learned=())
 
 
 def padding(batch: PreferenceBatch) -> int:

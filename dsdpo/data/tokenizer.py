@@ -17,7 +17,7 @@ from dsdpo.errors import ConfigError
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer of `model.tokenizer` or `model.path`, with `model.chat_template` and `model.pad_token` applied.
 
-    Raises `ConfigError` when it cannot be loaded or has no pad token, or its chat template is no Jinja.
+    Raises `ConfigError` when it cannot be loaded or has no such pad token, or its chat template is no Jinja.
     """
     source = model.tokenizer or model.path
     try:
@@ -46,11 +46,6 @@ def load_tokenizer(model: ModelConfig) -> Any:
                 f"choose one that is, for example {tokenizer.eos_token!r}"
             )
         tokenizer.pad_token = model.pad_token
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"model.pad_token: the tokenizer of {source!r} has no pad token; name the token to pad with, "
-            f"for example model.pad_token: {tokenizer.eos_token!r}"
-        )
     return tokenizer
 
 
@@ -74,3 +69,11 @@ def _check_template(tokenizer: Tokenizer, name: str) -> None:
         raise ConfigError(f"{name}: line {error.lineno} is not valid Jinja: {error.message}; correct it") from error
     except Exception:  # it may ask for more than this; rows that it refuses are counted
         return
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that stands where no token does: of the pad token, else the end of sequence, else 0. Nothing sees it."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0

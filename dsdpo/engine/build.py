@@ -5,32 +5,28 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, get_scheduler
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers import get_scheduler
 
 from dsdpo.config.run import ModelConfig, OptimizerConfig, RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName
 from dsdpo.distributed import rank
+from dsdpo.engine.load import load_lm, partitioned_loading
 from dsdpo.engine.lora import add_adapter, add_reference_adapter
 from dsdpo.engine.quirks.gather_trace import count_gathers_of
 from dsdpo.engine.start import start_distributed as start_distributed
-from dsdpo.engine.zero_config import offload_device, stage
-from dsdpo.objective.attention import NAMES
+from dsdpo.engine.zero_config import offload_device
 from dsdpo.objective.logps import ResponseScorer
 from dsdpo.objective.token_weights import TokenWeights
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def device() -> torch.device:
@@ -39,14 +35,20 @@ def device() -> torch.device:
 
 
 def build_policy(
-    run: RunConfig, config: dict[str, Any], *, total_steps: int, layout: LayoutName, second_adapter: bool = False
+    run: RunConfig,
+    config: dict[str, Any],
+    *,
+    total_steps: int,
+    layout: LayoutName,
+    second_adapter: bool = False,
+    longest: int | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The training engine around a `ResponseScorer`, with a `second_adapter` for the reference if asked. Collective.
 
     The optimizer is the JSON's own if it has one; else DeepSpeed's CPU Adam when optimizer states are offloaded, and
     torch's AdamW (fused where the device has it) when they are not.
     """
-    lm = load_lm(run.model, config, layout=layout)
+    lm = load_lm(run.model, config, layout=layout, longest=longest)
     if run.model.gradient_checkpointing:
         # Reentrant checkpointing fails under ZeRO-2/3 when one backward covers two forwards, and with an adapter it
         # would need inputs that require gradients.
@@ -79,14 +81,19 @@ def build_policy(
 
 
 def build_reference(
-    model: ModelConfig, config: dict[str, Any], *, layout: LayoutName, token_weights: TokenWeights | None = None
+    model: ModelConfig,
+    config: dict[str, Any],
+    *,
+    layout: LayoutName,
+    token_weights: TokenWeights | None = None,
+    longest: int | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """An inference-only engine (no optimizer, no gradients) around a frozen `ResponseScorer`. Collective.
 
     Never call `backward`, `step` or `save_checkpoint` on the result: without an optimizer they fail or hang
     (DeepSpeed 0.19).
     """
-    lm = load_lm(model, config, layout=layout)
+    lm = load_lm(model, config, layout=layout, longest=longest)
     if model.lora is not None:
         with partitioned_loading(config):
             lm = add_adapter(lm, model, seed=0, trainable=False)
@@ -116,68 +123,6 @@ def warm_up(policy: deepspeed.DeepSpeedEngine, batch: PreferenceBatch) -> None:
     pass: were that one without gradient, training passes would break the record for ever (DeepSpeed 0.19).
     """
     policy.backward(policy(batch=batch).sum() * 0.0, scale_wrt_gas=False)
-
-
-def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: LayoutName) -> Any:
-    """The causal language model, under stage 3 straight into shards, with every dropout off. Collective.
-
-    In the packed `layout` it gets the attention that takes both layouts, else the one that it asks for.
-    """
-    with partitioned_loading(config):
-        lm = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            revision=model.revision,
-            dtype=DTYPES[model.dtype],
-            attn_implementation=attention_name(model, layout),
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=None if model.allow_pickle else True,
-        )
-    disable_dropout(lm)
-    mark_moe_leaves(lm)
-    return lm
-
-
-def attention_name(model: ModelConfig, layout: LayoutName) -> str | None:
-    """The name under which transformers finds the attention for a model, None for transformers' choice."""
-    name = model.attn_implementation
-    if layout == "packed":
-        return NAMES[name]
-    return None if name == "auto" else name
-
-
-@contextmanager
-def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Make Hugging Face load for exactly this DeepSpeed config.
-
-    Its switch is a process-wide weak reference of which the last object alive wins, so each load brings its own and
-    takes it away again: a stage-2 policy beside a stage-3 reference would otherwise be loaded partitioned.
-    """
-    live = HfDeepSpeedConfig(config) if stage(config) == 3 else unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del live
-
-
-def disable_dropout(lm: nn.Module) -> None:
-    """Set every dropout probability to zero: policy and reference must be the same function at step 0."""
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "resid_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def mark_moe_leaves(lm: nn.Module) -> None:
-    """Have ZeRO-3 gather each mixture-of-experts block whole.
-
-    Ranks route tokens to different experts; gathering expert by expert would leave them in different collectives.
-    """
-    blocks = {type(module) for module in lm.modules() if "experts" in dict(module.named_children())}
-    if blocks:
-        deepspeed.utils.set_z3_leaf_modules(lm, list(blocks))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

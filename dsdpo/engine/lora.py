@@ -20,13 +20,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dsdpo.config.lora import ON_THE_HEAD, LoraConfig
 from dsdpo.config.run import ModelConfig
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.adapter_folder import ADAPTER_WEIGHTS
+from dsdpo.engine.blank import key_mapping, refuse_unfit
 from dsdpo.engine.shards import MergedWeight, finish_writes, release_gathered, whole_state_dict, writable_shard
+from dsdpo.engine.weight_files import Shapes, safetensors_shapes
 from dsdpo.errors import CheckpointError, ConfigError
 
 POLICY, REFERENCE = "default", "reference"  # peft's names of the two adapters
@@ -64,14 +66,58 @@ def add_adapter(lm: Any, model: ModelConfig, *, seed: int, trainable: bool = Tru
     return wrapped
 
 
-def check_fresh_adapter(model: ModelConfig) -> None:
-    """Raise `ConfigError` if a fresh adapter does not fit the model, tried on one without memory or weights."""
-    if model.lora is None or model.lora.path is not None:
+def check_adapter_fits(lm: Any, model: ModelConfig) -> None:
+    """Raise `ConfigError` unless the adapter of `model.lora`, if any, fits and is whole; spoils `lm`.
+
+    `lm` is the model without memory or weights (see `engine.blank`), so an adapter on it costs nothing.
+    """
+    if model.lora is None:
         return
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-        add_adapter(lm, model, seed=0)
+        if model.lora.path is None:
+            add_adapter(lm, model, seed=0)
+        else:
+            folder = Path(model.lora.path).expanduser()
+            stored = safetensors_shapes(folder / ADAPTER_WEIGHTS, key="model.lora.path")
+            check_stored_adapter(_with_settings_of(lm, model), stored, folder)
+
+
+def check_stored_adapter(wrapped: peft.PeftModel, stored: Shapes, folder: Path) -> None:
+    """Raise `ConfigError` unless a file of these tensors fills the adapter on `wrapped`, no more and no less."""
+    due, allowed = (
+        {
+            name: tuple(getattr(tensor, "ds_shape", tensor.shape))
+            for name, tensor in get_peft_model_state_dict(
+                wrapped, dict(wrapped.named_parameters(remove_duplicate=False)), POLICY, save_embedding_layers=whole
+            ).items()
+        }
+        for whole in (False, True)
+    )
+    found = {
+        "missing_keys": due.keys() - stored.keys(),
+        "unexpected_keys": stored.keys() - allowed.keys(),
+        "mismatched_keys": [
+            (name, stored[name], shape) for name, shape in due.items() if stored.get(name, shape) != shape
+        ],
+    }
+    if not stored:
+        raise ConfigError(f"model.lora.path: {folder / ADAPTER_WEIGHTS} holds no weights; give a whole adapter folder")
+    refuse_unfit(
+        found,
+        stored,
+        f"model.lora.path: {folder} does not fit its adapter_config.json and this model",
+        what="LoRA on it",
+        remedy="give the adapter of this model, whole; nothing was trained",
+    )
+
+
+def _with_settings_of(lm: Any, model: ModelConfig) -> peft.PeftModel:
+    """`lm` with an adapter of the settings, but not the weights, of the folder in `model.lora.path`."""
+    assert model.lora is not None
+    try:
+        return peft.get_peft_model(lm, peft.PeftConfig.from_pretrained(model.lora.path), autocast_adapter_dtype=False)
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ConfigError(f"model.lora.path {model.lora.path} does not fit {model.path}: {error}") from error
 
 
 def fresh_config(lora: LoraConfig, lm: Any) -> peft.LoraConfig:
@@ -199,6 +245,7 @@ def merged_model(model: ModelConfig, adapter_folder: Path) -> Any:
         dtype=getattr(torch, model.dtype),
         trust_remote_code=model.trust_remote_code,
         use_safetensors=None if model.allow_pickle else True,
+        key_mapping=key_mapping(model),
     )
     return peft.PeftModel.from_pretrained(lm, adapter_folder, autocast_adapter_dtype=False).merge_and_unload()
 

@@ -8,6 +8,7 @@ chunks: logits of one chunk live at a time, in the forward pass and, recomputed,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -21,6 +22,7 @@ from torch.autograd.graph import save_on_cpu
 from dsdpo.data.batch import Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
+from dsdpo.objective.output_head import LogitTransform, base_lm, decoder_of, linear_heads, logit_transform
 from dsdpo.objective.token_weights import TokenWeights
 
 # Of float32 logits alive at once: large products suit a GPU, and what fits its caches suits a CPU, which takes no more
@@ -123,6 +125,8 @@ def token_counts(batch: PreferenceBatch) -> Tensor:
 class ResponseScorer(nn.Module):
     """A causal language model that answers a `PreferenceBatch` with log-probs (nB,) instead of logits."""
 
+    decoder: Any
+
     def __init__(
         self, lm: Any, *, activations_on_host: bool = False, token_weights: TokenWeights | None = None
     ) -> None:
@@ -138,25 +142,31 @@ class ResponseScorer(nn.Module):
         for linear in linear_heads(head):
             if type(linear) is not nn.Linear:
                 raise ConfigError(
-                    f"model: the output head of {type(lm).__name__} is a {type(linear).__name__}; dsdpo scores models "
-                    "whose head is a plain torch.nn.Linear"
+                    f"the output head of {type(base_lm(lm)).__name__} is a {type(linear).__name__}; dsdpo scores "
+                    "models whose head is a plain torch.nn.Linear"
                 )
+        transform = logit_transform(lm)
+        vars(self)["decoder"] = decoder_of(lm)  # not as a module: its parameters would have two names
+        for linear in linear_heads(head):
             # Same parameters, names and hooks, another forward: ZeRO-3 gathers the weight once per pass, as for any
             # module.
             linear.__class__ = ChunkedHead
-            vars(linear)["transform"] = LogitTransform.of(lm.config)
+            vars(linear)["transform"] = transform
 
-    def forward(self, batch: PreferenceBatch, *, extras: tuple[str, ...] = ()) -> Tensor:
+    def forward(self, batch: PreferenceBatch, *, extras: tuple[str, ...] = (), own_logits: bool = False) -> Tensor:
         """Summed log-prob of each response, (nB,) float32: response k of group i at k * B + i.
 
         With `extras`, a row of such sums for each after it, (1 + E, nB): "plain", the log-probs with every token
         counted once; "alignment" and "entropy", see `ChunkedHead`, without gradient.
+
+        `own_logits` takes them from the logits of the model's own forward pass, all of them in memory: for checks.
         """
-        decoder = self.lm.get_decoder()
+        if own_logits:
+            return self._sum(self._own_logps(batch), batch, self.token_weights)
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch, self.lm)}
         # Under gradient checkpointing these are the inputs of the blocks alone: what is within is recomputed.
         with save_on_cpu(pin_memory=True) if self.activations_on_host else nullcontext():
-            hidden = decoder(**inputs, use_cache=False).last_hidden_state
+            hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.score_at)
         head, of_head = self.lm.get_output_embeddings(), tuple(name for name in extras if name != "plain")
         if not extras:
@@ -165,6 +175,26 @@ class ResponseScorer(nn.Module):
         rows = {"plain": logps, **{name: row.detach() for name, row in zip(of_head, others, strict=True)}}
         weighted = self._sum(logps, batch, self.token_weights)
         return torch.stack([weighted, *(self._sum(rows[name], batch) for name in extras)])
+
+    def _own_logps(self, batch: PreferenceBatch) -> Tensor:
+        """(N,) float32; the head computes logits of the N scored positions only."""
+        inner, heads = base_lm(self.lm), linear_heads(self.lm.get_output_embeddings())
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        inputs |= attention_inputs(batch, self.lm)
+        known = inspect.signature(inner.forward).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            inputs = {name: value for name, value in inputs.items() if name in known}
+        for head in heads:
+            vars(head)["only_at"] = batch.score_at
+        try:
+            logits = inner(**inputs).logits
+        finally:
+            for head in heads:
+                del vars(head)["only_at"]
+        logits = logits.flatten(0, -2)
+        if len(logits) != len(batch.score_at):  # a model that does not call its head
+            logits = logits.index_select(0, batch.score_at)
+        return logits.float().log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
 
     def _sum(self, values: Tensor, batch: PreferenceBatch, weights: TokenWeights | None = None) -> Tensor:
         # Added up in float32, 3,000 tokens of the same log-prob lose half a nat, and on CUDA their order is chance.
@@ -184,47 +214,11 @@ def attention_inputs(batch: PreferenceBatch, lm: Any) -> dict[str, Any]:
     return {"attention_mask": dummy, "packed": batch.attention}
 
 
-def linear_heads(head: nn.Module) -> list[nn.Module]:
-    """The modules that compute an output head: itself, or the copies between which an adapter's wrapper chooses."""
-    original = getattr(head, "original_module", None)
-    return [head] if original is None else [original, *head.modules_to_save.values()]  # type: ignore[operator, union-attr]
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What some models do to their logits after the head: scale, then soft-cap (Gemma 2, arXiv 2408.00118)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> LogitTransform:
-        """The transform of a Hugging Face model configuration."""
-        text = config.get_text_config()
-        scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies
-        if divisor := getattr(text, "logits_scaling", None):  # Granite divides
-            scale /= float(divisor)
-        softcap = getattr(text, "final_logit_softcapping", None)
-        return cls(scale, float(softcap) if softcap else None)
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def backward(self, grad: Tensor, transformed: Tensor) -> Tensor:
-        """Gradient before the transform, given the gradient after it and its output."""
-        if self.softcap is not None:
-            grad = grad * (1.0 - (transformed / self.softcap) ** 2)
-        return grad * self.scale if self.scale != 1.0 else grad
-
-
 class ChunkedHead(nn.Linear):
     """An output head that can return log-probs of given targets; without targets it is the `nn.Linear` it was."""
 
     transform: LogitTransform
+    only_at: Tensor | None = None  # (N,) flat positions; set for passes that need the logits of no others
 
     def forward(
         self,
@@ -239,10 +233,19 @@ class ChunkedHead(nn.Linear):
         log Σ_v p(v)² (WPO); "entropy" of the distribution over the vocabulary, nats.
         """
         if targets is None:
+            if self.only_at is not None:
+                hidden = hidden.flatten(0, 1).index_select(0, self.only_at)[None]
             return super().forward(hidden)
         live = CHUNK_BYTES_ON_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
         chunk = chunk or max(1, live // (4 * self.out_features))
-        return _ChunkedLogp.apply(hidden, self.weight, self.bias, targets, self.transform, chunk, extras)
+        transform = self.transform
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if transform.hidden_scale != 1.0:
+            hidden = hidden * transform.hidden_scale
+        if transform.vocabulary is not None:
+            weight, bias = weight[: transform.vocabulary], None if bias is None else bias[: transform.vocabulary]
+        return _ChunkedLogp.apply(hidden, weight, bias, targets, transform, chunk, extras)
 
 
 class _ChunkedLogp(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Judged by what transformers says of the model's class and by its source, on the safe side: a model that is not known to
 be fit gets the padded layout, and one that seems fit is checked on real pairs before it trains
-(engine/layout_check.py).
+(engine/self_check.py).
 """
 
 from __future__ import annotations

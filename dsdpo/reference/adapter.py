@@ -11,6 +11,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.engine.lora import REFERENCE, AdapterSwitch, adapter_pairs, load_reference_adapter, save_reference_adapter
 from dsdpo.engine.quirks.gather_trace import SecondOrder
 from dsdpo.engine.scoring_mode import scoring
+from dsdpo.engine.self_check import check_engine, computing_dtype
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
@@ -43,10 +44,14 @@ class AdapterReference(Reference):
         assert isinstance(settings, Adapter)
         own = cls(policy, score_tokens=settings.score_tokens)
         own.identity = identify_reference(plan, policy.module, adapter=own.adapter)
+        dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
+        with own._switch.use(own.adapter):
+            answers = check_engine(policy, plan.train, dtype=dtype, key="reference")
         reference: Reference = own
         if settings.sync is not None:
             reference = with_trdpo(own, adapter_pairs(policy.module.lm), policy, settings.sync)
         reference.look_ahead_steps = settings.look_ahead_steps
+        reference.at_start = answers
         return reference
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:

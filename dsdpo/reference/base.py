@@ -15,8 +15,11 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.collate import group_by_tokens, merge
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks
-from dsdpo.engine.types import TrainingEngine
+from dsdpo.engine.build import build_reference
+from dsdpo.engine.self_check import Answers, check_engine, computing_dtype
+from dsdpo.engine.types import InferenceEngine, TrainingEngine
 from dsdpo.objective.logps import PairLogps, pair_logps
+from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.phases import Phase, untimed
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.run_plan import RunPlan
@@ -31,6 +34,9 @@ class Reference(ABC):
     """Optimizer steps scored at once: under ZeRO-3 the weights are gathered once for all that fit a pass."""
     sync_every: int | None = None
     """Optimizer steps between two moves towards the policy; None: it does not move."""
+
+    at_start: Answers | None = None
+    """What it answered on a few pairs when it was built; None where nothing was computed."""
 
     @classmethod
     def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
@@ -86,6 +92,21 @@ class Reference(ABC):
 
     def load(self, folder: Path) -> None:  # noqa: B027
         """Load the state that `save` wrote. Collective."""
+
+
+def build_checked_reference(plan: RunPlan) -> tuple[InferenceEngine, Answers]:
+    """The reference in an engine of its own, found to be right, and what it answered on a few pairs. Collective."""
+    model = plan.reference.model
+    engine = build_reference(
+        model,
+        plan.reference_config,
+        layout=plan.train.layout,
+        token_weights=TokenWeights.of(plan.run.loss),
+        longest=plan.longest,
+    )
+    dtype = computing_dtype(plan.reference_config, model.dtype)
+    key = "reference.path" if plan.run.reference.path else "reference"
+    return engine, check_engine(engine, plan.train, dtype=dtype, key=key)
 
 
 @torch.no_grad()

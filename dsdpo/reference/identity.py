@@ -131,7 +131,11 @@ def identify(
     autocast = (engine_config or {}).get("torch_autocast", {})
     return ReferenceIdentity(
         weights=weights_digest(module, adapter=adapter),
-        architecture=architecture_digest(config, module.lm.peft_config[adapter] if adapter else None),
+        architecture=architecture_digest(
+            config,
+            module.lm.peft_config[adapter] if adapter else None,
+            rope_choice=getattr(module.lm, "rope_choice", None),
+        ),
         dtype=f"{model.dtype}, autocast {autocast['dtype']}" if autocast.get("enabled") else model.dtype,
         tokenizer=tokenizer_digest(tokenizer)[:32],
         template=template_digest(tokenizer)[:32],
@@ -145,9 +149,14 @@ def identify(
     )
 
 
-def architecture_digest(config: Any, adapter: Any = None) -> str:
-    """Hash over what configurations of model and adapter say beside the weights: RoPE, norms, soft-caps, scaling."""
+def architecture_digest(config: Any, adapter: Any = None, *, rope_choice: str | None = None) -> str:
+    """Hash over what configurations of model and adapter say beside the weights: RoPE, norms, soft-caps, scaling.
+
+    `rope_choice` says which factors of RoPE the run has, for a model where they depend on the longest pair.
+    """
     content = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_ARCHITECTURE}
+    if rope_choice is not None:
+        content["rope_choice"] = rope_choice
     if adapter is not None:
         content |= {key: getattr(adapter, key) for key in ADAPTER_SCALING}
     return digest_of(content)[:32]

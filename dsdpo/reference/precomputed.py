@@ -22,15 +22,13 @@ from dsdpo.data.plan import plan_pass
 from dsdpo.data.prefetch import prefetch
 from dsdpo.data.steps import BatchSource
 from dsdpo.distributed import all_or_none, gather_objects, local_rank, rank, sum_over_ranks
-from dsdpo.engine.build import build_reference, device
-from dsdpo.engine.layout_check import check_layout
+from dsdpo.engine.build import device
 from dsdpo.engine.lora import POLICY
 from dsdpo.engine.quirks.destroy import destroy_engine, used_memory
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CacheError, StoppedError
 from dsdpo.objective.logps import ROUNDING, PairLogps
-from dsdpo.objective.token_weights import TokenWeights
-from dsdpo.reference.base import Reference, score_batches
+from dsdpo.reference.base import Reference, build_checked_reference, score_batches
 from dsdpo.reference.identity import ReferenceIdentity, identify_reference
 from dsdpo.reference.run_plan import RunPlan
 from dsdpo.reference.store import SHARD_ROWS, ShardWriter, open_store, pair_keys, read_rows
@@ -95,9 +93,7 @@ def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = Non
     settings, model = plan.reference.settings, plan.reference.model
     assert isinstance(settings, Precomputed)
     before = used_memory()
-    weights = TokenWeights.of(plan.run.loss)
-    engine = build_reference(model, plan.reference_config, layout=plan.train.layout, token_weights=weights)
-    check_layout(engine, plan.train, dtype=model.dtype)
+    engine, answers = build_checked_reference(plan)
     identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     folder = open_store_on_ranks(plan.store_folder, identity)
     say(f"reference log-probs are kept in {folder}")
@@ -113,7 +109,9 @@ def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = Non
             f"reference engine on rank 0: {(during[place] - before[place]) / 2**20:.0f} MiB of {place} memory while "
             f"scoring, {(after[place] - before[place]) / 2**20:.0f} MiB after"
         )
-    return PrecomputedReference(tables, identity)
+    reference = PrecomputedReference(tables, identity)
+    reference.at_start = answers
+    return reference
 
 
 def fill_tables(plan: RunPlan, job: ScoringJob, folder: Path, *, dtype: str) -> list[Filled]:

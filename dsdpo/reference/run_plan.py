@@ -37,6 +37,14 @@ class RunPlan(Protocol):
     def evaluation(self) -> BatchSource | None: ...
 
     @property
+    def policy_config(self) -> dict[str, Any]:
+        """The DeepSpeed config of the policy engine, complete."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one response, of all the run's data."""
+
+    @property
     def store_folder(self) -> Path:
         """Where precomputed log-probs are kept."""
 

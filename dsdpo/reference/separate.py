@@ -7,13 +7,10 @@ from typing import Any
 
 from dsdpo.config.reference import Separate
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.engine.build import build_reference
-from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.lora import POLICY, merged_parameters
 from dsdpo.engine.types import InferenceEngine, TrainingEngine
 from dsdpo.objective.logps import PairLogps
-from dsdpo.objective.token_weights import TokenWeights
-from dsdpo.reference.base import Reference, score_batches
+from dsdpo.reference.base import Reference, build_checked_reference, score_batches
 from dsdpo.reference.identity import identify_reference
 from dsdpo.reference.run_plan import RunPlan
 from dsdpo.reference.trdpo import match_parameters, with_trdpo
@@ -31,9 +28,7 @@ class SeparateReference(Reference):
         assert policy is not None
         settings, model = plan.reference.settings, plan.reference.model
         assert isinstance(settings, Separate)
-        weights = TokenWeights.of(plan.run.loss)
-        engine = build_reference(model, plan.reference_config, layout=plan.train.layout, token_weights=weights)
-        check_layout(engine, plan.train, dtype=model.dtype)
+        engine, answers = build_checked_reference(plan)
         reference: Reference = cls(engine, score_tokens=settings.score_tokens)
         reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
         if settings.sync is not None:
@@ -41,6 +36,7 @@ class SeparateReference(Reference):
             sources = merged_parameters(policy.module) if merges else dict(policy.module.named_parameters())
             reference = with_trdpo(reference, match_parameters(sources, engine.module), engine, settings.sync)
         reference.look_ahead_steps = settings.look_ahead_steps
+        reference.at_start = answers
         return reference
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:

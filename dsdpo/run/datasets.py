@@ -15,7 +15,7 @@ from dsdpo.data.pairs import Pairs, SourceFacts, open_pairs
 from dsdpo.data.sources import SECTIONS, DefaultSplit
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
-from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.data.tokenizer import load_tokenizer, pad_id
 from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import (
     all_or_none,
@@ -27,6 +27,7 @@ from dsdpo.distributed import (
     rank,
     world_size,
 )
+from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError, DataError
 from dsdpo.training.checkpoint import read_state
 from dsdpo.training.resume import find_checkpoint
@@ -52,7 +53,7 @@ def prepare_windows(
         pairs=pairs,
         budget=MicroBatchBudget(tokens=run.batch.tokens_per_micro_batch, pairs=run.batch.pairs_per_micro_batch),
         layout=layout,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_id(tokenizer),
         rank=rank(),
         world_size=world_size(),
     )
@@ -126,7 +127,7 @@ def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -
             "rejected, or set data.pairing to best_worst for lists"
         )
     longest = int(longest_sequences(pairs.lengths).max())
-    limit = getattr(model, "max_position_embeddings", None)
+    limit = longest_allowed(model)
     if limit and longest > limit:
         raise ConfigError(
             f"data.max_length: {run.data.max_length}, but {run.model.path} takes {limit} tokens and the longest pair "

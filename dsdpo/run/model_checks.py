@@ -1,31 +1,29 @@
-"""Models looked at before any weights load: is the folder a model, and one that dsdpo can train?"""
+"""Models looked at before any weights load: is the folder a model, one that dsdpo can train, and whole?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.run import ModelConfig, RunConfig
+from dsdpo.data.binning import LayoutName, longest_sequences
+from dsdpo.data.steps import BatchSource
+from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError
+
+CAUSAL = "dsdpo trains causal language models"
 
 
 def check_model(model: ModelConfig, *, key: str) -> Any:
-    """The model's configuration. Raises `ConfigError` if there is no such model, or no weights beside it."""
+    """The model's configuration. Raises `ConfigError` if there is no such model, or none that dsdpo trains."""
     folder = Path(model.path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{key}: {folder} has no config.json; give a Hugging Face model folder or Hub id")
-        pickled = any(folder.glob("pytorch_model*.bin"))
-        if not any(folder.glob("*.safetensors")) and not (pickled and model.allow_pickle):
-            if not pickled:
-                raise ConfigError(f"{key}: {folder} has no weights (*.safetensors); give the folder of a whole model")
-            raise ConfigError(
-                f"{key}: {folder} has its weights only as pytorch_model.bin, a pickle, which can run code when it is "
-                "read; save the model again as safetensors (save_pretrained of transformers does), or set "
-                "model.allow_pickle to true if you trust where it came from"
-            )
+        _check_folder(folder, model, key=key)
     elif folder.is_file() or model.path.startswith((".", "/", "~")):
         raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
     try:
@@ -33,7 +31,162 @@ def check_model(model: ModelConfig, *, key: str) -> Any:
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # whatever the Hub client or a parser raises
-        first_line = str(error).strip().splitlines()[0]
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = "" if folder.is_dir() else " is no folder here and"
         raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {first_line}") from error
+    _check_kind(config, model, key=key)
     return config
+
+
+def _check_folder(folder: Path, model: ModelConfig, *, key: str) -> None:
+    """Raise `ConfigError` unless the folder looks like a model with weights, and say what to give instead."""
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}: {folder} holds an adapter; "
+            + (
+                "give it as model.lora.path, and the model that it was trained on as model.path"
+                if key == "model.path"
+                else "give a whole model, such as the adapter merged into its base (export.merge_adapter)"
+            )
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{key}: {folder} has no config.json; " + (_instead(folder) or "give a Hugging Face model folder or Hub id")
+        )
+    pickled = any(folder.glob("pytorch_model*.bin"))
+    if not any(folder.glob("*.safetensors")) and not (pickled and model.allow_pickle):
+        if not pickled:
+            raise ConfigError(f"{key}: {folder} has no weights (*.safetensors); give the folder of a whole model")
+        raise ConfigError(
+            f"{key}: {folder} has its weights only as pytorch_model.bin, a pickle, which can run code when it is "
+            "read; save the model again as safetensors (save_pretrained of transformers does), or set "
+            "model.allow_pickle to true if you trust where it came from"
+        )
+
+
+def _instead(folder: Path) -> str | None:
+    """What to give in place of a folder that a run of dsdpo wrote, if it is one."""
+    if (folder / "model" / "config.json").is_file():
+        return f"it is a run's folder: give the model in it, {folder / 'model'}"
+    if (folder / "model" / "adapter_config.json").is_file():
+        return f"it is a run's folder: give the adapter in it, {folder / 'model'}, as model.lora.path"
+    if (folder / "state.json").is_file() or folder.name.startswith("step-"):
+        run = folder.parent.parent
+        return (
+            f"it is a checkpoint: go on from it with --checkpoint.resume {folder}, or give the model that its run "
+            f"exported, {run / 'model'}"
+        )
+    if (folder / "checkpoints").is_dir() or folder.name == "checkpoints":
+        return "it is a run's folder without an exported model: finish the run with --resume auto"
+    return None
+
+
+def _check_kind(config: Any, model: ModelConfig, *, key: str) -> None:
+    """Raise `ConfigError` unless this is a causal language model with weights that can be trained as they are."""
+    kind = config.model_type
+    stored = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        raise ConfigError(
+            f"{key}: the weights of {model.path} are stored quantized (quantization_config: {method or 'unnamed'}), "
+            "which dsdpo does not train; give the model that they were made from, with weights in 16 or 32 bits"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{key}: {model.path} is an encoder-decoder ({kind}); {CAUSAL}")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if known is None and not (remote and model.trust_remote_code):
+        raise ConfigError(f"{key}: {model.path} ({kind}) is no causal language model; {CAUSAL}")
+    if vars(config).get("is_decoder", True) is False:
+        raise ConfigError(
+            f"{key}: {model.path} ({kind}) sees the tokens that it is to predict (is_decoder is false); {CAUSAL}"
+        )
+    for name in ("hidden_size", "vocab_size"):
+        if not isinstance(getattr(config.get_text_config(), name, None), int):
+            raise ConfigError(f"{key}: the config.json of {model.path} ({kind}) has no {name}; {CAUSAL}")
+
+
+def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: LayoutName) -> None:
+    """Build the run's models without their weights and hold the weights' files against them.
+
+    Raises `ConfigError` where tensors are missing, left over or of another shape, files are damaged, a model is not a
+    decoder with a linear head, or an adapter does not fit.
+    """
+    # These import transformers' models and peft: seconds that a wrong setting need not wait for.
+    from dsdpo.engine.blank import check_model_fits
+    from dsdpo.engine.lora import check_adapter_fits
+
+    lm = check_model_fits(run.model, layout=layout, key="model.path")
+    if (reference.path, reference.revision) != (run.model.path, run.model.revision):
+        check_model_fits(reference, layout=layout, key="reference.path" if run.reference.path else "reference.revision")
+    check_adapter_fits(lm, run.model)
+
+
+def check_tokenizers(run: RunConfig, reference: ModelConfig, tokenizer: Any, models: dict[str, Any]) -> None:
+    """Raise `ConfigError` if the reference's tokens mean something else than the policy's.
+
+    `models`: settings to Hugging Face configurations. A reference without a tokenizer must have the policy's number
+    of embeddings.
+    """
+    if run.reference.path is None or run.reference.allow_other_tokenizer:
+        return
+    cure = "give a reference with the policy's tokenizer, or set reference.allow_other_tokenizer to true"
+    ours, theirs = (models[key].get_text_config().vocab_size for key in ("model.path", "reference.path"))
+    try:
+        other = load_tokenizer(reference.model_copy(update=dict.fromkeys(("tokenizer", "chat_template", "pad_token"))))
+    except ConfigError:
+        other = None
+    if other is None and ours != theirs:
+        raise ConfigError(
+            f"reference.path: {reference.path} has {theirs} embeddings, {run.model.path} {ours}, and no tokenizer says "
+            f"which token is which; {cure}"
+        )
+    if other is not None and (difference := _first_difference(tokenizer.get_vocab(), other.get_vocab())):
+        raise ConfigError(
+            f"reference.path: the tokenizer of {reference.path} is not the policy's: {difference}; {cure}"
+        )
+    if theirs < min(ours, len(tokenizer)):
+        raise ConfigError(
+            f"reference.path: {reference.path} has {theirs} embeddings, but the tokenizer {len(tokenizer)} tokens; "
+            + cure
+        )
+
+
+def _first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str | None:
+    """In words, the first token by id that two vocabularies do not share."""
+    if ours == theirs:
+        return None
+    odd = [*(ours.items() - theirs.items()), *(theirs.items() - ours.items())]
+    token = min(odd, key=lambda entry: entry[1])[0]
+    known = [
+        f"{name} {ids[token]}" if token in ids else f"{name} none" for name, ids in (("here", ours), ("there", theirs))
+    ]
+    return f"{len(ours)} and {len(theirs)} tokens; {token!r} has the id {' and '.join(known)}"
+
+
+def check_pairs_fit(
+    run: RunConfig, tokenizer: Any, models: dict[str, Any], sources: Sequence[BatchSource | None]
+) -> None:
+    """Raise `ConfigError` if a token of the pairs is beyond a model's embeddings, or a pair longer than it takes."""
+    for key, config in models.items():
+        text = config.get_text_config()
+        path = run.model.path if key == "model.path" else run.reference.path or run.model.path
+        for source in sources:
+            if source is None:
+                continue
+            # Only then can any be: a pass over all tokens takes a while where there are many.
+            largest = int(source.pairs.tokens.max()) if len(tokenizer) > text.vocab_size else 0
+            if largest >= text.vocab_size:
+                raise ConfigError(
+                    f"{key}: {path} has {text.vocab_size} embeddings, but the pairs hold the token "
+                    f"{tokenizer.convert_ids_to_tokens(largest)!r}, id {largest}; use the tokenizer that belongs to "
+                    "the model (model.tokenizer)"
+                )
+            longest, limit = int(longest_sequences(source.pairs.lengths).max()), longest_allowed(text)
+            if limit and longest > limit:
+                raise ConfigError(
+                    f"data.max_length: {run.data.max_length}, but {path} ({key}) takes {limit} tokens and the longest "
+                    f"pair has {longest}; set data.max_length to {limit} or less"
+                )

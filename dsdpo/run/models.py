@@ -7,21 +7,37 @@ from typing import Any
 
 from dsdpo.config.reference import STRATEGIES
 from dsdpo.engine.build import build_policy, device, warm_up
-from dsdpo.engine.layout_check import check_layout
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
+from dsdpo.engine.self_check import Answers, check_engine, check_same, computing_dtype, describe
 from dsdpo.reference.base import Reference
 from dsdpo.run.plan import Plan
 
 
 def build_policy_and_reference(plan: Plan) -> tuple[Any, Reference]:
-    """The policy engine, warmed up, and the reference by the run's strategy. Collective."""
+    """The policy engine, warmed up, and the reference by the run's strategy, both found to be right. Collective."""
     prepare_ops(plan.policy_config, plan.reference_config)
     strategy = reference_class(plan.reference.strategy)
     if plan.reference.before_training:  # before the policy exists, so that there is one model in memory at a time
         reference = strategy.build(plan, None)
-        return build_warm_policy(plan), reference
-    policy = build_warm_policy(plan)
-    return policy, strategy.build(plan, policy)
+        policy, ours = build_warm_policy(plan)
+    else:
+        policy, ours = build_warm_policy(plan)
+        reference = strategy.build(plan, policy)
+    theirs = reference.at_start
+    if theirs is not None and starts_as_policy(plan):
+        check_same(ours, theirs)
+    describe(ours, *([] if theirs is None else [theirs]))
+    return policy, reference
+
+
+def starts_as_policy(plan: Plan) -> bool:
+    """True if the reference has the very weights that the policy starts from."""
+    ours, theirs = plan.run.model, plan.reference.model
+    if (theirs.path, theirs.revision) != (ours.path, ours.revision):
+        return False
+    if ours.lora is None or ours.lora.path is not None:
+        return ours.lora == theirs.lora
+    return ours.lora.init_lora_weights in (True, "gaussian")
 
 
 def reference_class(strategy: str) -> type[Reference]:
@@ -31,15 +47,16 @@ def reference_class(strategy: str) -> type[Reference]:
     return found
 
 
-def build_warm_policy(plan: Plan) -> Any:
-    """The policy engine, after one pass that changes nothing. Collective."""
+def build_warm_policy(plan: Plan) -> tuple[Any, Answers]:
+    """The policy engine, after one pass that changes nothing, and what it answers on a few pairs. Collective."""
     policy = build_policy(
         plan.run,
         plan.policy_config,
         total_steps=plan.total_steps,
         layout=plan.layout.name,
         second_adapter=plan.reference.second_adapter,
+        longest=plan.longest,
     )
     warm_up(policy, plan.train.largest_batch(device()))
-    check_layout(policy, plan.train, dtype=plan.run.model.dtype)
-    return policy
+    dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
+    return policy, check_engine(policy, plan.train, dtype=dtype, key="model.path", trains=True)

@@ -16,24 +16,24 @@ from dsdpo.config.reference_plan import ReferencePlan, plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.console import launched
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.data.binning import LayoutName
+from dsdpo.data.binning import LayoutName, longest_sequences
 from dsdpo.data.plan import pairs_after
 from dsdpo.data.prefetch import prefetch
 from dsdpo.data.steps import BatchSource, StepBatches
 from dsdpo.data.tokenize import cache_folder
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.data.types import Tokenizer
-from dsdpo.distributed import world_size
+from dsdpo.distributed import all_or_none, local_rank, world_size
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.build import start_distributed
-from dsdpo.engine.lora import check_fresh_adapter
+from dsdpo.engine.load import refuse_dtype_of_device
 from dsdpo.engine.trial import check_with_deepspeed
 from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config, serves_both
 from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.inputs import check_inputs_stay
-from dsdpo.run.model_checks import check_model
+from dsdpo.run.model_checks import check_model, check_pairs_fit, check_tokenizers, check_whole_models
 from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import holder
 from dsdpo.training.cadence import Cadence
@@ -64,6 +64,12 @@ class Plan:
     hidden_size: int  # of the policy
     start_step: int = 0  # where training starts, which a resumed run does not at 0
     start_pairs: int = 0  # pairs that have been trained on by then
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one response, of all the run's data."""
+        parts = [source for source in (self.train, self.evaluation) if source is not None]
+        return max(int(longest_sequences(source.pairs.lengths).max()) for source in parts)
 
     def training_windows(self, device: torch.device, step: int = 0) -> Generator[StepBatches, None, None]:
         """This rank's windows of the steps after `step`, made ahead of time; `step` is `start_step` or later."""
@@ -124,18 +130,18 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     hidden_size = int(model.hidden_size)
     resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=launched().world_size)
     tokenizer = load_tokenizer(run.model)
-    if len(tokenizer) > model.vocab_size:
-        raise ConfigError(
-            f"model.tokenizer: {len(tokenizer)} tokens, but the embedding of {run.model.path} has {model.vocab_size}; "
-            "use the tokenizer that belongs to the model"
-        )
+    check_tokenizers(run, reference.model, tokenizer, models)
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
     ask_deepspeed(run, resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=world_size()))
-    check_fresh_adapter(run.model)
+    refuse_dtype_of_device(run.model)
+    with all_or_none():
+        if local_rank() == 0:
+            check_whole_models(run, reference.model, layout=layout.name)
     run = with_date(run, tokenizer)
     # The smaller part first: its mistakes are not worth waiting for the larger one.
     evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model, layout.name) if run.data.eval else None
     train = prepare_windows(run, run.data.train, "train", tokenizer, model, layout.name)
+    check_pairs_fit(run, tokenizer, models, (train, evaluation))
     if evaluation is not None:
         evaluation = replace(evaluation, first_pair_id=len(train.pairs))
     total_steps = run.total_steps(len(train.pairs))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tests.commands.bad_models import UNFIT
 from tests.data.helpers import assistant, user
 
 QUESTION = "what colour is the sun ?"
@@ -28,6 +30,7 @@ class Case:
     files: dict[str, str | bytes] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     model: dict[str, str | None] = field(default_factory=dict)  # files of the model to replace, None: to remove
+    change: Callable[[Path], None] | None = None  # called with the case's folder, in which the model is then a copy
     run_file: str | None = None  # its text, in place of the good run with `sections`
 
     def __str__(self) -> str:
@@ -201,8 +204,11 @@ MODEL = [
         ("model.path", "no tokenizer", "model.tokenizer"),
         model={"tokenizer.json": None, "tokenizer_config.json": None},
     ),
-    Case("no pad token", ("model.pad_token", "has no pad token", "<|end|>"), model={"pad_token": None}),
     Case("unknown pad token", ("model.pad_token", "'<none>' is not a token"), {"model": {"pad_token": "<none>"}}),
+]
+UNFIT_MODEL = [
+    Case(name, mentions, sections, options=options, change=change)
+    for name, mentions, sections, options, change in UNFIT
 ]
 DATA = [
     Case(
@@ -248,13 +254,13 @@ DATA = [
         **with_data(lines(LONG_ROW), max_length=1000),
     ),
 ]
-CASES = [*RUN_FILE, *DEEPSPEED, *MODEL, *DATA]
+CASES = [*RUN_FILE, *DEEPSPEED, *MODEL, *UNFIT_MODEL, *DATA]
 
 
 def write(case: Case, folder: Path, inputs: Path) -> list[str]:
     """The case's files in `folder`, beside a run that is good but for them; arguments of `dsdpo`."""
     model = inputs / "model"
-    if case.model:
+    if case.model or case.change:
         model = Path(shutil.copytree(model, folder / "model"))
         for name, content in case.model.items():
             change_model(model, name, content)
@@ -272,6 +278,8 @@ def write(case: Case, folder: Path, inputs: Path) -> list[str]:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if case.change is not None:
+        case.change(folder)
     path = folder / "run.yaml"
     path.write_text(case.run_file if case.run_file is not None else yaml.safe_dump(run))
     if case.options == ("RUN",):

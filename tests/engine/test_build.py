@@ -143,14 +143,15 @@ def count_gathers(run: dict[str, Any]) -> tuple[int, dict[int, int]]:
 
 def test_weights_are_read_from_a_pickle_only_where_that_is_allowed(tmp_path: Path) -> None:
     from dsdpo.config.run import ModelConfig
-    from dsdpo.engine.build import load_lm
+    from dsdpo.engine.load import load_lm
+    from dsdpo.errors import ConfigError
 
     lm = tiny_lm()
     lm.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(lm.state_dict(), tmp_path / "pytorch_model.bin")
     model = ModelConfig(path=str(tmp_path), dtype="float32")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
         load_lm(model, {}, layout="padded")
     loaded = load_lm(model.model_copy(update={"allow_pickle": True}), {}, layout="padded")
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in lm.state_dict().items())

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dsdpo.config.run import ModelConfig
+from dsdpo.engine.blank import blank_lm
 from dsdpo.engine.lora import (
     POLICY,
     REFERENCE,
@@ -18,7 +20,7 @@ from dsdpo.engine.lora import (
     adapter_pairs,
     add_adapter,
     add_reference_adapter,
-    check_fresh_adapter,
+    check_adapter_fits,
 )
 from dsdpo.errors import ConfigError
 from dsdpo.objective.logps import ResponseScorer, pair_logps
@@ -77,10 +79,20 @@ def test_they_are_refused_before_the_model_loads(inputs: Path, tmp_path: Path) -
     shutil.copytree(inputs / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     for saved in (None, ["embed_tokens", "lm_head"]):
-        lora = {"r": 4, "use_dora": True, "modules_to_save": saved}
-        check_fresh_adapter(ModelConfig(path=str(tmp_path / "model"), lora=lora))
+        fits = ModelConfig(path=str(tmp_path / "model"), lora={"r": 4, "use_dora": True, "modules_to_save": saved})
+        check_adapter_fits(blank_lm(fits), fits)
+    unfit = ModelConfig(path=str(tmp_path / "model"), lora={"target_modules": ["nope"]})
     with pytest.raises(ConfigError, match=r"model\.lora\.target_modules \['nope'\] does not fit"):
-        check_fresh_adapter(ModelConfig(path=str(tmp_path / "model"), lora={"target_modules": ["nope"]}))
+        check_adapter_fits(blank_lm(unfit), unfit)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
+def test_a_whole_adapter_of_any_kind_is_taken(options: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
+    model = str(inputs / "model")
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    add_adapter(lm, ModelConfig(path=model, lora={"r": 2, **options}), seed=0).save_pretrained(tmp_path)
+    again = ModelConfig(path=model, lora={"path": str(tmp_path)})
+    check_adapter_fits(blank_lm(again), again)
 
 
 def test_a_head_that_only_the_model_shows_is_refused() -> None:

@@ -16,7 +16,6 @@ FIT = [
 UNFIT = [
     ("bloom", {}, "bloom does not call its attention through transformers' interface"),
     ("falcon", {}, "interface"),
-    ("gptj", {}, "interface"),
     ("mpt", {}, "several models"),
     ("mamba2", {}, "interface"),
     ("bamba", {}, "interface"),

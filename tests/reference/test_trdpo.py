@@ -39,7 +39,7 @@ def logps_of_plain_model(plan: Any, weights: dict[str, torch.Tensor], batch: Any
     """The answers of a plain model, no DeepSpeed, that holds `weights`."""
     from transformers import AutoModelForCausalLM
 
-    from dsdpo.engine.build import DTYPES
+    from dsdpo.engine.load import DTYPES
     from dsdpo.objective.logps import ResponseScorer, pair_logps
 
     options = {"dtype": DTYPES[plan.run.model.dtype], "attn_implementation": "dsdpo"}

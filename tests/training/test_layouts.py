@@ -136,35 +136,35 @@ def plan_here(run: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def test_a_model_that_cannot_be_packed(inputs: Path, tmp_path: Path) -> None:
-    """GPT-J computes its attention itself: padded by itself, refused where packed is asked for; as a reference too."""
-    from transformers import GPTJConfig, GPTJForCausalLM
+    """BLOOM computes its attention itself: padded by itself, refused where packed is asked for; as a reference too."""
+    from transformers import BloomConfig, BloomForCausalLM
 
     from tests.engines import save_lm
 
-    config = GPTJConfig(vocab_size=200, n_embd=32, n_layer=1, n_head=2, rotary_dim=8, n_positions=64, pad_token_id=0)
-    path = save_lm(tmp_path / "gptj", inputs / "model", GPTJForCausalLM(config))
-    reason = "gptj does not call its attention through transformers' interface"
-    gptj = settings(tmp_path / "auto", inputs, policy_zero="zero2", reference_zero="zero0", model={"path": path})
-    assert run_ranks(2, plan_here, gptj) == [("padded", reason)] * 2
-    assert len(losses(train_on(2, gptj))) == 4
+    config = BloomConfig(vocab_size=200, hidden_size=32, n_layer=1, n_head=2, pad_token_id=0)
+    path = save_lm(tmp_path / "bloom", inputs / "model", BloomForCausalLM(config))
+    reason = "bloom does not call its attention through transformers' interface"
+    bloom = settings(tmp_path / "auto", inputs, policy_zero="zero2", reference_zero="zero0", model={"path": path})
+    assert run_ranks(2, plan_here, bloom) == [("padded", reason)] * 2
+    assert len(losses(train_on(2, bloom))) == 4
     reference = settings(tmp_path / "reference", inputs, reference={"path": path})
     assert run_ranks(2, plan_here, reference) == [("padded", reason)] * 2
     asked = settings(tmp_path / "asked", inputs, data={"layout": "packed"}, reference={"path": path})
     with pytest.raises(
-        RankError, match=r"data.layout: packed, but gptj does not .* \(reference.path\); set data.layout"
+        RankError, match=r"data.layout: packed, but bloom does not .* \(reference.path\); set data.layout"
     ):
         run_ranks(2, plan_here, asked)
     assert run_ranks(2, plan_here, settings(tmp_path / "demo", inputs)) == [("packed", None)] * 2
 
 
 def check_with_one_wrong_rank(run: dict[str, Any]) -> str:
-    """What `check_layout` says on each rank when rank 1's attention lets all pairs of a row see each other."""
+    """What `check_engine` says on each rank when rank 1's attention lets all pairs of a row see each other."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from dsdpo.distributed import rank
     from dsdpo.engine.build import device, warm_up
-    from dsdpo.engine.layout_check import check_layout
+    from dsdpo.engine.self_check import check_engine
     from dsdpo.errors import ConfigError
     from dsdpo.objective.attention import attention
     from tests.engines import planned, policy_of
@@ -176,11 +176,11 @@ def check_with_one_wrong_rank(run: dict[str, Any]) -> str:
     plan = planned(run)
     policy = policy_of(plan)
     warm_up(policy, plan.train.largest_batch(device()))
-    check_layout(policy, plan.train, dtype="float32")
+    check_engine(policy, plan.train, dtype="float32", key="model.path", trains=True)
     assert policy.module.training
     AttentionInterface.register("dsdpo", leaky if rank() == 1 else attention)
     try:
-        check_layout(policy, plan.train, dtype="float32")
+        check_engine(policy, plan.train, dtype="float32", key="model.path", trains=True)
     except ConfigError as error:
         return str(error)
     finally:
@@ -190,5 +190,5 @@ def check_with_one_wrong_rank(run: dict[str, Any]) -> str:
 
 def test_a_difference_on_one_rank_stops_all(inputs: Path, tmp_path: Path) -> None:
     for said in run_ranks(2, check_with_one_wrong_rank, settings(tmp_path, inputs)):
-        assert said.startswith("data.layout: LlamaForCausalLM gives a response of")
+        assert said.startswith("model.path: LlamaForCausalLM gives a response of")
         assert "set data.layout to padded" in said

@@ -55,9 +55,15 @@ def count_gathers(coordinator: Any) -> None:
 
 def count_gathers_of(engine: Any) -> None:
     """The same for an engine, if it is at stage 3."""
-    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-    if hasattr(offload, "param_coordinator"):
+    offload = _zero3_offload(engine)
+    if offload is not None:
         count_gathers(offload.param_coordinator)
+
+
+def _zero3_offload(engine: Any) -> Any:
+    """What holds a stage-3 engine's coordinator, of a training engine or of one that only answers; else None."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    return offload if hasattr(offload, "param_coordinator") else None
 
 
 class SecondOrder:
@@ -78,7 +84,7 @@ class SecondOrder:
     """
 
     def __init__(self, engine: Any) -> None:
-        self._offload: Any = getattr(engine.optimizer, "parameter_offload", None)
+        self._offload: Any = _zero3_offload(engine)
         self._other: PartitionedParameterCoordinator | None = None
         self._other_externals: dict[Any, dict[int, Any]] = {}  # of modules that have any, in the order not in use
         if self._offload is not None:
