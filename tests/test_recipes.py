@@ -29,6 +29,6 @@ def test_a_recipe_is_a_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_strategy_has_a_recipe() -> None:
-    strategies = {"separate", "adapter", "precomputed", "policy_snapshot"}
+    strategies = {"separate", "adapter", "precomputed", "policy_snapshot", "none"}
     found = {load_run([str(path)], run_parser("dsdpo train", ""))[0].reference_strategy() for path in RECIPES}
     assert found == strategies

@@ -126,6 +126,12 @@ def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -
             f"{SECTIONS[split]}: {kind} a row, but loss.type {run.loss.type} compares pairs: give rows with chosen and "
             "rejected, or set data.pairing to best_worst for lists"
         )
+    for column in run.loss.columns:
+        if getattr(pairs, f"{column}s") is None:
+            raise DataError(
+                f"{SECTIONS[split]}: rows have no {column}, which loss.type {' + '.join(run.loss.types)} needs: name "
+                f"their column for it in columns, e.g. {{{column}: score_difference}}"
+            )
     longest = int(longest_sequences(pairs.lengths).max())
     limit = longest_allowed(model)
     if limit and longest > limit:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from dsdpo.atomic import delete, partial_path
 from dsdpo.distributed import all_or_none, broadcast_object, rank
 from dsdpo.errors import DsdpoError, TrainingError
+from dsdpo.run.best import restore_best
 from dsdpo.run.finite_weights import check_trained
 from dsdpo.run.run import Run
 from dsdpo.training.checkpoint import whole_checkpoints
@@ -33,10 +34,11 @@ def export_trained(run: Run) -> None:
             f"none of the {run.state.step} steps could be taken, as no gradient was finite: nothing was trained, and "
             f"nothing is exported; see {run.folder.nonfinite}"
         )
+    metrics = restore_best(run) if run.plan.run.export.which == "best" else run.tracker.last_evaluation
     check_trained(run.policy, run.plan.run)
     settings = run.plan.run.checkpoint
     for attempt in range(1, settings.save_attempts + 1):
-        error = try_to_export(run, run.folder.exporting)
+        error = try_to_export(run, run.folder.exporting, metrics)
         if error is None:
             put_in_place(run)
             return
@@ -44,17 +46,17 @@ def export_trained(run: Run) -> None:
         if rank() == 0:
             log.warning("NOT EXPORTED: %s. %s", error, f"Make room: tried again in {pause_s:g} s" if pause_s else "")
         time.sleep(pause_s)
-    raise TrainingError(f"{run.folder.model} could not be written: {error}. {where_the_weights_are(run)}")
+    raise TrainingError(f"{run.folder.model} could not be written: {error}. {where_the_weights_are(run, metrics)}")
 
 
-def try_to_export(run: Run, parent: Path) -> str | None:
+def try_to_export(run: Run, parent: Path, metrics: dict[str, float]) -> str | None:
     """Write `model` and perhaps `merged` into an empty folder `parent`; what went wrong, if anything. Collective."""
     try:
         with all_or_none():
             if rank() == 0:
                 delete(parent)
                 parent.mkdir()
-        plan, metrics = run.plan, run.tracker.last_evaluation
+        plan = run.plan
         export_model(run.policy, plan.tokenizer, plan.run, parent / run.folder.model.name, metrics=metrics)
         return None
     except (OSError, SafetensorError, DsdpoError) as caught:  # the first two on rank 0, of which the others are told
@@ -82,12 +84,12 @@ def put_in_place(run: Run) -> None:
             delete(run.folder.exporting)
 
 
-def where_the_weights_are(run: Run) -> str:
+def where_the_weights_are(run: Run, metrics: dict[str, float]) -> str:
     """What holds the weights that could not be exported, and what to do. Collective."""
     whole = broadcast_object(whole_checkpoints(run.folder.checkpoints) if rank() == 0 else [])
     if whole and int(whole[-1].name.removeprefix("step-")) == run.state.step:
         return f"{whole[-1]} has everything: make room, and start again with --resume auto, which exports it"
     elsewhere = broadcast_object(Path(tempfile.mkdtemp(prefix="dsdpo-model-")) if rank() == 0 else Path())
-    if (error := try_to_export(run, elsewhere)) is None:
+    if (error := try_to_export(run, elsewhere, metrics)) is None:
         return f"It is in {elsewhere} instead: move it from there, which may be emptied at the next start"
     return f"Nor could {elsewhere}: {error}. The weights are lost; earlier checkpoints are intact"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 
 from dsdpo.data.steps import StepBatches
+from dsdpo.distributed import rank
 from dsdpo.engine.build import device
 from dsdpo.objective.logps import PairLogps
 from dsdpo.run.run import Run
-from dsdpo.training.cadence import Progress
+from dsdpo.training.cadence import Progress, say_above_bar
 from dsdpo.training.evaluate import evaluate
+from dsdpo.training.patience import note_evaluation, out_of_patience
 from dsdpo.training.step import train_step
 
 
@@ -19,6 +21,9 @@ def train_until_done(run: Run) -> str | None:
     A run that stops early is saved first. `run.state` is left behind the last step.
     """
     perf, state, due, reference = run.perf, run.state, run.due, run.reference
+    settings = run.plan.run
+    if out_of_patience(settings, state.means):
+        return None
     windows = run.plan.training_windows(device(), state.step)
     with Progress(state.step, due.total_steps) as progress, closing(windows), run.profiler:
         run.profiler.after_step(state.step)
@@ -39,11 +44,12 @@ def train_until_done(run: Run) -> str | None:
                 log_evaluation(run, held_out or held_out_metrics(run))
             with perf.phase("other"):
                 reason = run.stop.reason() if state.step < due.total_steps else None
-            if due.checkpoint(state.step) or run.saver.owed(state.step) or reason:
+            ended = reason is not None or out_of_patience(settings, state.means)
+            if due.checkpoint(state.step) or run.saver.owed(state.step) or ended:
                 with perf.phase("save"):
-                    run.saver.save(last=bool(reason) or state.step == due.total_steps)
+                    run.saver.save(last=ended or state.step == due.total_steps)
             run.profiler.after_step(state.step)
-            if reason:
+            if ended:
                 return reason
     return None
 
@@ -84,14 +90,21 @@ def log_step(run: Run, window: StepBatches, *, learning_rate: float, taken: bool
     metrics |= {"learning_rate": learning_rate, "train/skipped_steps": run.policy.skipped_steps}
     metrics |= {"epoch": window.epoch, **run.loss.metrics(run.state.step), **run.reference.metrics()}
     run.tracker.log(run.state.step, metrics)
+    if run.plan.run.tracking.hints:
+        for line in run.hints.of_row(run.state.step, metrics):
+            say_above_bar(line)
     return metrics
 
 
 def evaluate_at_start(run: Run) -> None:
     """Score the held-out pairs before the first step of a run that is not resumed, if it asks for that. Collective.
 
-    Raises `StoppedError` if the run is asked to stop meanwhile: nothing has been trained that would have to be saved.
+    What the training pairs suggest is said first. Raises `StoppedError` if the run is asked to stop meanwhile: nothing
+    has been trained that would have to be saved.
     """
+    if run.plan.run.tracking.hints and rank() == 0:
+        for line in run.hints.of_data(run.plan.train.pairs):
+            say_above_bar(line)
     if run.state.step == 0 and run.due.evaluate(0):
         log_evaluation(run, held_out_metrics(run, may_stop=True))
     run.stop.check_signals()
@@ -110,6 +123,16 @@ def held_out_metrics(run: Run, *, may_stop: bool = False) -> dict[str, float]:
 
 
 def log_evaluation(run: Run, metrics: dict[str, float]) -> None:
-    """Write the row of an evaluation, if there was one."""
-    if metrics:
-        run.tracker.log(run.state.step, metrics)
+    """Write the row of an evaluation, if there was one, and say it in a line."""
+    if not metrics:
+        return
+    run.tracker.log(run.state.step, metrics)
+    say_above_bar(evaluation_line(run.state.step, metrics))
+    note_evaluation(run.plan.run, run.state.means, metrics)
+
+
+def evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    """An evaluation in a line."""
+    shown = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "nll/chosen": "nll"}
+    figures = [f"{short} {metrics[f'eval/{name}']:.4f}" for name, short in shown.items()]
+    return f"evaluation after step {step}: {', '.join(figures)} ({metrics['eval/pairs']:.0f} pairs)"

@@ -19,6 +19,7 @@ from dsdpo.training.cadence import Cadence
 from dsdpo.training.checkpoint import TrainState
 from dsdpo.training.evaluate import HeldOut
 from dsdpo.training.groups import DeviceGroups, groupings
+from dsdpo.training.hints import Hints
 from dsdpo.training.metrics import Meter
 from dsdpo.training.nonfinite import NonfiniteSteps
 from dsdpo.training.perf import Perf, perf_of
@@ -39,6 +40,7 @@ class Run:
     loss: StepLoss
     groups: DeviceGroups  # of training pairs
     held_out: HeldOut
+    hints: Hints
     state: TrainState  # moves on with every step
     due: Cadence
     meter: Meter
@@ -77,6 +79,7 @@ def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: Stop
         ),
         groups=groups_of(plan),
         held_out=held_out_of(plan),
+        hints=Hints(settings.loss, said=state.means),
         state=state,
         due=Cadence.of(settings, plan.total_steps),
         meter=meter,

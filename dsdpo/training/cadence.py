@@ -44,6 +44,13 @@ class Cadence:
         return bool(self.checkpoint_every) and (step % self.checkpoint_every == 0 or step == self.total_steps)
 
 
+def say_above_bar(line: str) -> None:
+    """Print on rank 0, above the bar if there is one."""
+    if rank() == 0:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
 class Progress:
     """One bar on rank 0: steps, ETA, loss, accuracy, margin and pairs/s."""
 

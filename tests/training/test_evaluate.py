@@ -23,12 +23,17 @@ def held_out(inputs: Path) -> Path:
 
 
 def test_every_pair_counts_once_on_any_number_of_ranks(inputs: Path, held_out: Path, tmp_path: Path) -> None:
+    lines = held_out.read_text().splitlines(keepends=True)
+    sets = {"seven": [tmp_path / "seven.jsonl"], "rest": [tmp_path / "four.jsonl", tmp_path / "two.jsonl"]}
+    for path, part in zip([*sets["seven"], *sets["rest"]], (lines[:7], lines[7:11], lines[11:]), strict=True):
+        path.write_text("".join(part))
     found = {}
     for world_size in (1, 2):
         run = settings(
             tmp_path / str(world_size),
             inputs,
-            data={"eval": str(held_out)},
+            data={"eval": {name: [str(path) for path in paths] for name, paths in sets.items()}},
+            evaluation={"length_buckets": [16, 24]},
             batch={"pairs_per_step": 6, "pairs_per_micro_batch": 2},
             train={"max_steps": 2},
         )
@@ -42,6 +47,20 @@ def test_every_pair_counts_once_on_any_number_of_ranks(inputs: Path, held_out: P
         # Not a multiple of 1/13 if a pair were left out or counted twice.
         wins = last["eval/rewards/accuracies"] * PAIRS
         assert wins == pytest.approx(round(wins), abs=1e-6)
+        for kind, counts in (
+            ("", {"seven": 7, "rest": 6}),
+            ("source/", {"seven": 7, "four": 4, "two": 2}),
+            ("length/", {name: last.get(f"eval/length/{name}/pairs", 0) for name in ("1-16", "17-24", "25-")}),
+        ):
+            assert {name: last.get(f"eval/{kind}{name}/pairs", 0) for name in counts} == counts
+            assert sum(counts.values()) == last["eval/pairs"] == PAIRS
+            for metric in ("loss", "rewards/accuracies", "rewards/margins"):
+                parts = [last[f"eval/{kind}{name}/{metric}"] * count for name, count in counts.items() if count]
+                assert sum(parts) == pytest.approx(last[f"eval/{metric}"] * PAIRS, rel=1e-9, abs=1e-9), (kind, metric)
+        for name, paths in sets.items():
+            by_file = [mean_logps(inputs / "model", path)[0] * len(path.read_text().splitlines()) for path in paths]
+            mean = first[f"eval/{name}/logps/chosen"]
+            assert mean == pytest.approx(sum(by_file) / first[f"eval/{name}/pairs"], rel=1e-5)
     assert abs(found[1][1]["eval/rewards/margins"]) > 1e-4, "nothing was trained"
 
 
