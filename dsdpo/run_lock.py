@@ -35,7 +35,19 @@ class RunLock:
         self.taken_by: str | None = None  # who has taken the folder from this process, which must not write any more
 
     def acquire(self) -> None:
-        """Take the folder, which is made if need be. Raises `ConfigError` where a live process has it."""
+        """Take the folder, which is made if need be.
+
+        Raises `ConfigError` where a live process has it, or nothing can be written there.
+        """
+        try:
+            self._take()
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: {self._folder} cannot be written ({error.strerror}): make room, or choose another folder"
+            ) from error
+        self._thread.start()
+
+    def _take(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         while not self._create():
             found = _read(self._path)
@@ -47,7 +59,6 @@ class RunLock:
                     "choose another folder"
                 )
             self._take_over(found)
-        self._thread.start()
 
     def release(self) -> None:
         """Give the folder back, unless another process has taken it; an empty one goes."""

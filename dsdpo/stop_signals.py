@@ -28,7 +28,7 @@ class _Notes:
     process = 0
     number = 0  # of the last signal; 0: none
     at = 0.0
-    since = 0.0  # on the monotonic clock
+    since = time.monotonic()
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def noted_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _Notes.listening = False
+        _Notes.listening, _Notes.number = False, 0
 
 
 def noted_signal() -> int:

@@ -107,3 +107,9 @@ def test_a_file_that_is_no_lock_is_not_in_the_way_for_ever(tmp_path: Path, monke
     lock = RunLock(folder)
     lock.acquire()
     lock.release()
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir: .*cannot be written"):
+        RunLock(RunFolder(tmp_path / "file" / "run")).acquire()
