@@ -7,6 +7,7 @@ import time
 from dsdpo.commands.arguments import PrecomputeArguments
 from dsdpo.console import quiet_libraries, say
 from dsdpo.engine.build import device
+from dsdpo.engine.download import fetch_model
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
 from dsdpo.errors import StoppedError
 from dsdpo.reference.precomputed import precompute
@@ -26,6 +27,7 @@ def main(given: PrecomputeArguments) -> int:
         with noted_signals(), watched_ranks(lost_after=given.run.distributed.lost_after):
             stop.check_signals()
             prepare_ops(plan.reference_config)
+            fetch_model(plan.reference.model)
             precompute(plan, stop, shard_rows=given.shard_pairs)
     except StoppedError as stopped:
         say(f"stopped by {stopped}; what was scored is stored, go on with the same command")

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsdpo.config.reference import STRATEGIES
 from dsdpo.engine.build import build_policy, device, warm_up
+from dsdpo.engine.download import fetch_model
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
 from dsdpo.engine.self_check import Answers, check_engine, check_same, computing_dtype, describe
 from dsdpo.reference.base import Reference
@@ -16,6 +17,8 @@ from dsdpo.run.plan import Plan
 def build_policy_and_reference(plan: Plan) -> tuple[Any, Reference]:
     """The policy engine, warmed up, and the reference by the run's strategy, both found to be right. Collective."""
     prepare_ops(plan.policy_config, plan.reference_config)
+    for model in (plan.run.model, plan.reference.model):
+        fetch_model(model)
     strategy = reference_class(plan.reference.strategy)
     if plan.reference.before_training:  # before the policy exists, so that there is one model in memory at a time
         reference = strategy.build(plan, None)

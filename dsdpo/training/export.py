@@ -10,7 +10,7 @@ from dsdpo.config.load import dump_yaml
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.data.types import Tokenizer
-from dsdpo.distributed import all_or_none, rank
+from dsdpo.distributed import on_some_ranks, rank
 from dsdpo.engine.lora import merged_model, save_adapter
 from dsdpo.engine.shards import whole_state_dict
 from dsdpo.engine.types import TrainingEngine
@@ -29,11 +29,13 @@ def export_model(
         export_adapter(lm, tokenizer, run, folder, metrics=metrics)
         return
     state = whole_state_dict(lm, keep=rank() == 0)
-    with all_or_none():
-        if state is not None:
-            lm.save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(model_card(run, metrics), encoding="utf-8")
+
+    def write() -> None:
+        lm.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(run, metrics), encoding="utf-8")
+
+    on_some_ranks(rank() == 0, write)  # hundreds of gigabytes take longer than a collective may
 
 
 def export_adapter(lm: Any, tokenizer: Tokenizer, run: RunConfig, folder: Path, *, metrics: dict[str, float]) -> None:
@@ -42,15 +44,17 @@ def export_adapter(lm: Any, tokenizer: Tokenizer, run: RunConfig, folder: Path, 
     Merging reads the base model anew: rank 0 needs room for one copy on the CPU, as it does to export a whole model.
     """
     save_adapter(lm, folder)
-    with all_or_none():
-        if rank() == 0:
-            tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(model_card(run, metrics, library="peft"), encoding="utf-8")
-            if run.export.merge_adapter:
-                merged = folder.parent / "merged"
-                merged_model(run.model, folder).save_pretrained(merged)
-                tokenizer.save_pretrained(merged)
-                (merged / "README.md").write_text(model_card(run, metrics), encoding="utf-8")
+
+    def write() -> None:
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(run, metrics, library="peft"), encoding="utf-8")
+        if run.export.merge_adapter:
+            merged = folder.parent / "merged"
+            merged_model(run.model, folder).save_pretrained(merged)
+            tokenizer.save_pretrained(merged)
+            (merged / "README.md").write_text(model_card(run, metrics), encoding="utf-8")
+
+    on_some_ranks(rank() == 0, write)
 
 
 def model_card(run: RunConfig, metrics: dict[str, float], *, library: str = "transformers") -> str:
