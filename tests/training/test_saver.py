@@ -104,9 +104,9 @@ def train_on_a_full_disk(
         nonlocal calls
         calls += 1
         if torch.distributed.get_rank() == 0:
-            if calls == full_at + 1:  # the first one is the warm-up's
+            if calls == full_at + 2:  # the first two are those of the check of the JSON and of the warm-up
                 fill(Path(disk), leaving_kib=leaving_kib)
-            if calls == (empty_at or -2) + 1:
+            if calls == (empty_at or -3) + 2:
                 empty(Path(disk))
         return original(*arguments, **options)
 
