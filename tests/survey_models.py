@@ -127,9 +127,9 @@ def compare(family: str, lm: Any) -> Finding:
     notes = []
     try:
         scorer = ResponseScorer(lm)
-        own = worst(scorer, pairs, truth, tokens, own_logits=True)
+        own = worst_alone(scorer, pairs, truth, tokens)
         if worst(scorer, pairs, truth, tokens) > 1e-4 >= own:
-            return Finding(family, "refused", "at start: other log-probs than its own logits")
+            return Finding(family, "refused", "at start: other log-probs than its own logits without padding")
         notes.append(f"own {own:.1e}")
         notes.append(f"padded {worst(scorer, pairs, truth, tokens):.1e}")
         if packed_refusal(lm.config) is None:
@@ -144,13 +144,18 @@ def compare(family: str, lm: Any) -> Finding:
 
 
 @torch.no_grad()
-def worst(
-    scorer: Any, pairs: list[Group], truth: Any, tokens: Any, *, packed: bool = False, own_logits: bool = False
-) -> float:
+def worst(scorer: Any, pairs: list[Group], truth: Any, tokens: Any, *, packed: bool = False) -> float:
     """The largest error per nat and token."""
     batch = collate_packed(pairs) if packed else collate_padded(pairs, pad_token_id=0)
-    ours = scorer(batch, own_logits=own_logits)
-    return float(((ours - truth).abs() / (truth.abs() + tokens)).max())
+    return float(((scorer(batch) - truth).abs() / (truth.abs() + tokens)).max())
+
+
+@torch.no_grad()
+def worst_alone(scorer: Any, pairs: list[Group], truth: Any, tokens: Any) -> float:
+    """The same of the model's own logits as the check at start takes them: one sequence, without padding."""
+    alone = [Group.of(0, pair.prompt, pair.responses[side]) for side in (0, 1) for pair in pairs]
+    own = torch.cat([scorer(collate_padded([one], pad_token_id=0), own_logits=True) for one in alone])
+    return float(((own - truth).abs() / (truth.abs() + tokens)).max())
 
 
 def main(families: list[str]) -> int:
