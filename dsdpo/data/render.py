@@ -62,21 +62,22 @@ class Renderer:
 
     def __call__(self, messages: Sequence[Message], example: dict[str, Any], *, generation_prompt: bool) -> str:
         """The messages as text."""
-        tools = example.get("tools")
-        options = {**example.get("chat_template_kwargs", {}), "tools": tools}
-        options |= {"tokenize": False, "add_generation_prompt": generation_prompt}
-        if self.date is not None and self.asks_for_date:
-            template = self.tokenizer.get_chat_template(None, tools)
-            options |= {"chat_template": FIXED_DATE + template, "fixed_dates": dates(template, self.date)}
+        options = {**self._given(example), "tokenize": False, "add_generation_prompt": generation_prompt}
         return str(self.tokenizer.apply_chat_template(list(messages), **options))
 
     def marks(self, messages: Sequence[Message], example: dict[str, Any]) -> list[int]:
         """Of each token of the rendered messages, 1 where the template says that the assistant generates it."""
-        options = {**example.get("chat_template_kwargs", {}), "tools": example.get("tools")}
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-        )
-        return list(encoded["assistant_masks"])
+        options = {**self._given(example), "tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        return list(self.tokenizer.apply_chat_template(list(messages), **options)["assistant_masks"])
+
+    def _given(self, example: dict[str, Any]) -> dict[str, Any]:
+        """What the template is given for an example besides messages."""
+        tools = example.get("tools")
+        options = {**example.get("chat_template_kwargs", {}), "tools": tools}
+        if self.date is not None and self.asks_for_date:
+            template = self.tokenizer.get_chat_template(None, tools)
+            options |= {"chat_template": FIXED_DATE + template, "fixed_dates": dates(template, self.date)}
+        return options
 
 
 def dates(template: str, date: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dsdpo.atomic import digest_of
 from dsdpo.config.run import ModelConfig
+from dsdpo.data.render import Renderer
 from dsdpo.data.tokenize import template_digest, tokenizer_digest
 from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import world_size
@@ -58,15 +59,17 @@ class ReferenceIdentity:
     strategy: str
     sync: str | None  # how the reference has moved; null: not at all
     token_weights: str | None = None  # by which tokens count in a response's sum; null: all alike
+    date: str | None = None  # YYYY-MM-DD, what the chat template was told; not known where a template asks for none
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All fields; the date only where the template writes one."""
+        return {name: value for name, value in asdict(self).items() if name != "date" or value is not None}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ReferenceIdentity:
         """Raises TypeError where `content` is no identity."""
         known = {field.name for field in fields(cls)}
-        found = set(content) | {"token_weights"}  # which identities of older versions do not have
+        found = set(content) | {"token_weights", "date"}  # which identities of older versions do not have
         if found != known:
             raise TypeError(f"not a reference identity: {sorted(found ^ known)}")
         return cls(**content)
@@ -79,8 +82,11 @@ class ReferenceIdentity:
         return digest_of(decisive)[:32]
 
     def differences(self, other: ReferenceIdentity, among: Sequence[str] = ()) -> list[str]:
-        """One text for each field that differs, this identity's value first; of all fields, or `among` these."""
-        names = among or [field.name for field in fields(self)]
+        """One text for each field that differs, this identity's value first; of all fields, or `among` these.
+
+        Dates differ where both are known: identities of older versions have none, whatever the template was told.
+        """
+        names = among or [field.name for field in fields(self) if field.name != "date" or (self.date and other.date)]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name} ({_short(ours)}, not {_short(theirs)})" for name, ours, theirs in pairs if ours != theirs]
 
@@ -91,7 +97,8 @@ class ReferenceIdentity:
         return f"{self.path}{revision}, {self.dtype}, {self.strategy}{moved}, weights {self.weights[:12]}"
 
 
-# Fields that decide log-probs. The rest says where the same weights lay and what they were used for.
+# Fields that decide log-probs. The rest says where the same weights lay and what they were used for; the date is in the
+# tokens, by which the store knows a pair.
 DECISIVE = ("weights", "architecture", "dtype", "tokenizer", "template", "max_length", "logps_version")
 
 
@@ -108,6 +115,7 @@ def identify_reference(plan: RunPlan, module: Any, *, adapter: str | None) -> Re
         adapter=adapter,
         sync=f"moves every {sync.every} steps, alpha {sync.alpha}" if sync else None,
         token_weights=plan.run.loss.token_weights,
+        date=plan.run.data.date,
     )
 
 
@@ -122,10 +130,12 @@ def identify(
     adapter: str | None = None,
     sync: str | None = None,
     token_weights: str | None = None,
+    date: str | None = None,
 ) -> ReferenceIdentity:
     """The identity of the reference whose weights stand in `module`, a `ResponseScorer`. Collective.
 
-    `adapter` is peft's name of the adapter that belongs to the reference; others in the module do not count.
+    `adapter` is peft's name of the adapter that belongs to the reference; others in the module do not count. `date`
+    counts if the chat template asks for it.
     """
     config = module.lm.config
     autocast = (engine_config or {}).get("torch_autocast", {})
@@ -146,6 +156,7 @@ def identify(
         strategy=strategy,
         sync=sync,
         token_weights=token_weights,
+        date=date if Renderer(tokenizer).asks_for_date else None,
     )
 
 

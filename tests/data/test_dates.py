@@ -10,6 +10,7 @@ import pytest
 from dsdpo.config.data import DataConfig
 from dsdpo.data.dates import settled_date
 from dsdpo.data.encode import Encoded, encode_examples, make_encoder
+from dsdpo.data.render import Renderer
 from tests.data.helpers import TEMPLATE, assistant, letter_tokenizer, user, words
 
 DATED = "{{ strftime_now('%d %b %Y') }}{% if strftime_now is defined %}!{% endif %}\n " + TEMPLATE
@@ -28,6 +29,18 @@ def test_template_is_told_the_date_of_the_setting() -> None:
     today = date.today().strftime("%d %b %Y")
     assert undated.startswith(f"{today}!")
     assert words(tokenizer, told.prompt) == undated.replace(today, "03 Feb 2024")  # and nothing else is changed
+
+
+@pytest.mark.parametrize("told", ["2024-05-01", "2024-09-01"])
+def test_marks_of_a_template_stand_after_the_date_of_the_setting(told: str) -> None:
+    """The names of months are of different lengths, so that today's would move the marks in one of two."""
+    tokenizer = letter_tokenizer(
+        template="{{ strftime_now('%B') }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endfor %}"
+    )
+    marks = Renderer(tokenizer, date=told).marks([assistant("yes")], {})
+    month = date.fromisoformat(told).strftime("%B")
+    assert marks == [0] * len(month) + [1] * len("yes")
 
 
 def test_first_day_stands_on_later_days(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from dsdpo.config.run import ModelConfig
 from dsdpo.objective.logps import ResponseScorer
-from dsdpo.reference.identity import DECISIVE, ReferenceIdentity, architecture_digest, weights_digest
+from dsdpo.reference.identity import DECISIVE, ReferenceIdentity, architecture_digest, identify, weights_digest
+from tests.data.helpers import letter_tokenizer
 from tests.ranks import run_ranks
 from tests.runs import POLICIES, REFERENCES, settings, train_on
 from tests.tiny import tiny_lm
@@ -165,6 +167,31 @@ def test_json_round_trip() -> None:
     assert ReferenceIdentity.from_json(IDENTITY.to_json()) == IDENTITY
     with pytest.raises(TypeError, match="weights"):
         ReferenceIdentity.from_json({key: value for key, value in IDENTITY.to_json().items() if key != "weights"})
+
+
+def test_date_stands_only_where_the_template_writes_one() -> None:
+    dated = replace(IDENTITY, date="2024-02-03")
+    assert "date" not in IDENTITY.to_json()
+    assert ReferenceIdentity.from_json(dated.to_json()) == dated
+    assert dated.differences(replace(IDENTITY, date="2025-01-01")) == ["date (2024-02-03, not 2025-01-01)"]
+    # What an older version wrote says nothing of the date, which was in the tokens even then.
+    old = ReferenceIdentity.from_json(IDENTITY.to_json())
+    assert dated.differences(old) == old.differences(dated) == []
+    assert dated.key() == old.key()
+
+
+@pytest.mark.parametrize(("template", "date"), [("{{ strftime_now('%Y') }}", "2024-02-03"), ("{{ bos_token }}", None)])
+def test_identity_has_the_date_that_the_template_is_told(template: str, date: str | None) -> None:
+    tokenizer = letter_tokenizer(template=template)
+    identity = identify(
+        ResponseScorer(tiny_lm()),
+        model=ModelConfig(path="model"),
+        tokenizer=tokenizer,
+        max_length=8,
+        strategy="separate",
+        date="2024-02-03",
+    )
+    assert identity.date == date
 
 
 def test_every_run_and_checkpoint_says_which_reference(inputs: Path, tmp_path: Path) -> None:
