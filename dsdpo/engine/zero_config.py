@@ -24,6 +24,7 @@ from dsdpo.engine.zero_limits import (
     left_auto,
     sharing_problems,
     stage_problems,
+    swap_problems,
     training_problems,
     type_problems,
 )
@@ -162,6 +163,18 @@ def resolve_reference_config(
 def serves_both(raw: Config | None, policy_raw: Config) -> bool:
     """True if a reference's JSON is the policy's: then it is read as "derive the reference's from this"."""
     return raw is not None and raw == policy_raw
+
+
+def own_reference_json(raw: Config | None, policy_raw: Config, source: str | Path | None) -> Config | None:
+    """What `resolve_reference_config` is to take as `raw`: None where the reference has no JSON or shares the policy's.
+
+    Raises `ConfigError` where a shared JSON names a folder for swapped parameters, which one engine alone can have.
+    """
+    if not serves_both(raw, policy_raw):
+        return raw
+    remedy = "in a JSON of its own, or leave out reference.deepspeed, and the reference swaps into a folder below it"
+    _refuse(source, (f"{problem} {remedy}" for problem in swap_problems(policy_raw, policy_raw)))
+    return None
 
 
 def stage(config: Config) -> int:

@@ -188,11 +188,16 @@ def sharing_problems(config: Config, policy: Config) -> Iterator[str]:
                 f"{key} is {json.dumps(mine)}, but the policy's DeepSpeed JSON has {json.dumps(given)}: the two would "
                 "differ before any training; make them agree"
             )
+    yield from swap_problems(config, policy)
+    group = "zero_optimization.zero_hpz_partition_size"
+    if (lookup(config, group) or 1) > 1 and (lookup(policy, group) or 1) > 1:
+        yield f"{group} is set for the policy too, and DeepSpeed can make that group only once: delete it here"
+
+
+def swap_problems(config: Config, policy: Config) -> Iterator[str]:
+    """A folder for swapped parameters of the reference that is the policy's too."""
     path = "zero_optimization.offload_param.nvme_path"
     theirs = [lookup(policy, path), lookup(policy, "zero_optimization.offload_optimizer.nvme_path")]
     ours = lookup(config, path)
     if ours and os.path.abspath(ours) in [os.path.abspath(folder) for folder in theirs if folder]:
         yield f"{path} {ours} is the policy's too, and each engine deletes the other's swap files: use another folder"
-    group = "zero_optimization.zero_hpz_partition_size"
-    if (lookup(config, group) or 1) > 1 and (lookup(policy, group) or 1) > 1:
-        yield f"{group} is set for the policy too, and DeepSpeed can make that group only once: delete it here"

@@ -28,7 +28,12 @@ from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.build import start_distributed
 from dsdpo.engine.load import refuse_dtype_of_device
 from dsdpo.engine.trial import check_with_deepspeed
-from dsdpo.engine.zero_config import read_deepspeed_json, resolve_policy_config, resolve_reference_config, serves_both
+from dsdpo.engine.zero_config import (
+    own_reference_json,
+    read_deepspeed_json,
+    resolve_policy_config,
+    resolve_reference_config,
+)
 from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows, with_date
@@ -228,7 +233,7 @@ def resolve_configs(
     own = run.reference.deepspeed
     raw_reference = read_deepspeed_json(own) if own else None
     reference = resolve_reference_config(
-        None if serves_both(raw_reference, raw) else raw_reference,
+        own_reference_json(raw_reference, raw, own),
         policy_config=policy,
         source=own,
         run=run,

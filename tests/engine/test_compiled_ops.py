@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.engine.quirks.compiled_ops import _processes_in, build_folder, remove_stale_lock
+from dsdpo.engine.quirks.compiled_ops import _processes_in, build_folder, prepare_ops, remove_stale_lock
+from dsdpo.errors import ConfigError
 from tests.ranks import restart, run_ranks
 
 LIMIT_S = 300
@@ -31,6 +32,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_missing_library_is_one_message_and_nothing_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A linker that fails, as without libaio."""
+    monkeypatch.setenv("LDFLAGS", "-no-such-option-of-a-linker")
+    nvme = {"zero_optimization": {"offload_param": {"device": "nvme"}}, "optimizer": {"type": "SGD", "params": {}}}
+    with pytest.raises(ConfigError, match=r"async_io operator cannot be built on this machine: install libaio"):
+        prepare_ops(nvme)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_lock_is_nothing_to_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

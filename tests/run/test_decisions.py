@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPTJConfig, LlamaConfig
+from transformers import BloomConfig, LlamaConfig
 
 from dsdpo.config.run import RunConfig
-from dsdpo.engine.build import attention_name
+from dsdpo.engine.blank import attention_name
 from dsdpo.errors import ConfigError
 from dsdpo.run.inputs import check_inputs_stay
 from dsdpo.run.plan import check_store, choose_layout
@@ -22,10 +22,10 @@ def run_in(folder: Path, **sections: Any) -> RunConfig:
 
 def test_the_attention_that_is_asked_for_stays_beside_a_reference_that_cannot_be_packed() -> None:
     run = run_in(Path("run"), model={"path": "m", "attn_implementation": "flash_attention_2"})
-    models = {"model.path": LlamaConfig(), "reference.path": GPTJConfig()}
+    models = {"model.path": LlamaConfig(), "reference.path": BloomConfig()}
     layout = choose_layout(run, models)
     assert layout.name == "padded"
-    assert "gptj" in str(layout.why_padded)
+    assert "bloom" in str(layout.why_padded)
     assert attention_name(run.model, layout.name) == "flash_attention_2"
     alone = choose_layout(run, {"model.path": LlamaConfig()})
     assert alone.name == "packed"

@@ -1,7 +1,7 @@
-"""DeepSpeed's compiled operators: built once per node, announced, and never waited for in vain.
+"""Builds DeepSpeed's compiled operators once per node, and removes the locks of builds that were killed.
 
 DeepSpeed compiles an operator at first use, behind a lock file that a killed build leaves behind; every later start
-then waits for ever without a word. Here one process of a node builds, says so, and knows a dead lock from a live one.
+then hangs without a message. Here one process of a node builds, says so, and tells a stale lock from a held one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import fcntl
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,11 @@ def skip_shared_memory_op() -> None:
 def _build(name: str) -> None:
     folder = build_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
-    # The kernel releases a flock when its holder dies, so among our own processes nobody waits for the dead.
+    # The kernel releases a flock when its holder dies, so none of our own processes waits for a dead one.
     with (folder.parent / f"{name}.dsdpo-lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         remove_stale_lock(folder)
+        _check_buildable(name)
         started = time.monotonic()
         fresh = not any(folder.glob("*.so"))
         if fresh:
@@ -74,13 +77,37 @@ def _load(name: str) -> None:
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = scripts + os.pathsep + os.environ["PATH"]
+    _check_buildable(name).load(verbose=False)
+
+
+def _check_buildable(name: str) -> Any:
+    """DeepSpeed's builder of an operator. Raises `ConfigError` where this machine lacks what the build needs."""
     builder = get_accelerator().create_op_builder(BUILDERS[name])
-    if builder is None or not builder.is_compatible(verbose=False):
+    with _stderr_closed():
+        buildable = builder is not None and builder.is_compatible(verbose=False)
+    if not buildable:
         raise ConfigError(
             f"DeepSpeed's {name} operator cannot be built on this machine: "
             f"{REMEDY.get(name, 'install a C++ compiler (g++)')}, or choose a DeepSpeed JSON without what needs it"
         )
-    builder.load(verbose=False)
+    return builder
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """A block whose compilers and linkers write nothing to standard error (descriptor 2).
+
+    DeepSpeed tries libraries by linking a test program, and silences the linker only where sys.stderr is descriptor 2.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def build_folder(name: str) -> Path:
