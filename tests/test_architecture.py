@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,13 @@ def test_libraries_stay_in_their_rooms() -> None:
         and not str(path.relative_to(PACKAGE)).startswith(ALLOWED[name.split(".")[0]] or ("nowhere",))
     ]
     assert not wrong
+
+
+def test_the_file_map_in_the_readme_names_every_file() -> None:
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"[a-z_]+", text[text.index("\ndsdpo/\n") : text.index("\nds_configs/")]))
+    mapped = [path for path in FILES if path.parent.name not in ("quirks", "losses") and "__" not in path.name]
+    assert not [str(path.relative_to(PACKAGE)) for path in mapped if path.stem not in words]
 
 
 def test_files_and_functions_stay_small() -> None:
