@@ -6,6 +6,8 @@ advices, separated by |, the first counts whose settings this version has; where
 
 from __future__ import annotations
 
+from dsdpo.config.loss import LOSSES
+
 _NONE = "there is none: "
 _JSON = "it belongs into the DeepSpeed JSON that deepspeed names"
 
@@ -40,6 +42,9 @@ _TABLE = {
     "model_init_kwargs ref_model_init_kwargs low_cpu_mem_usage device_map": _NONE + "weights are loaded into the ZeRO "
     "partitions; see model.dtype, model.revision and model.attn_implementation",
     "router_aux_loss_coef aux_loss_coef output_router_logits": "use loss.router_aux_loss_coef",
+    "rope_scaling rope_theta rope_factor": _NONE + "RoPE is what the model's config.json says",
+    "shift_attn mixture_of_depths use_llama_pro infer_dtype": _NONE + "the model computes what its config.json says",
+    "peft_init_lora_weights": "use model.lora.init_lora_weights",
     "use_cache": _NONE + "training keeps no key-value cache",
     "resize_vocab resize_token_embeddings_to_32x new_special_tokens special_tokens add_special_tokens": _NONE
     + "give a model whose embedding has a row for each token; model.pad_token chooses the padding",
@@ -62,6 +67,10 @@ _TABLE = {
     "cutoff_len sequence_len max_len max_seq_length max_seq_len model_max_length": "use data.max_length",
     "max_completion_length max_target_length max_source_length label_pad_token_id": _NONE
     + "data.max_length limits prompt and one response together",
+    "padding_value pad_token_id padding_side truncation_side padding": _NONE + "pairs are packed without padding, or "
+    "padded where it does not count; data.truncation says which end of a prompt is kept",
+    "tools tool_format": _NONE + "a row's own column tools goes to the chat template",
+    "chat_template_args template_kwargs": "use data.chat_template_kwargs",
     "truncation_mode": "use data.truncation",
     "max_prompt_length": "use data.max_prompt_length",
     "sample_packing packing packing_samples neat_packing padding_free pad_to_sequence_len pad_to_multiple_of "
@@ -82,11 +91,15 @@ _TABLE = {
     "loss_type pref_loss rl dpo_loss_type": "use loss.type",
     "dpo_beta pref_beta rl_beta": "use loss.beta",
     "label_smoothing_factor dpo_label_smoothing": "use loss.label_smoothing",
-    "ipo": "use loss.type ipo",
+    "gamma simpo_margin": "use loss.simpo_gamma with loss.type simpo",
+    "length_normalization length_normalized average_log_prob": "use loss.type sigmoid_norm",
+    "kto_lambda desirable_weight undesirable_weight kto_chosen_weight kto_rejected_weight": _NONE + "losses compare "
+    "the two responses of a pair, so there is no KTO",
+    "orpo_beta orpo_alpha": "use loss.beta with loss.type orpo",
     "loss_weights": "use loss.weights",
-    "rpo_alpha nll_loss_coef pref_ftx dpo_ftx sft_weight": "use loss.rpo_alpha (weight of the chosen responses' own "
-    "log-likelihood)",
-    "simpo_gamma cpo_alpha cpo_simpo_gamma": "use loss.type simpo with loss.simpo_gamma",
+    "rpo_alpha nll_loss_coef nll_weight nll_loss_weight pref_ftx dpo_ftx sft_weight sft_loss_weight": "use "
+    "loss.rpo_alpha (weight of the chosen responses' own log-likelihood)",
+    "cpo_simpo_gamma": "use loss.type simpo with loss.simpo_gamma",
     "dpop_lambda": "use loss.dpop_lambda",
     "f_divergence_type f_alpha_divergence_coef f_divergence": "use loss.f_divergence_type",
     "discopop_tau": "use loss.discopop_tau",
@@ -103,20 +116,21 @@ _TABLE = {
     "ds_configs/reference/zero3_offload.json",
     "precompute_ref_log_probs precompute_ref_logprobs precompute_reference_log_probs": "use reference.strategy "
     "precomputed",
+    "base_model_attribute_name": _NONE + "the reference is found without it",
     "precompute_ref_batch_size ref_batch_size": "use reference.score_tokens, a number of tokens",
     # optimizer
     "lr peak_lr actor_learning_rate": "use optimizer.learning_rate",
     "lr_scheduler scheduler lr_schedule": "use optimizer.lr_scheduler_type",
     "lr_scheduler_kwargs cosine_min_lr_ratio min_lr min_lr_ratio lr_min cosine_constant_lr_ratio": "use "
     "optimizer.lr_scheduler_type; the schedules run with transformers' own defaults",
-    "lr_warmup_ratio warmup_proportion": "use optimizer.warmup_ratio",
+    "lr_warmup_ratio warmup_proportion warmup": "use optimizer.warmup_ratio",
     "num_warmup_steps lr_warmup_steps": "use optimizer.warmup_steps",
     "optim optimizer_name optim_args optim_target_modules": "use optimizer.type (AdamW if left out) | "
     "there is none: AdamW, or the optimizer block of the DeepSpeed JSON that deepspeed names",
     "adam_betas betas": "use optimizer.adam_beta1 and optimizer.adam_beta2",
     "beta1": "use optimizer.adam_beta1",
     "beta2": "use optimizer.adam_beta2",
-    "l2 wd": "use optimizer.weight_decay",
+    "l2 wd weight_decay_rate adam_weight_decay": "use optimizer.weight_decay",
     "max_norm grad_clip gradient_clipping max_gradient_norm clip_grad": "use optimizer.max_grad_norm",
     "adam_offload offload_optimizer cpu_offload": "use zero_optimization.offload_optimizer in the DeepSpeed JSON, as "
     "in ds_configs/zero3_offload.json",
@@ -156,6 +170,9 @@ _TABLE = {
     # checkpoint, export
     "save_steps": "use checkpoint.every_steps",
     "saves_per_epoch": "use checkpoint.every_steps, a number of optimizer steps",
+    "save_optimizer_state save_optim": _NONE + "a checkpoint holds all that a resumed run needs",
+    "max_shard_size save_max_shard_size": _NONE + "the exported model is cut into files of a fixed size",
+    "save_torch_dtype save_dtype export_dtype": _NONE + "the exported model has model.dtype",
     "save_total_limit max_ckpt_num keep_last_n_checkpoints": "use checkpoint.keep_last",
     "save_strategy save_only_model save_on_each_node save_safetensors enable_jit_checkpoint": _NONE
     + "checkpoint.every_steps says when (0: never); the model is exported as safetensors at the end",
@@ -195,6 +212,10 @@ _TABLE = {
     "zero_stage stage zpg overlap_comm zero_optimization offload_param zero3_init_flag zero3_save_16bit_model "
     "train_micro_batch_size_per_gpu allgather_bucket_size reduce_bucket_size wall_clock_breakdown "
     "deepcompile": _JSON,
+    "colocate_all_models colocate_actor_ref ref_num_nodes ref_num_gpus_per_node": _NONE + "policy and reference share "
+    "the ranks",
     "do_train do_predict debug": _NONE + "dsdpo train trains, and evaluates where data.eval is given",
 }
-FOREIGN = {name: advice for names, advice in _TABLE.items() for name in names.split()}
+FOREIGN = {name: f"use loss.type {name}" for name in LOSSES} | {
+    name: advice for names, advice in _TABLE.items() for name in names.split()
+}

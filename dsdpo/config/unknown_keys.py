@@ -57,7 +57,8 @@ def _slips(key: str, valid: list[str]) -> list[str]:
     """The settings that a slip or two of the fingers turn into this key: the same section first."""
     section, _, leaf = key.lower().rpartition(".")
     beside = [name for name in valid if name.rpartition(".")[0] == section]
-    for names, word in ((beside, leaf), (valid, key.lower()), (valid, leaf)):
+    elsewhere = [] if leaf in _COMMON else valid
+    for names, word in ((beside, leaf), (valid, key.lower()), (elsewhere, leaf)):
         candidates = {name: name if word != leaf else name.split(".")[-1] for name in names}
         near = [(_distance(word, text), name) for name, text in candidates.items() if _near(word, text)]
         if near:

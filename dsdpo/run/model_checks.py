@@ -31,9 +31,9 @@ def check_model(model: ModelConfig, *, key: str) -> Any:
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # whatever the Hub client or a parser raises
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        said = " ".join(str(error).split())[:300] or type(error).__name__  # a validator's reason is not its first line
         what = "" if folder.is_dir() else " is no folder here and"
-        raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {first_line}") from error
+        raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {said}") from error
     _check_kind(config, model, key=key)
     return config
 

@@ -188,6 +188,13 @@ UNFIT: list[Row] = [
         other_kind(**BERT, is_decoder=True, architectures=["BertLMHeadModel"]),
     ),
     ("no language model", ("(vit) is no causal language model",), {}, DRY, other_kind(model_type="vit")),
+    (
+        "sizes that no model can have",
+        ("of attention heads (5)",),
+        {},
+        DRY,
+        config(num_attention_heads=5),
+    ),
     ("run folder for a model", ("give the model in it",), {"model": {"path": "run"}}, DRY, moved("run/model")),
     (
         "checkpoint for a model",

@@ -29,6 +29,8 @@ finetuning_type lora_rank template cutoff_len val_size pref_beta pref_loss pref_
 preprocessing_num_workers overwrite_cache quantization_bit base_model sequence_len micro_batch_size num_epochs
 val_set_size wandb_project dataset_prepared_path flash_attention evals_per_epoch saves_per_epoch sample_packing
 adapter rl dpo_beta load_in_4bit
+rope_scaling shift_attn mixture_of_depths padding_value padding_side save_optimizer_state max_shard_size
+colocate_all_models base_model_attribute_name weight_decay_rate simpo orpo apo_zero bco_pair orpo_beta gamma nll_weight
 """
 
 
@@ -81,6 +83,7 @@ def test_an_answer_names_settings_that_exist_or_says_there_is_none() -> None:
         ("frobnicate", ""),
         ("bf15", ""),
         ("rl2", ""),
+        ("data.type", ""),
     ],
 )
 def test_only_slips_of_the_fingers_are_guessed_at(key: str, answer: str) -> None:
