@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from dsdpo.errors import ConfigError
@@ -39,9 +40,9 @@ def plot(folder: Path, output: Path | None = None) -> Path:
     train, held_out = read_metrics(folder)
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 3.6), layout="constrained")
     for axis, (name, title) in zip(axes, PANELS, strict=True):
-        axis.plot([row["step"] for row in train], [row[name] for row in train], alpha=0.6, label="train")
+        axis.plot([row["step"] for row in train], [row.get(name, math.nan) for row in train], alpha=0.6, label="train")
         if held_out:
-            steps, values = [row["step"] for row in held_out], [row[f"eval/{name}"] for row in held_out]
+            steps, values = [row["step"] for row in held_out], [row.get(f"eval/{name}", math.nan) for row in held_out]
             axis.plot(steps, values, "o-", label="held-out")
         axis.set(title=title, xlabel="optimizer step")
         axis.spines[["top", "right"]].set_visible(False)

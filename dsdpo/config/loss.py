@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, Po
 from dsdpo.config.section import Section
 
 ReferenceUse = Literal["needed", "optional", "unused"]
+RowKind = Literal["pairs", "rated"]
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 COMMON = ("rpo_alpha", "use_weighting", "ld_alpha", "decay")  # of every loss of a pair's two summed log-probs
 
@@ -31,9 +32,12 @@ class LossKind:
     column: str | None = None  # that the data must have
     step_tokens: bool = False  # the number of chosen tokens in the whole step
     step_logps: bool = False  # log-probs of all pairs of the step, before the first backward pass
+    rows: RowKind = "pairs"  # that it is defined for: pairs, or one completion rated desirable or not
+    mismatched: bool = False  # of rated completions: the log-prob of a completion of another prompt beside each
 
 
 SMOOTHED = ("label_smoothing", *DIVERGENCE)
+RATED = ("desirable_weight", "undesirable_weight")
 SORTED = tuple(name for name in COMMON if name != "use_weighting")
 
 LOSSES: dict[str, LossKind] = {
@@ -57,6 +61,8 @@ LOSSES: dict[str, LossKind] = {
     "reward_rpo": LossKind(("margin_scale",), column="margin"),
     "aot": LossKind(("label_smoothing",), common=SORTED, step_logps=True),
     "aot_unpaired": LossKind(("label_smoothing",), common=SORTED, step_logps=True),
+    "kto": LossKind(RATED, common=(), step_logps=True, rows="rated", mismatched=True),
+    "apo_zero_unpaired": LossKind(RATED, common=(), rows="rated"),
     "simpo": LossKind(("label_smoothing", "simpo_gamma"), reference="unused"),
     "cpo": LossKind(("label_smoothing", "cpo_alpha"), reference="unused"),
     "orpo": LossKind(reference="unused"),
@@ -135,6 +141,11 @@ class LossConfig(Section):
     beta_dpo_alpha: NonNegativeFloat | None = None
     """Beta-DPO: how strongly beta follows the step's mean reward margin; null: not at all."""
 
+    desirable_weight: PositiveFloat = 1.0
+    """Weight of completions that are rated desirable."""
+    undesirable_weight: PositiveFloat = 1.0
+    """Weight of completions that are rated undesirable."""
+
     @property
     def types(self) -> tuple[str, ...]:
         """The names of all parts."""
@@ -150,6 +161,16 @@ class LossConfig(Section):
         """needed: a reference must be there; optional: it may be left out; unused: it would have no effect."""
         uses = {LOSSES[name].reference for name in self.types}
         return "needed" if "needed" in uses else "optional" if "optional" in uses else "unused"
+
+    @property
+    def rows(self) -> RowKind:
+        """What a row of the data must be; all parts agree on it."""
+        return LOSSES[self.types[0]].rows
+
+    @property
+    def mismatched(self) -> bool:
+        """True if the loss needs a completion of another prompt beside each rated one."""
+        return any(LOSSES[name].mismatched for name in self.types)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -197,6 +218,11 @@ class LossConfig(Section):
         doubled = next((name for name in self.types if self.types.count(name) > 1), None)
         if doubled:
             raise ValueError(f"loss.type names {doubled} more than once: give it one weight in loss.weights")
+        other = next((name for name in self.types if LOSSES[name].rows != LOSSES[self.types[0]].rows), None)
+        if other:
+            kinds = {"pairs": "pairs", "rated": "single rated completions"}
+            words = [f"{name} is a loss of {kinds[LOSSES[name].rows]}" for name in (self.types[0], other)]
+            raise ValueError(f"loss.type: {' and '.join(words)}, and data has rows of one kind: leave one of them out")
         if self.weights is not None and len(self.weights) != len(self.types):
             raise ValueError(
                 f"loss.weights {self.weights} has {len(self.weights)} values for {len(self.types)} losses "

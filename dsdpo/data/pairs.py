@@ -145,7 +145,7 @@ class Pairs:
         )
 
 
-def with_mismatched(pairs: Pairs, max_length: int) -> Pairs:
+def with_mismatched(pairs: Pairs, max_length: int, *, key: str = "data.train") -> Pairs:
     """Groups of one response, each with a second one that answers another prompt: that of the next group with one.
 
     KTO estimates the KL between policy and reference on such mismatched pairs (Ethayarajh et al. 2024, arXiv
@@ -153,7 +153,7 @@ def with_mismatched(pairs: Pairs, max_length: int) -> Pairs:
     DataError where all prompts are the same.
     """
     assert pairs.group_size == 1, f"groups of {pairs.group_size} responses"
-    lenders = np.array([_lender(pairs, pair_id) for pair_id in range(len(pairs))])
+    lenders = np.array([_lender(pairs, pair_id, key) for pair_id in range(len(pairs))])
     lengths = np.column_stack([pairs.lengths, pairs.lengths[lenders, 1]]).astype(np.int32)
     lengths[:, 2] = np.minimum(lengths[:, 2], max_length - lengths[:, 0])
     digest = hashlib.sha256(f"{pairs.digest} mismatched {max_length}".encode()).hexdigest()
@@ -161,7 +161,13 @@ def with_mismatched(pairs: Pairs, max_length: int) -> Pairs:
     return replace(pairs, lengths=lengths, borrowed=borrowed, digest=digest)
 
 
-def _lender(pairs: Pairs, pair_id: int) -> int:
+def with_nothing_beside(pairs: Pairs) -> Pairs:
+    """Groups of one response, each with a second one without a token: for losses that ask nothing more of them."""
+    assert pairs.group_size == 1, f"groups of {pairs.group_size} responses"
+    return replace(pairs, lengths=np.column_stack([pairs.lengths, np.zeros_like(pairs.lengths[:, 1])]))
+
+
+def _lender(pairs: Pairs, pair_id: int, key: str) -> int:
     """The next group, from the last one on to the first, that has another prompt."""
     start, end = pairs.stretches(pair_id)[0]
     for step in range(1, len(pairs)):
@@ -171,7 +177,10 @@ def _lender(pairs: Pairs, pair_id: int) -> int:
         first = int(pairs.starts[other])
         if not np.array_equal(pairs.tokens[start:end], pairs.tokens[first : first + end - start]):
             return other
-    raise DataError("all rows have the same prompt: KTO needs completions of other prompts to estimate the KL with")
+    raise DataError(
+        f"{key}: all rows have the same prompt, and KTO needs completions of other prompts to estimate the KL with: "
+        "give rows with several prompts, or set loss.type to apo_zero_unpaired"
+    )
 
 
 def write_tokens(folder: Path, chunks: Iterable[np.ndarray]) -> None:

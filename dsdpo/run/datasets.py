@@ -11,7 +11,7 @@ from dsdpo.config.run import RunConfig
 from dsdpo.console import say
 from dsdpo.data.binning import LayoutName, MicroBatchBudget, longest_sequences
 from dsdpo.data.dates import settled_date
-from dsdpo.data.pairs import Pairs, SourceFacts, open_pairs
+from dsdpo.data.pairs import Pairs, SourceFacts, open_pairs, with_mismatched, with_nothing_beside
 from dsdpo.data.sources import SECTIONS, DefaultSplit
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenize import prepare_pairs
@@ -48,6 +48,10 @@ def prepare_windows(
     folder = on_some_ranks(local_rank() == 0, prepare)
     folders = gather_objects((node(), folder))
     pairs = open_pairs(next(path for where, path in folders if path is not None and where == node()))
+    check_kind(pairs, split, run)
+    if run.loss.rows == "rated":
+        longest, key = run.data.max_length, SECTIONS[split]
+        pairs = with_mismatched(pairs, longest, key=key) if run.loss.mismatched else with_nothing_beside(pairs)
     check_pairs(pairs, split, run, model)
     return BatchSource(
         pairs=pairs,
@@ -112,6 +116,25 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
+def check_kind(pairs: Pairs, split: DefaultSplit, run: RunConfig) -> None:
+    """Raise `DataError` unless the rows are of the kind that the loss is defined for."""
+    size, wanted = pairs.group_size, {"pairs": 2, "rated": 1}[run.loss.rows]
+    if size == wanted:
+        return
+    loss = " + ".join(run.loss.types)
+    kind = {1: "one rated completion", 2: "chosen and rejected"}.get(size, f"up to {size} completions")
+    if run.loss.rows == "rated":
+        raise DataError(
+            f"{SECTIONS[split]}: {kind} a row, but loss.type {loss} is for single rated completions: give rows with "
+            "prompt, completion and label, or set loss.type to a loss of pairs such as sigmoid or apo_zero"
+        )
+    remedy = "set loss.type to kto" if size == 1 else "set data.pairing to best_worst"
+    raise DataError(
+        f"{SECTIONS[split]}: {kind} a row, but loss.type {loss} compares pairs: give rows with chosen and rejected, or "
+        f"{remedy}"
+    )
+
+
 def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -> None:
     """Raise unless every node holds the same pairs and the model can take the longest. Collective."""
     if pairs.report.text:
@@ -120,12 +143,6 @@ def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -
     if len(set(digests)) > 1:
         odd = next(index for index, digest in enumerate(digests) if digest != digests[0])
         raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
-    if pairs.group_size != 2:
-        kind = "one rated completion" if pairs.group_size == 1 else f"up to {pairs.group_size} completions"
-        raise DataError(
-            f"{SECTIONS[split]}: {kind} a row, but loss.type {run.loss.type} compares pairs: give rows with chosen and "
-            "rejected, or set data.pairing to best_worst for lists"
-        )
     for column in run.loss.columns:
         if getattr(pairs, f"{column}s") is None:
             raise DataError(

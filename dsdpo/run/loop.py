@@ -134,5 +134,5 @@ def log_evaluation(run: Run, metrics: dict[str, float]) -> None:
 def evaluation_line(step: int, metrics: dict[str, float]) -> str:
     """An evaluation in a line."""
     shown = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "nll/chosen": "nll"}
-    figures = [f"{short} {metrics[f'eval/{name}']:.4f}" for name, short in shown.items()]
+    figures = [f"{short} {metrics[f'eval/{name}']:.4f}" for name, short in shown.items() if f"eval/{name}" in metrics]
     return f"evaluation after step {step}: {', '.join(figures)} ({metrics['eval/pairs']:.0f} pairs)"

@@ -134,7 +134,8 @@ def describe_results(folder: Path) -> str:
     for title, rows, prefix in (("train", train, ""), ("held-out", held_out, "eval/")):
         if rows:
             lines.append(f"{title:>20}{'step ' + str(rows[0]['step']):>12}{'step ' + str(rows[-1]['step']):>12}")
-            lines += [f"{name:>20}{rows[0][prefix + name]:>12.4f}{rows[-1][prefix + name]:>12.4f}" for name in SHOWN]
+            ends = [(name, [row.get(prefix + name, math.nan) for row in (rows[0], rows[-1])]) for name in SHOWN]
+            lines += [f"{name:>20}{first:>12.4f}{last:>12.4f}" for name, (first, last) in ends]
     if train and (skipped := train[-1].get("train/skipped_steps")):
         lines += ["", f"skipped  {skipped:.0f} of {train[-1]['step']:.0f} steps, whose loss or gradient was not finite"]
     lines += ["", f"speed    {describe_speed(train)}"] if train else []

@@ -81,7 +81,9 @@ class Progress:
             return
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.4f}, accuracy {metrics['rewards/accuracies']:.2f}, "
-            f"margin {metrics['rewards/margins']:.3f}, {metrics['perf/pairs_per_s']:.1f} pairs/s"
+            # Of rated completions there is none until both kinds have come.
+            + (f"margin {metrics['rewards/margins']:.3f}, " if "rewards/margins" in metrics else "")
+            + f"{metrics['perf/pairs_per_s']:.1f} pairs/s"
             + (f", {metrics['perf/mfu']:.0%} MFU" if "perf/mfu" in metrics else ""),
             refresh=False,
         )

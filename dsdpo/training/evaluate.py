@@ -16,16 +16,16 @@ from dsdpo.distributed import gather_objects
 from dsdpo.engine.scoring_mode import scoring
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import NoLogps, PairLogps
-from dsdpo.objective.losses import LossInputs
+from dsdpo.objective.losses import LossInputs, LossOutput
 from dsdpo.objective.scores import PolicyScores, policy_scores
 from dsdpo.reference.base import Reference
 from dsdpo.training.groups import GROUPED, Grouping
-from dsdpo.training.metrics import pair_metrics
+from dsdpo.training.metrics import margins_of_means, pair_metrics, rated_metrics
 from dsdpo.training.step_loss import StepLoss
 
 COLUMNS = (
     "pair_id", "chosen", "rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens",
-    "plain_chosen", "likelihood", "entropy_chosen", "entropy_rejected", "margin", "weight",
+    "plain_chosen", "likelihood", "entropy_chosen", "entropy_rejected", "margin", "weight", "desirable",
 )  # fmt: skip
 OPTIONAL = ("likelihood", "margin", "weight")  # NaN where a run has none
 BINS = 10  # of the calibration error
@@ -76,7 +76,7 @@ def evaluate(
                 part = {column: values[torch.from_numpy(of == place)] for column, values in table.items()}
                 found = metrics_of(part, loss, step, without_reference=without_reference)
                 names = found if whole else [*GROUPED, "pairs"]
-                metrics |= {f"{name}/{key}": found[key] for key in names}
+                metrics |= {f"{name}/{key}": found[key] for key in names if key in found}
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
@@ -84,7 +84,9 @@ def table_rows(batch: PreferenceBatch, scored: PolicyScores, reference: PairLogp
     """(B, columns) float64 of one batch, fillers included, on its device."""
     absent = torch.full_like(scored.chosen, math.nan)
     entropy = (absent, absent) if scored.entropy is None else scored.entropy
-    optional = [absent if value is None else value for value in (scored.likelihood, batch.margin, batch.weight)]
+    desirable = None if batch.scores is None else batch.scores[:, 0] > 0
+    given = (scored.likelihood, batch.margin, batch.weight, desirable)
+    optional = [absent if value is None else value for value in given]
     columns = (
         batch.pair_ids, scored.logps.chosen, scored.logps.rejected, reference.chosen, reference.rejected,
         scored.logps.chosen_tokens, scored.logps.rejected_tokens, scored.chosen, optional[0], *entropy, *optional[1:],
@@ -109,6 +111,8 @@ def metrics_of(
     kind = NoLogps if without_reference else PairLogps
     reference = kind(table["reference_chosen"], table["reference_rejected"], *tokens)
     output = loss.function(policy, reference, _inputs(table, loss.held_out(step)))
+    if output.desirable is not None:
+        return rated_metrics_of(table, output, policy, reference)
     pairs = pair_metrics(output, policy, reference)
     metrics = {name: float(values.double().mean()) for name, values in pairs.items()}
     nll = float(-table["plain_chosen"].sum() / tokens[0].sum())
@@ -127,9 +131,31 @@ def metrics_of(
     return metrics | {"pairs": float(len(wins))}
 
 
+def rated_metrics_of(
+    table: dict[str, Tensor], output: LossOutput, policy: PairLogps, reference: PairLogps
+) -> dict[str, float]:
+    """The same of rated completions; `desirable` says how many of them are."""
+    every = torch.ones_like(policy.chosen)
+    metrics: dict[str, float] = {}
+    for values, weight in rated_metrics(output, policy, reference, every):
+        if (weight > 0).any():
+            metrics |= {name: float(column.double()[weight > 0].mean()) for name, column in values.items()}
+    metrics |= margins_of_means(metrics)
+    desirable = table["desirable"] > 0
+    if desirable.any():
+        nll = float(-table["plain_chosen"][desirable].sum() / policy.chosen_tokens[desirable].sum())
+        metrics |= {"nll/chosen": nll, "perplexity/chosen": math.exp(min(nll, 700.0))}
+    entropy = (table["entropy_chosen"] * policy.chosen_tokens).sum()
+    if entropy.isfinite():
+        metrics["entropy"] = float(entropy / policy.chosen_tokens.sum())
+    return metrics | {"pairs": float(len(every)), "desirable": float(desirable.sum())}
+
+
 def _inputs(table: dict[str, Tensor], shared: LossInputs) -> LossInputs:
     """What the loss is given of a table's pairs."""
     columns: dict[str, Any] = {name: table[name] for name in OPTIONAL if not table[name].isnan().any()}
+    if not table["desirable"].isnan().any():
+        columns["desirable"] = table["desirable"] > 0
     return replace(shared, chosen=table["plain_chosen"], **columns)
 
 

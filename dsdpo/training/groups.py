@@ -34,7 +34,8 @@ def groupings(pairs: Pairs, sources: Sequence[SourceConfig], edges: Sequence[int
     if len(sources) > 1:
         found.append(Grouping([f"source/{name}" for name in source_names(sources)], source))
     if edges:
-        lengths = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)
+        own = pairs.lengths[:, 1:] if pairs.borrowed is None else pairs.lengths[:, 1:2]
+        lengths = pairs.lengths[:, 0] + own.max(1)
         found.append(Grouping([f"length/{name}" for name in bucket_names(edges)], np.searchsorted(edges, lengths)))
     return found
 

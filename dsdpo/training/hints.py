@@ -38,15 +38,16 @@ class Hints:
         if "loss" not in row:
             return []
         self._rows.append(row)
-        found = [_unlikely(row)] if step == 1 else []
-        if len(self._rows) == ROWS:
+        found = [_unlikely(row)] if step == 1 and "nll/chosen" in row else []
+        if self.loss.rows == "pairs" and len(self._rows) == ROWS:
             mean = {name: float(np.mean([each[name] for each in self._rows if name in each])) for name in row}
             found += [self._fallen(mean), self._far(mean), _at_chance(step, mean), _length_bias(mean)]
         return self._new(step, found)
 
     def of_data(self, pairs: Pairs) -> list[str]:
         """What the training pairs suggest."""
-        return self._new(0, [_truncated(pairs), _duplicates(pairs), _contradictions(pairs)])
+        contradictory = _contradictions(pairs) if self.loss.rows == "pairs" else None
+        return self._new(0, [_truncated(pairs), _duplicates(pairs), contradictory])
 
     def _new(self, step: int, found: list[tuple[str, str] | None]) -> list[str]:
         lines = []

@@ -12,7 +12,9 @@ from dsdpo.distributed import world_size
 from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.objective.losses import LossOutput
 from dsdpo.objective.scores import PolicyScores
+from dsdpo.training.groups import GROUPED
 
+BY_GROUP = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")  # of rated completions
 SEPARATOR = "\n"  # between the names of sums that are kept together
 
 
@@ -66,7 +68,8 @@ class Meter:
         if world_size() > 1:
             dist.all_reduce(table)
         self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
+        means = {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
+        return means | margins_of_means(means)
 
 
 def pair_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
@@ -95,22 +98,77 @@ def pair_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps) ->
     return metrics
 
 
+Counted = list[tuple[dict[str, Tensor], Tensor]]
+"""Metrics, one value for each of B rows, and the weight (B,) that the rows have in them."""
+
+
+def rated_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps, weight: Tensor) -> Counted:
+    """The metrics of B rated completions: chosen is the mean over desirable ones, rejected over undesirable ones.
+
+    A completion counts as right where its log-ratio is on its rating's side of the KL estimate.
+    """
+    assert output.desirable is not None
+    assert output.kl is not None
+    ratio = policy.chosen - reference.chosen
+    gap = (ratio - output.kl).detach() * torch.where(output.desirable, 1.0, -1.0)
+    every = {
+        "loss": output.losses,
+        **{f"loss/{name}": values for name, values in output.parts.items()},
+        "rewards/accuracies": (gap > 0).float(),
+        "rewards/ties": (gap == 0).float(),
+        "reference/drift": ratio,
+        "kl": output.kl.expand_as(ratio),
+    }
+    counted: Counted = [(every, weight)]
+    for side, those in (("chosen", output.desirable), ("rejected", ~output.desirable)):
+        values = {"rewards": output.chosen_rewards, "logps": policy.chosen, "lengths": policy.chosen_tokens}
+        counted.append(({f"{name}/{side}": value for name, value in values.items()}, weight * those))
+    return counted
+
+
+def margins_of_means(means: Mapping[str, float]) -> dict[str, float]:
+    """The reward margins that no pair has: mean of desirable completions less mean of undesirable ones."""
+    found = {}
+    for name in means:
+        before, chosen, after = name.rpartition("rewards/chosen")
+        margin, rejected = f"{before}rewards/margins", f"{before}rewards/rejected"
+        if chosen and not after and rejected in means and margin not in means:
+            found[margin] = means[name] - means[rejected]
+    return found
+
+
 def count_pairs(
     meter: Meter, output: LossOutput, scored: PolicyScores, reference: PairLogps, weight: Tensor
-) -> dict[str, Tensor]:
-    """Add B pairs to what is counted; their metrics, (B,) each.
+) -> Counted:
+    """Add B pairs, or rated completions, to what is counted; what is to be counted by group.
 
     Beside `pair_metrics`: the negative log-prob of a chosen token, the accuracy where the chosen response is the longer
     one and where it is the shorter, and the entropy at a response token where it is known.
     """
     policy = scored.logps
+    chosen, rejected = policy.chosen_tokens, policy.rejected_tokens
+    if output.desirable is not None:
+        return _count_rated(meter, output, scored, reference, weight)
     metrics = pair_metrics(output, policy, reference)
     meter.add(metrics, weight)
-    chosen, rejected = policy.chosen_tokens, policy.rejected_tokens
     meter.add({"nll/chosen": -scored.chosen / chosen.clamp(min=1)}, weight * chosen)
     for name, those in (("longer", chosen > rejected), ("shorter", chosen < rejected)):
         meter.add({f"rewards/accuracies_chosen_{name}": metrics["rewards/accuracies"]}, weight * those)
     if scored.entropy is not None:
         for entropy, tokens in zip(scored.entropy, (chosen, rejected), strict=True):
             meter.add({"entropy": entropy}, weight * tokens)
-    return metrics
+    return [({name: metrics[name] for name in GROUPED}, weight)]
+
+
+def _count_rated(
+    meter: Meter, output: LossOutput, scored: PolicyScores, reference: PairLogps, weight: Tensor
+) -> Counted:
+    assert output.desirable is not None
+    counted, tokens = rated_metrics(output, scored.logps, reference, weight), scored.logps.chosen_tokens
+    for values, those in counted:
+        meter.add(values, those)
+    meter.add({"nll/chosen": -scored.chosen / tokens.clamp(min=1)}, weight * output.desirable * tokens)
+    if scored.entropy is not None:
+        meter.add({"entropy": scored.entropy[0]}, weight * tokens)
+    kept = [({name: values[name] for name in values if name in BY_GROUP}, those) for values, those in counted]
+    return kept

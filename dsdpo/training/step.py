@@ -12,7 +12,7 @@ from dsdpo.objective.logps import PairLogps
 from dsdpo.objective.losses import LossOutput
 from dsdpo.objective.scores import policy_scores
 from dsdpo.phases import Phase, untimed
-from dsdpo.training.groups import GROUPED, DeviceGroups
+from dsdpo.training.groups import DeviceGroups
 from dsdpo.training.metrics import Meter, count_pairs
 from dsdpo.training.nonfinite import marked, without_fillers
 from dsdpo.training.step_loss import StepLoss, given
@@ -51,10 +51,10 @@ def train_step(
             reference_logps = without_fillers(reference_logps, scored.logps, weight)
             output = loss.function(scored.logps, reference_logps, given(own, scored))
             policy.backward(marked((output.losses * weight).sum() * scale, output, weight), scale_wrt_gas=False)
-            metrics = count_pairs(meter, output, scored, reference_logps, weight)
+            apart = count_pairs(meter, output, scored, reference_logps, weight)
             for names, group in groups.of(batch.pair_ids) if groups else ():
-                apart = {name: metrics[name] for name in GROUPED}
-                meter.add_by_group(apart, weight, group=group, names=names)
+                for values, counted in apart:
+                    meter.add_by_group(values, counted, group=group, names=names)
             outputs.append(replace(output, losses=output.losses.detach()))
     with phase("optimizer"):
         policy.step()

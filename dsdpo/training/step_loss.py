@@ -28,10 +28,10 @@ LEAST_BETA = 1e-3  # beta-DPO's; its formula could make it negative
 class StepLoss:
     """The function that a run minimizes, and the running means that belong to it.
 
-    `aot`, `aot_unpaired`, `alpha_dpo` and beta-DPO must know the policy's log-probs of all pairs of a step before the
-    first backward pass. They come from a pass without gradient over the step's pairs, so that the loss is that of the
-    step however it is batched; where each rank has one micro-batch, from the training pass itself. BCO's running mean
-    is of earlier steps and costs a sum over ranks of two numbers.
+    `aot`, `aot_unpaired`, `alpha_dpo`, `kto` and beta-DPO must know the policy's log-probs of all pairs of a step
+    before the first backward pass. They come from a pass without gradient over the step's pairs, so that the loss is
+    that of the step however it is batched; where each rank has one micro-batch, from the training pass itself. BCO's
+    running mean is of earlier steps and costs a sum over ranks of two numbers.
     """
 
     def __init__(
@@ -89,7 +89,14 @@ class StepLoss:
             whole = list(of_step(window))
         beta = self._beta_of_step(whole[0], step)
         return [
-            LossInputs(beta=beta, step=pairs, margin=batch.margin, weight=batch.weight, bco_delta=self._delta())
+            LossInputs(
+                beta=beta,
+                step=pairs,
+                margin=batch.margin,
+                weight=batch.weight,
+                bco_delta=self._delta(),
+                desirable=desirable_of(batch) if self.settings.rows == "rated" else None,
+            )
             for batch, pairs in zip(window.batches, whole, strict=True)
         ]
 
@@ -132,6 +139,12 @@ class StepLoss:
                 return score_batches(policy, window.batches, score_tokens=self._score_tokens)
         finally:
             policy.train()
+
+
+def desirable_of(batch: PreferenceBatch) -> Tensor:
+    """(B,) bool: which completions are rated desirable."""
+    assert batch.scores is not None
+    return batch.scores[:, 0] > 0
 
 
 def given(inputs: LossInputs, scored: PolicyScores) -> LossInputs:

@@ -17,6 +17,12 @@ from tests.data.helpers import assistant, user
 QUESTION = "what colour is the sun ?"
 ROW = {"prompt": [user(QUESTION)], "chosen": [assistant("yellow .")], "rejected": [assistant("red .")]}
 LONG_ROW = {**ROW, "chosen": [assistant("yellow " * 200)]}
+RATED = {"prompt": [user(QUESTION)], "completion": [assistant("yellow .")], "label": True}
+LIST = {
+    "prompt": [user(QUESTION)],
+    "completions": [[assistant(f"{colour} .")] for colour in ("yellow", "red", "blue")],
+    "scores": [3, 2, 1],
+}
 WITHOUT_CHOSEN = {"prompt": "what colour is the sun ?", "rejected": "red ."}
 
 
@@ -55,6 +61,12 @@ def with_reference(text: str) -> dict[str, Any]:
 def with_data(content: str | bytes, **settings: Any) -> dict[str, Any]:
     """Sections and files for a run on this JSON Lines file."""
     return {"sections": {"data": {"train": "rows.jsonl", **settings}}, "files": {"rows.jsonl": content}}
+
+
+def with_loss(name: str, content: str) -> dict[str, Any]:
+    """The same for a run with this loss."""
+    found = with_data(content)
+    return {**found, "sections": {**found["sections"], "loss": {"type": name}}}
 
 
 ZERO_3 = {"zero_optimization": {"stage": 3}}
@@ -226,6 +238,26 @@ DATA = [
     ),
     Case("empty data file", ("rows.jsonl: is empty", "at least one preference pair"), **with_data("")),
     Case("binary junk", ("rows.jsonl: not text but binary data",), **with_data(bytes(range(256)) * 40)),
+    Case(
+        "pairs for a loss of single completions",
+        ("data.train", "chosen and rejected a row", "loss.type kto", "prompt, completion and label", "sigmoid"),
+        **with_loss("kto", lines(ROW, ROW)),
+    ),
+    Case(
+        "single completions for a loss of pairs",
+        ("data.train", "one rated completion a row", "loss.type sigmoid", "set loss.type to kto"),
+        **with_data(lines(*[RATED] * 3)),
+    ),
+    Case(
+        "single completions that all answer one prompt",
+        ("data.train", "all rows have the same prompt", "apo_zero_unpaired"),
+        **with_loss("kto", lines(RATED, {**RATED, "completion": [assistant("red .")], "label": False})),
+    ),
+    Case(
+        "lists for a loss of pairs",
+        ("data.train", "up to 3 completions a row", "set data.pairing to best_worst"),
+        **with_data(lines(*[LIST] * 2), pairing="list"),
+    ),
     Case("not JSON", ("rows.jsonl: not a JSON Lines file",), **with_data("prompt,chosen,rejected\n1,2,3\n")),
     Case("prompt-only rows", ("has no chosen, rejected", "columns"), **with_data(lines({"prompt": "p"}))),
     Case(

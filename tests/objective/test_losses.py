@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,79 @@ def test_values_by_hand_with_columns_of_the_data() -> None:
     assert make_loss(config("reward_rpo", beta=0.5, margin_scale=0.5))(
         POLICY, REFERENCE, equal
     ).losses.item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_rated_completions_by_hand() -> None:
+    # Two completions with d = 2 and -1; the mismatched ones have d = 3 and -1, whose mean is 1. beta 0.5.
+    policy = PairLogps(*torch.tensor([[-1.0, -6.0], [-2.0, -4.0]]), *torch.tensor([[2, 4], [3, 5]]))
+    reference = PairLogps(*torch.tensor([[-3.0, -5.0], [-5.0, -3.0]]), *torch.tensor([[2, 4], [3, 5]]))
+    weights = {"desirable_weight": 3.0, "undesirable_weight": 0.5}
+    given = LossInputs(desirable=torch.tensor([True, False]))
+    output = make_loss(config("kto", beta=0.5, **weights))(policy, reference, given)
+    assert output.losses.tolist() == pytest.approx([3 * (1 - sig(0.5 * (2 - 1))), 0.5 * (1 - sig(0.5 * (1 + 1)))])
+    assert output.kl is not None
+    assert output.kl.item() == 1.0
+    assert output.chosen_rewards.tolist() == [1.0, -0.5]
+    output = make_loss(config("apo_zero_unpaired", beta=0.5, **weights))(policy, reference, given)
+    assert output.losses.tolist() == pytest.approx([3 * (1 - sig(1)), 0.5 * sig(-0.5)])
+    # A mean below 0 counts as 0; the weight of a row of the data is a factor.
+    flipped = LossInputs(desirable=torch.tensor([False, True]), weight=torch.tensor([1.0, 10.0]))
+    output = make_loss(config("kto", beta=0.5))(reference, policy, flipped)
+    assert output.losses.tolist() == pytest.approx([1 - sig(1), 10 * (1 - sig(0.5))])
+
+
+@pytest.mark.parametrize("name", [name for name, kind in LOSSES.items() if kind.rows == "rated"])
+def test_rated_completions_have_the_loss_and_gradient_of_trls_code(name: str) -> None:
+    trainer = pytest.importorskip("trl").KTOTrainer
+    policy, reference = random_logps(0), random_logps(1)
+    given = LossInputs(desirable=DESIRABLE)
+    for drop in (0.0, 9.0):  # with a KL estimate above 0, and one that is cut off there
+        # TRL takes log-probs of tokens from a model: one token a completion, whose log-prob is the completion's.
+        mismatched = replace(policy, rejected=policy.rejected + 1.0 - drop)
+        ours, theirs = (policy.chosen.detach().clone().requires_grad_() for _ in range(2))
+        options = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+        value = make_loss(config(name, **options))(replace(mismatched, chosen=ours), reference, given).losses.mean()
+        value.backward()
+        expected = trl_kto(trainer, name, theirs, mismatched, reference, options)
+        expected.backward()
+        assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+def trl_kto(
+    trainer: Any, name: str, chosen: Tensor, policy: PairLogps, reference: PairLogps, options: dict[str, float]
+) -> Tensor:
+    """`KTOTrainer._compute_loss` on a batch of completions of one token."""
+    count = len(chosen)
+    ids = torch.ones(count, 2, dtype=torch.int64)
+    mask = torch.tensor([[0, 1]]).repeat(count, 1)
+
+    def model(**inputs: Any) -> Any:
+        assert inputs["labels"].tolist() == [[-100, 1]] * count
+        zeros = torch.zeros(count, 1)
+        logps = chosen if torch.is_grad_enabled() and inputs.get("matched") else policy.rejected
+        return SimpleNamespace(log_probs=logps[:, None], entropy=zeros, mean_logits=zeros)
+
+    model.training = True  # type: ignore[attr-defined]
+    itself = SimpleNamespace(
+        model=model,
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=name == "kto",
+        loss_type=name,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+        **options,
+    )
+    itself._compute_kl_logps = lambda *_: policy.rejected if name == "kto" else None
+    inputs = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask, "label": DESIRABLE,
+        "ref_logps": reference.chosen, "ref_KL_logps": reference.rejected,
+    }  # fmt: skip
+    loss: Tensor = trainer._compute_loss(itself, lambda **given: model(**given, matched=True), inputs, False)
+    return loss
 
 
 def test_dpop_punishes_a_chosen_response_that_has_fallen() -> None:
@@ -263,6 +337,13 @@ def test_values_and_gradients_of_the_installed_trl(golden: dict[str, Any]) -> No
 # Every loss.
 
 
+DESIRABLE = torch.tensor([True, False, False, True, True])
+
+
+def rated(name: str) -> bool:
+    return LOSSES[name].rows == "rated"
+
+
 def random_logps(seed: int, count: int = 5) -> PairLogps:
     generator = torch.Generator().manual_seed(seed)
     chosen, rejected = -3 * torch.rand(2, count, generator=generator, dtype=torch.float64) - 0.5
@@ -284,8 +365,10 @@ def test_gradients_are_those_of_finite_differences(name: str, divergence: str) -
 
     def value(chosen: Tensor, rejected: Tensor) -> Tensor:
         given = PairLogps(chosen, rejected, policy.chosen_tokens, policy.rejected_tokens)
-        step = StepPairs.of(random_logps(0), reference) if name == "alpha_dpo" else None  # its margin is a number
-        return loss(given, reference, LossInputs(margin=margin, step=step)).losses.sum()
+        # What these take of the step is a number.
+        step = StepPairs.of(random_logps(0), reference) if name in ("alpha_dpo", "kto") else None
+        inputs = LossInputs(margin=margin, step=step, desirable=DESIRABLE if rated(name) else None)
+        return loss(given, reference, inputs).losses.sum()
 
     inputs = (policy.chosen.requires_grad_(), policy.rejected.requires_grad_())
     assert torch.autograd.gradcheck(value, inputs)
@@ -304,7 +387,8 @@ def test_a_step_in_parts_has_the_loss_and_gradient_of_the_step_as_one_batch(name
             mine = PairLogps(chosen[own], rejected[own], policy.chosen_tokens[own], policy.rejected_tokens[own])
             theirs = PairLogps(*(getattr(reference, key)[own] for key in ("chosen", "rejected")), *vars_of(mine))
             step = StepPairs(7, whole.chosen_tokens, own, whole.policy, whole.reference)
-            total = total + loss(mine, theirs, LossInputs(step=step)).losses.sum()
+            labels = torch.arange(7)[own] % 3 == 0 if rated(name) else None
+            total = total + loss(mine, theirs, LossInputs(step=step, desirable=labels)).losses.sum()
         total.backward()
         assert chosen.grad is not None
         grads = chosen.grad, rejected.grad if rejected.grad is not None else torch.zeros_like(rejected)
@@ -333,7 +417,7 @@ def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
 
 def test_each_loss_takes_what_its_line_says() -> None:
     """A name in one place only would be unreachable or without effect."""
-    known = {"policy", "reference", "beta", "step", "margin", "bco_delta"}
+    known = {"policy", "reference", "beta", "step", "margin", "bco_delta", "desirable"}
     for name, kind in LOSSES.items():
         function, options, _ = bound(name, config(name))
         taken = set(inspect.signature(function).parameters) - known
@@ -342,6 +426,7 @@ def test_each_loss_takes_what_its_line_says() -> None:
         assert ("beta" in inspect.signature(function).parameters) == kind.beta, name
         assert ("step" in inspect.signature(function).parameters) == (kind.step_logps or kind.step_tokens), name
         assert ("margin" in inspect.signature(function).parameters) == (kind.column == "margin"), name
+        assert ("desirable" in inspect.signature(function).parameters) == rated(name), name
         assert "arXiv" in (function.__doc__ or "") or name == "sft", name
     fields = set(LossConfig.model_fields) - {"type", "weights", "beta", "beta_schedule"}
     assert fields == {option for kind in LOSSES.values() for option in kind.options} | set(COMMON)

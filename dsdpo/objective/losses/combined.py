@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dsdpo.config.loss import LOSSES, LossConfig, takes
 from dsdpo.objective.logps import PairLogps
-from dsdpo.objective.losses import margins, responses, step
+from dsdpo.objective.losses import margins, rated, responses, step
+from dsdpo.objective.losses.rated import mismatched_kl
 from dsdpo.objective.losses.step import StepPairs
 
-WHERE: tuple[ModuleType, ...] = (margins, responses, step)
+WHERE: tuple[ModuleType, ...] = (margins, responses, step, rated)
 """Modules whose functions are the losses of the same name."""
 PER_TOKEN_REWARDS = {"simpo", "orpo"}  # rank responses by their mean log-prob
 
@@ -33,6 +34,7 @@ class LossInputs:
     likelihood: Tensor | None = None  # (B,) WPO: how likely the policy is to write the pair itself
     chosen: Tensor | None = None  # (B,) plain log-prob of chosen, where tokens of `policy` do not count alike
     bco_delta: float | Tensor = 0.0  # mean reward of earlier steps
+    desirable: Tensor | None = None  # (B,) bool, of rated completions
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class LossOutput:
     chosen_rewards: Tensor  # (B,) detached
     rejected_rewards: Tensor  # (B,) detached
     parts: dict[str, Tensor] = field(default_factory=dict)  # (B,) detached: of several losses, each without its weight
+    desirable: Tensor | None = None  # (B,) bool, of rated completions, which stand under chosen whatever their rating
+    kl: Tensor | None = None  # () nats, what the log-ratios of rated completions are held against
 
 
 NOTHING = LossInputs()
@@ -61,6 +65,7 @@ def make_loss(loss: LossConfig) -> LossFn:
         beta = first_beta if inputs.beta is None else inputs.beta
         step = inputs.step or (StepPairs.of(policy, reference) if asks_for_step else None)
         given = {"beta": beta, "step": step, "margin": inputs.margin, "bco_delta": inputs.bco_delta}
+        given["desirable"] = inputs.desirable
         plain = policy
         if inputs.chosen is not None:
             plain = PairLogps(inputs.chosen, policy.rejected, policy.chosen_tokens, policy.rejected_tokens)
@@ -79,7 +84,10 @@ def make_loss(loss: LossConfig) -> LossFn:
             total = total * inputs.weight
         chosen, rejected = rewards(loss, policy, reference, beta)
         shown = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
-        return LossOutput(total, chosen, rejected, shown)
+        if loss.rows == "pairs":
+            return LossOutput(total, chosen, rejected, shown)
+        kl = mismatched_kl(step) if loss.mismatched and step else chosen.new_zeros(())
+        return LossOutput(total, chosen, rejected, shown, desirable=inputs.desirable, kl=kl)
 
     return combined
 
