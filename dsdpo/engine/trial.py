@@ -39,6 +39,7 @@ LEFT_OUT = (
     "tensorboard", "csv_monitor", "wandb", "comet", "comms_logger", "flops_profiler", "wall_clock_breakdown",
     "memory_breakdown", "dump_state", "aio", "activation_checkpointing", "compile",
 )  # fmt: skip
+_accepted: set[str] = set()  # configs, as JSON, that DeepSpeed has taken in this process
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 
 
@@ -48,6 +49,9 @@ def check_with_deepspeed(config: Config, *, source: str, trains: bool) -> None:
         for missing in package_problems(config):
             raise ConfigError(f"{source}: {missing}")
         _check_swap_folders(config, source)
+    key = json.dumps([config, trains], sort_keys=True)
+    if all(gather_objects(key in _accepted)):
+        return
     toy = _toy_config(config)
     for attempt, tried in (
         (_build_config, config),
@@ -56,6 +60,7 @@ def check_with_deepspeed(config: Config, *, source: str, trains: bool) -> None:
     ):
         if problem := _refusal(attempt, tried):
             raise ConfigError(_message(problem, _culprit(attempt, tried, problem), config, source))
+    _accepted.add(key)
 
 
 def _check_swap_folders(config: Config, source: str) -> None:
