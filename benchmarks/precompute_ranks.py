@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.recorder import VARIABLE, synchronize
-from dsdpo.commands import precompute
+from dsdpo.__main__ import main as run_command
 from dsdpo.distributed import barrier
+from dsdpo.reference import precomputed
 
 
 class Recording:
@@ -38,7 +39,7 @@ class Recording:
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     rounds = int(argv[0])
-    fill_tables = precompute.fill_tables
+    fill_tables = precomputed.fill_tables
 
     def fill_and_compare(plan: Any, scorer: Any, folder: Path, **options: Any) -> Any:
         recording = Recording(scorer.engine)
@@ -65,8 +66,8 @@ def main(argv: list[str]) -> int:
         report(results, pairs=len(plan.train.pairs))
         return filled
 
-    precompute.fill_tables = fill_and_compare
-    return precompute.main(argv[1:])
+    precomputed.fill_tables = fill_and_compare
+    return run_command(["precompute", *argv[1:]])
 
 
 def timed(function: Callable[[], Any]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from dsdpo.commands.arguments import PARSERS
-from dsdpo.console import is_main, launched_rank
+from dsdpo.console import choose_accelerator, is_main, launched_rank
 from dsdpo.errors import DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
 
@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         # Settings are checked before torch is imported, and signals noted from before that on.
         given = PARSERS[name](rest) if name in PARSERS else rest
         with noted_signals() if name in PARSERS else nullcontext():
+            if name in PARSERS:
+                choose_accelerator()
             code: int = importlib.import_module(f"dsdpo.commands.{name}").main(given)
             leave_process_group()
         return code

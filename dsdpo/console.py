@@ -125,6 +125,16 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
+def choose_accelerator() -> None:
+    """Tell DeepSpeed where it runs if that is a CPU, before it is imported: it would look for a GPU, and say so."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # A CUDA toolkit on a machine without a GPU is no reason to warn of every import that looks for a compiler.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def quiet_libraries(*, verbose: bool) -> None:
     """Keep DeepSpeed, transformers and the like to warnings, and other ranks than 0 to errors.
 
@@ -133,13 +143,9 @@ def quiet_libraries(*, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.WARNING if is_main() else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     import datasets
-    import torch
     import transformers
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found nothing else
-        # A CUDA toolkit on a machine without a GPU is no reason to warn of every import that looks for a compiler.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    choose_accelerator()
     logger = transformers.utils.logging
     logger.set_verbosity(level)
     for name in LIBRARIES:

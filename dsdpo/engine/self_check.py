@@ -55,19 +55,22 @@ class Answers:
 
 
 @torch.no_grad()
-def check_engine(engine: Any, source: BatchSource, *, dtype: str, key: str, trains: bool = False) -> Answers:
+def check_engine(
+    engine: Any, source: BatchSource, *, dtype: str, key: str, trains: bool = False, order: SecondOrder | None = None
+) -> Answers:
     """Score a few pairs as the run will and as the model itself does. Collective.
 
     `key` is the setting that the model comes from, `trains` says that the engine also scores in training mode. Raises
     `ConfigError` on all ranks if on any the same batch gets other log-probs a second time, packed pairs get others than
-    padded ones, or both get others than the model's own logits give. A training engine must have had its warm-up pass.
+    padded ones, or both get others than the model's own logits give. A training engine must have had its warm-up pass;
+    `order` is the record of gathers that the engine keeps for such passes, if it has one.
     """
     started = time.perf_counter()
     name = f"{key}: {type(base_lm(engine.module.lm)).__name__}"
     groups = source.sample(longest=LONGEST)
     padded, ours = (_laid_out(groups, layout, source.pad_token_id) for layout in ("padded", source.layout))
     together, alone = _whole_sequences(groups, source.pad_token_id)
-    with _same_mode_after(engine), SecondOrder(engine).recorded_apart(), _without_dropout(engine.module):
+    with _same_mode_after(engine), (order or SecondOrder(engine)).recorded_apart(), _without_dropout(engine.module):
         engine.eval()
         per_token = engine(batch=together), engine(batch=alone, own_logits=True)
         plain = engine(batch=padded)

@@ -46,7 +46,7 @@ class AdapterReference(Reference):
         own.identity = identify_reference(plan, policy.module, adapter=own.adapter)
         dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
         with own._switch.use(own.adapter):
-            answers = check_engine(policy, plan.train, dtype=dtype, key="reference")
+            answers = check_engine(policy, plan.train, dtype=dtype, key="reference", order=own._gathers)
         reference: Reference = own
         if settings.sync is not None:
             reference = with_trdpo(own, adapter_pairs(policy.module.lm), policy, settings.sync)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,15 @@ WORDS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "MV2_", "MVP_", "PM
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
+def _nothing_said() -> Iterator[None]:
+    """No launcher's variables, and afterwards those that were there: adopting one sets them for the process."""
+    before = dict(os.environ)
+    for name in before:
         if name.startswith(WORDS):
-            monkeypatch.delenv(name)
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 OMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -136,7 +142,7 @@ world = dist.distributed_c10d._world
 groups = list(world.pg_map)
 assert len(groups) > 1, "DeepSpeed has made no group of its own"
 for group in groups:
-    print(world.pg_names[group], group._get_backend(__import__("torch").device("cpu")).options._timeout)
+    print(world.pg_names[group], group._get_backend(__import__("torch").device("cpu")).options._timeout, flush=True)
 import os; os._exit(0)
 """
 
