@@ -41,7 +41,7 @@ _TABLE = {
     "neftune_noise_alpha noisy_embedding_alpha": _NONE + "no noise is added to embeddings",
     "model_init_kwargs ref_model_init_kwargs low_cpu_mem_usage device_map": _NONE + "weights are loaded into the ZeRO "
     "partitions; see model.dtype, model.revision and model.attn_implementation",
-    "router_aux_loss_coef aux_loss_coef output_router_logits": "use loss.router_aux_loss_coef",
+    "router_aux_loss_coef aux_loss_coef output_router_logits": "use model.router_aux_loss_coef",
     "rope_scaling rope_theta rope_factor": _NONE + "RoPE is what the model's config.json says",
     "shift_attn mixture_of_depths use_llama_pro infer_dtype": _NONE + "the model computes what its config.json says",
     "peft_init_lora_weights": "use model.lora.init_lora_weights",
@@ -93,8 +93,9 @@ _TABLE = {
     "label_smoothing_factor dpo_label_smoothing": "use loss.label_smoothing",
     "gamma simpo_margin": "use loss.simpo_gamma with loss.type simpo",
     "length_normalization length_normalized average_log_prob": "use loss.type sigmoid_norm",
-    "kto_lambda desirable_weight undesirable_weight kto_chosen_weight kto_rejected_weight": _NONE + "losses compare "
-    "the two responses of a pair, so there is no KTO",
+    "kto_chosen_weight": "use loss.desirable_weight",
+    "kto_rejected_weight": "use loss.undesirable_weight",
+    "kto_lambda kto_ftx": _NONE + "loss.type kto has loss.desirable_weight and loss.undesirable_weight",
     "orpo_beta orpo_alpha": "use loss.beta with loss.type orpo",
     "loss_weights": "use loss.weights",
     "rpo_alpha nll_loss_coef nll_weight nll_loss_weight pref_ftx dpo_ftx sft_weight sft_loss_weight": "use "
