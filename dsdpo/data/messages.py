@@ -16,6 +16,7 @@ from dsdpo.data.dropped_rows import BadRow
 Message = dict[str, Any]
 Turns = str | list[Message]
 
+PART_KINDS = ("text", "input_text", "output_text", "image", "image_url", "input_image", "audio", "input_audio", "video")
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 # Names of speakers in {from, value} data and in sets made for other models.
@@ -103,6 +104,23 @@ def _parsed_messages(name: str, text: str) -> Any:
     )
 
 
+def _parsed_parts(content: Any) -> Any:
+    """A content that writes a list of parts as JSON or Python text, as that list; any other as it is."""
+    if not isinstance(content, str) or not content.lstrip().startswith(("[{", "[ {")):
+        return content
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parts = parse(content.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return parts if isinstance(parts, list) and parts and all(map(_is_part, parts)) else content
+    return content
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and (part.get("type") in PART_KINDS) and len(part) == 2
+
+
 def _message(name: str, message: Any) -> Message:
     """The message as {role, content, ...} without null fields. Raises BadRow unless it has content or tool calls."""
     if isinstance(message, dict) and isinstance(message.get("from"), str) and "role" not in message:
@@ -112,7 +130,7 @@ def _message(name: str, message: Any) -> Message:
     found = {key: value for key, value in message.items() if value is not None}
     role = found["role"].strip()
     found["role"] = ROLES.get(role.lower(), role)
-    content = found.get("content")
+    content = _parsed_parts(found.get("content"))
     if isinstance(content, list):
         content = found["content"] = _joined_parts(name, content)
     calls = read_json(f"{name}: tool_calls", found.pop("tool_calls", None), list)

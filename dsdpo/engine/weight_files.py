@@ -17,6 +17,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LARGEST_HEADER = 100 * 2**20  # bytes; what the format allows
 LFS = b"version https://git-lfs"
+TRAINED_AS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -48,7 +49,13 @@ def _sharded(folder: Path, index: str, *, key: str) -> Shapes:
         if not (folder / name).is_file():
             raise ConfigError(f"{key}: {folder / name} is missing, which {index} names; {AGAIN}")
         read = safetensors_shapes if name.endswith(".safetensors") else _pickled
-        shapes |= read(folder / name, key=key)
+        held = read(folder / name, key=key)
+        absent = [tensor for tensor, file in places.items() if file == name and tensor not in held]
+        if absent:
+            raise ConfigError(
+                f"{key}: {folder / index} says that {name} holds {some(absent)}, but it does not; {AGAIN}"
+            )
+        shapes |= held
     return shapes
 
 
@@ -75,6 +82,14 @@ def safetensors_shapes(path: Path, *, key: str) -> Shapes:
         raise ConfigError(f"{key}: {path} is no safetensors file; {AGAIN}") from error
     if size < end:
         raise ConfigError(f"{key}: {path} is cut off: it has {size:,} bytes of {end:,}; {AGAIN}")
+    # Masks and indices may be whole numbers.
+    kinds = {name: str(tensor.get("dtype")) for name, tensor in tensors.items() if name.endswith("weight")}
+    other = sorted(f"{name} ({kind})" for name, kind in kinds.items() if kind not in TRAINED_AS)
+    if other:
+        raise ConfigError(
+            f"{key}: {path} stores {some(other)}: quantized weights, which dsdpo does not train; give the model that "
+            "they were made from, with weights in 16 or 32 bits"
+        )
     return shapes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError
 
 CAUSAL = "dsdpo trains causal language models"
+
+
+QUANTIZED = ("quantization_config", "compression_config", "quantization")  # blocks of config.json
 
 
 def check_model(model: ModelConfig, *, key: str) -> Any:
@@ -53,6 +57,12 @@ def _check_folder(folder: Path, model: ModelConfig, *, key: str) -> None:
         raise ConfigError(
             f"{key}: {folder} has no config.json; " + (_instead(folder) or "give a Hugging Face model folder or Hub id")
         )
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{key}: {folder / 'config.json'} cannot be read as JSON: {error}") from error
+    for name in QUANTIZED if isinstance(content, dict) else ():
+        _check_unquantized(content.get(name), name, model, key=key)
     pickled = any(folder.glob("pytorch_model*.bin"))
     if not any(folder.glob("*.safetensors")) and not (pickled and model.allow_pickle):
         if not pickled:
@@ -62,6 +72,17 @@ def _check_folder(folder: Path, model: ModelConfig, *, key: str) -> None:
             "read; save the model again as safetensors (save_pretrained of transformers does), or set "
             "model.allow_pickle to true if you trust where it came from"
         )
+
+
+def _check_unquantized(stored: Any, name: str, model: ModelConfig, *, key: str) -> None:
+    """Raise `ConfigError` if a block of config.json says that weights are stored quantized."""
+    if not stored:
+        return
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    raise ConfigError(
+        f"{key}: the weights of {model.path} are stored quantized ({name}: {method or 'unnamed'}), which dsdpo does "
+        "not train; give the model that they were made from, with weights in 16 or 32 bits"
+    )
 
 
 def _instead(folder: Path) -> str | None:
@@ -84,15 +105,10 @@ def _instead(folder: Path) -> str | None:
 def _check_kind(config: Any, model: ModelConfig, *, key: str) -> None:
     """Raise `ConfigError` unless this is a causal language model with weights that can be trained as they are."""
     kind = config.model_type
-    stored = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if stored:
-        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-        raise ConfigError(
-            f"{key}: the weights of {model.path} are stored quantized (quantization_config: {method or 'unnamed'}), "
-            "which dsdpo does not train; give the model that they were made from, with weights in 16 or 32 bits"
-        )
+    text = config.get_text_config()
+    for part in (config, text):
+        for name in QUANTIZED:
+            _check_unquantized(getattr(part, name, None), name, model, key=key)
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{key}: {model.path} is an encoder-decoder ({kind}); {CAUSAL}")
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

@@ -31,6 +31,20 @@ def zero_size(held: dict[str, Any]) -> None:
     held[UP] = held[UP].new_empty(0)
 
 
+def whole_numbers(held: dict[str, Any]) -> None:
+    import torch
+
+    held[UP] = held[UP].to(torch.int8)
+
+
+def index_that_lies(folder: Path) -> None:
+    """The one weights file as the first shard of an index, which names a tensor that it does not hold."""
+    model = folder / "model"
+    (model / "model.safetensors").rename(model / "model-00001.safetensors")
+    places = {"weight_map": {"absent.weight": "model-00001.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(places))
+
+
 def renamed(how: Callable[[str], str]) -> Callable[[dict[str, Any]], None]:
     def change(held: dict[str, Any]) -> None:
         for name in list(held):
@@ -178,6 +192,16 @@ UNFIT: list[Row] = [
         DRY,
         config(quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}),
     ),
+    ("quantized weights of MLX", ("stored quantized (quantization: ",), {}, DRY, config(quantization={"bits": 4})),
+    (
+        "quantization that is a list",
+        ("stored quantized (quantization_config: ",),
+        {},
+        DRY,
+        config(quantization_config=["x"]),
+    ),
+    ("whole numbers for weights", (f"stores {UP} (I8): quantized weights",), {}, DRY, tensors(whole_numbers)),
+    ("index of other shards", ("puts absent.weight into model-00001.safetensors",), {}, DRY, index_that_lies),
     ("encoder-decoder", ("is an encoder-decoder (t5)",), {}, DRY, other_kind(**T5)),
     ("model that sees all tokens", ("(bert) sees the tokens",), {}, DRY, other_kind(**BERT)),
     (

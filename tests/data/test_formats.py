@@ -184,6 +184,14 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "u"}]}], "chosen": [A], "rejected": [B]},
         {"prompt": [Q], "chosen": [A], "rejected": [B]},
     ),
+    "content in text parts, as text": (
+        {
+            "prompt": [{"role": "user", "content": '[{"type": "text", "text": "u"}]'}],
+            "chosen": [{"role": "assistant", "content": "[{'type': 'text', 'text': 'a'}]"}],
+            "rejected": [B],
+        },
+        {"prompt": [Q], "chosen": [A], "rejected": [B]},
+    ),
     "messages as JSON text": (
         {"prompt": json.dumps([Q]), "chosen": json.dumps([A]), "rejected": json.dumps(B)},
         {"prompt": [Q], "chosen": [A], "rejected": [B]},
