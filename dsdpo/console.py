@@ -63,9 +63,9 @@ def launched() -> Launched:
         assert size is not None
         if by == "Slurm" and not {"SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR"} & os.environ.keys():
             raise ConfigError(
-                f"this shell belongs to a Slurm job of {size} tasks (SLURM_NTASKS), but srun did not start this "
-                "process: start with srun, as launch/slurm.sbatch does, or alone with RANK=0 WORLD_SIZE=1 before the "
-                "command"
+                f"this shell belongs to a Slurm job of {counted(size, 'task')} (SLURM_NTASKS), but srun did not start "
+                "this process: start with srun, as launch/slurm.sbatch does, or alone with RANK=0 WORLD_SIZE=1 before "
+                "the command"
             )
         local = _whole_number(local_names)
         if local is None:
@@ -90,7 +90,10 @@ def launched() -> Launched:
 
 def _checked(by: str, rank: int, size: int, local: int, local_size_names: Sequence[str], name: str) -> Launched:
     if rank >= size:
-        raise ConfigError(f"{name} is {rank}, but there are {size} processes only, counted from 0")
+        there_are = "there is" if size == 1 else "there are"
+        raise ConfigError(
+            f"{name} is {rank}, but {there_are} {counted(size, 'process', 'processes')} only, counted from 0"
+        )
     return Launched(by, rank, size, local, _whole_number(local_size_names) or 1)
 
 
@@ -157,3 +160,13 @@ def quiet_libraries(*, verbose: bool) -> None:
             datasets.disable_progress_bars()  # a bar is for someone who watches
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number and what it counts: 1 step, 1,728 pairs."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def every(number: int, noun: str) -> str:
+    """How often something happens: every step, every 100 steps."""
+    return f"every {noun}" if number == 1 else f"every {counted(number, noun)}"

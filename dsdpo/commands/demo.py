@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from dsdpo.commands.plot import plot
+from dsdpo.commands.plot import plot, user_path
 from dsdpo.console import quiet_libraries
 from dsdpo.errors import ConfigError
 
@@ -62,7 +62,12 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     parser = argparse.ArgumentParser(prog="dsdpo demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, help="processes to start; default: one a GPU (2 at most), 2 without GPU")
-    parser.add_argument("--output_dir", type=Path, default=RUN_FOLDER, help=f"run folder; default: {RUN_FOLDER}")
+    parser.add_argument(
+        "--output_dir",
+        type=lambda text: user_path(text).absolute(),  # the demo runs in the repository's folder
+        default=RUN_FOLDER,
+        help=f"run folder; default: {RUN_FOLDER}",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
     arguments, overrides = parser.parse_known_args(argv)
     root = Path(__file__).resolve().parents[2]

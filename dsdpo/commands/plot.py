@@ -20,11 +20,16 @@ PANELS = (
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     parser = argparse.ArgumentParser(prog="dsdpo plot", description=__doc__)
-    parser.add_argument("folder", type=Path, help="output_dir of a run")
-    parser.add_argument("--output", type=Path, help="picture to write; default: metrics.png in the run folder")
+    parser.add_argument("folder", type=user_path, help="output_dir of a run")
+    parser.add_argument("--output", type=user_path, help="picture to write; default: metrics.png in the run folder")
     arguments = parser.parse_args(argv)
     print(plot(arguments.folder, arguments.output))
     return 0
+
+
+def user_path(text: str) -> Path:
+    """A path from the command line, whose ~ is the user's home folder."""
+    return Path(text).expanduser()
 
 
 def plot(folder: Path, output: Path | None = None) -> Path:
@@ -49,6 +54,10 @@ def plot(folder: Path, output: Path | None = None) -> Path:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     output = output or files.picture
-    figure.savefig(output, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(output, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: a file name extension that matplotlib does not know
+        raise ConfigError(f"--output: {output} cannot be written ({error}); give a .png, .pdf or .svg file") from error
+    finally:
+        pyplot.close(figure)
     return output

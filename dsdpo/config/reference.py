@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dsdpo.config.section import FolderText, PathText, Section
+from dsdpo.console import every
 
 AUTO = "auto"
 SYNC_SETTINGS = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
@@ -83,7 +84,7 @@ class Adapter(StrategySettings):
 
     def describe(self, strategy: str, model: str, adapter: str | None) -> str:
         first = "with its first adapter, frozen" if adapter else "with adapters off"
-        how = f"with an adapter that moves every {self.sync.every} steps" if self.sync else first
+        how = f"with an adapter that moves {every(self.sync.every, 'step')}" if self.sync else first
         return f"{model}, {strategy}: the policy's own weights {how}"
 
 
@@ -123,7 +124,7 @@ class Snapshot(StrategySettings):
         return super().of(given)
 
     def describe(self, strategy: str, model: str, adapter: str | None) -> str:
-        return f"the policy as it is every {self.sync.every} steps: no weights of its own"
+        return f"the policy as it is {every(self.sync.every, 'step')}: no weights of its own"
 
 
 @dataclass(frozen=True)

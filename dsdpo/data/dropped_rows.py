@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dsdpo.console import counted
 from dsdpo.errors import DataError
 
 PLACES_LISTED = 5
@@ -110,7 +111,7 @@ class DropReport:
         if not (self.dropped or self.truncated or self.notes):
             return ""
         share = self.dropped / max(1, self.rows)
-        lines = [f"{self.kept} of {self.rows} rows kept, {self.dropped} dropped ({share:.1%})"]
+        lines = [f"{self.kept} of {counted(self.rows, 'row')} kept, {self.dropped} dropped ({share:.1%})"]
         for problem in self.problems:
             more = ", ..." if problem.count > len(problem.places) else ""
             lines.append(

@@ -26,6 +26,7 @@ import numpy as np
 
 from dsdpo.atomic import digest_of, publish
 from dsdpo.config.data import DataConfig, SourceConfig
+from dsdpo.console import counted
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.chunks import Chunk, make_chunks
 from dsdpo.data.dropped_rows import DropReport, check_report, collect_problems
@@ -142,7 +143,9 @@ def _make(
         if source.config.weight < 1
     }
     if len(used) == len(sources) and not any(rows.any() for rows in used.values()):
-        raise DataError(f"{key}: the weights leave none of {sum(map(len, used.values()))} rows. Raise weight.")
+        raise DataError(
+            f"{key}: the weights leave none of {counted(sum(map(len, used.values())), 'row')}. Raise weight."
+        )
     paths, progress = make_chunks(
         chunks, sources, encoder, used=used, processes=data.dataset_num_proc or usable_cores(), label=f"prepare {key}"
     )

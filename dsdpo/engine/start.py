@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from dsdpo.console import Launched, launched
+from dsdpo.console import Launched, counted, launched
 from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
 from dsdpo.engine.quirks.timeouts import set_default_timeout
 from dsdpo.errors import ConfigError, TrainingError
@@ -101,7 +101,8 @@ def _explained(error: Exception, who: Launched, minutes: float) -> Exception:
             "(deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N)"
         )
     return TrainingError(
-        f"the {who.world_size} ranks did not meet at {place} (MASTER_ADDR, MASTER_PORT) within {minutes:g} minutes: "
+        f"the {counted(who.world_size, 'rank')} did not meet at {place} (MASTER_ADDR, MASTER_PORT) within "
+        f"{minutes:g} minutes: "
         f"{said}. See that every process started (the launcher's first lines), and that the others reach that port"
     )
 

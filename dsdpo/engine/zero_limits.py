@@ -14,6 +14,7 @@ from typing import Any
 
 from dsdpo.config.load import did_you_mean
 from dsdpo.config.run import RunConfig
+from dsdpo.console import counted
 from dsdpo.engine.deepspeed_keys import OPTIMIZERS, SCHEDULES, Config, lookup
 
 MONITORS = {"tensorboard": "tensorboard", "comet": "comet_ml"}  # block -> the package it takes
@@ -145,7 +146,8 @@ def stage_problems(config: Config, world_size: int) -> Iterator[str]:
         )
     group = zero.get("zero_hpz_partition_size", 1)
     if group > 1 and (stage != 3 or world_size % group):
-        yield f"zero_optimization.zero_hpz_partition_size {group} needs stage 3 and must divide the {world_size} ranks"
+        ranks = counted(world_size, "rank")
+        yield f"zero_optimization.zero_hpz_partition_size {group} needs stage 3 and must divide the {ranks}"
 
 
 def _offload_problems(zero: Config, stage: int) -> Iterator[str]:

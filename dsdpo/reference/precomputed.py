@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdpo.config.reference import Precomputed
-from dsdpo.console import say
+from dsdpo.console import counted, say
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import MicroBatchBudget
 from dsdpo.data.plan import plan_pass
@@ -82,7 +82,7 @@ class Filled:
         known = len(self.table) - self.scored
         audit = f" ({self.audited} scored again and found right)" if self.audited else ""
         speed = f", {self.scored / self.seconds:.1f} pairs/s" if self.scored else ""
-        return f"{len(self.table):,} pairs, {known:,} known{audit}, {self.scored:,} scored{speed}"
+        return f"{counted(len(self.table), 'pair')}, {known:,} known{audit}, {self.scored:,} scored{speed}"
 
 
 def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = None) -> PrecomputedReference:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsdpo.config.reference import Sync
-from dsdpo.console import say
+from dsdpo.console import every, say
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import rank, world_size
 from dsdpo.engine.shards import (
@@ -243,5 +243,5 @@ def with_trdpo(
 ) -> MovingReference:
     """The reference, whose parameters `engine` holds, moved towards the policy as `sync` says."""
     average = MovingAverage(matches, engine, alpha=sync.alpha)
-    say(f"reference moves every {sync.every} steps: {average.describe()}")
+    say(f"reference moves {every(sync.every, 'step')}: {average.describe()}")
     return MovingReference(reference, average, every=sync.every)

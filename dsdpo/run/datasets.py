@@ -8,7 +8,7 @@ from typing import Any
 
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig
-from dsdpo.console import say
+from dsdpo.console import counted, say
 from dsdpo.data.binning import LayoutName, MicroBatchBudget, longest_sequences
 from dsdpo.data.dates import settled_date
 from dsdpo.data.pairs import Pairs, SourceFacts, open_pairs, with_mismatched, with_nothing_beside
@@ -94,7 +94,7 @@ def prepare_data(run: RunConfig) -> Iterator[str]:
             pairs = open_pairs(folder)
             if pairs.report.text:
                 yield f"{name} data: {pairs.report.text}"
-            yield f"{name} data: {len(pairs):,} pairs in {folder}"
+            yield f"{name} data: {counted(len(pairs), 'pair')} in {folder}"
             yield from (f"  {describe_source(source)}" for source in pairs.sources)
 
 
@@ -104,9 +104,9 @@ def describe_source(source: SourceFacts) -> str:
     alone = len(source.files) == 1 and source.path.endswith(source.files[0])
     read = "" if alone or not source.files else f" ({_names(source.files)})"
     return (
-        f"{source.path}{read}: {source.rows:,} rows, {source.pairs:,} pairs, {source.tokens:,} tokens, "
-        f"dropped {dropped or 'none'}, {source.truncated:,} truncated, {source.duplicates:,} duplicates"
-        + (f"; not read: {_names(source.unread)}" if source.unread else "")
+        f"{source.path}{read}: {counted(source.rows, 'row')}, {counted(source.pairs, 'pair')}, "
+        f"{source.tokens:,} tokens, dropped {dropped or 'none'}, {source.truncated:,} truncated, "
+        f"{counted(source.duplicates, 'duplicate')}" + (f"; not read: {_names(source.unread)}" if source.unread else "")
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+from dsdpo.console import counted
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import rank
 from dsdpo.engine.build import device
@@ -135,4 +136,4 @@ def evaluation_line(step: int, metrics: dict[str, float]) -> str:
     """An evaluation in a line."""
     shown = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "nll/chosen": "nll"}
     figures = [f"{short} {metrics[f'eval/{name}']:.4f}" for name, short in shown.items() if f"eval/{name}" in metrics]
-    return f"evaluation after step {step}: {', '.join(figures)} ({metrics['eval/pairs']:.0f} pairs)"
+    return f"evaluation after step {step}: {', '.join(figures)} ({counted(round(metrics['eval/pairs']), 'pair')})"

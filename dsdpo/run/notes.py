@@ -9,6 +9,7 @@ import numpy as np
 
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig
+from dsdpo.console import counted
 from dsdpo.data.pairs import Pairs
 from dsdpo.reference.store import pair_keys
 from dsdpo.run.plan import Plan
@@ -24,7 +25,7 @@ def run_notes(plan: Plan) -> Iterator[str]:
         )
     if (warmup := run.optimizer.num_warmup_steps(plan.total_steps)) >= plan.total_steps:
         yield (
-            f"the warm-up takes {warmup:,} of {plan.total_steps:,} steps: optimizer.learning_rate "
+            f"the warm-up takes {warmup:,} of {counted(plan.total_steps, 'step')}: optimizer.learning_rate "
             f"{run.optimizer.learning_rate:g} is not reached"
         )
     if not run.optimizer.learning_rate:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dsdpo.config.run import RunConfig
+from dsdpo.console import counted
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
 from dsdpo.engine.config_remarks import json_remarks
@@ -28,6 +29,7 @@ def describe_plan(plan: Plan) -> str:
     """The plan of a run as a small table."""
     run = plan.run
     first = next(plan.training_windows(torch.device("cpu")))
+    ranks = counted(plan.train.world_size, "rank")
     rows = [
         ("policy", f"{describe_policy(run)}, {describe_engine(plan.policy_config)}"),
         ("reference", describe_reference(plan)),
@@ -36,8 +38,11 @@ def describe_plan(plan: Plan) -> str:
         *(("from", describe_source(source)) for source in plan.train.pairs.sources),
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
         *(("from", describe_source(source)) for source in (plan.evaluation.pairs.sources if plan.evaluation else ())),
-        ("steps", f"{plan.total_steps:,} of {run.batch.pairs_per_step} pairs, {plan.train.world_size} ranks"),
-        ("first step", f"{first.pairs} pairs, {first.tokens:,} tokens, micro-batches a rank: {len(first.batches)}"),
+        ("steps", f"{plan.total_steps:,} of {counted(run.batch.pairs_per_step, 'pair')}, {ranks}"),
+        (
+            "first step",
+            f"{counted(first.pairs, 'pair')}, {first.tokens:,} tokens, micro-batches a rank: {len(first.batches)}",
+        ),
         ("layout", describe_layout(plan.layout)),
         ("output", run.output_dir),
         *(("note", text) for text in remarks(plan)),
@@ -112,7 +117,7 @@ def describe_engine(config: dict[str, Any]) -> str:
 def describe_pairs(windows: BatchSource) -> str:
     """Number of pairs and their tokens."""
     tokens = int(sequence_tokens(windows.pairs.lengths).sum())
-    return f"{len(windows.pairs):,} pairs, {tokens:,} tokens"
+    return f"{counted(len(windows.pairs), 'pair')}, {tokens:,} tokens"
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
@@ -137,7 +142,8 @@ def describe_results(folder: Path) -> str:
             ends = [(name, [row.get(prefix + name, math.nan) for row in (rows[0], rows[-1])]) for name in SHOWN]
             lines += [f"{name:>20}{first:>12.4f}{last:>12.4f}" for name, (first, last) in ends]
     if train and (skipped := train[-1].get("train/skipped_steps")):
-        lines += ["", f"skipped  {skipped:.0f} of {train[-1]['step']:.0f} steps, whose loss or gradient was not finite"]
+        steps = counted(int(train[-1]["step"]), "step")
+        lines += ["", f"skipped  {skipped:.0f} of {steps}, whose loss or gradient was not finite"]
     lines += ["", f"speed    {describe_speed(train)}"] if train else []
     files = RunFolder(folder)
     lines += ["", f"model    {files.model}", f"metrics  {files.metrics}"]

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from dsdpo.config.run import RunConfig
 from dsdpo.distributed import rank
 
+COLUMNS = 80  # of the narrowest terminal that shows a whole line
+
 
 @dataclass(frozen=True)
 class Cadence:
@@ -52,11 +54,12 @@ def say_above_bar(line: str) -> None:
 
 
 class Progress:
-    """One bar on rank 0: steps, ETA, loss, accuracy, margin and pairs/s."""
+    """One bar on rank 0: steps, ETA, loss, accuracy, margin, pairs/s and MFU, as far as they fit into 80 columns."""
 
     def __init__(self, done: int, total: int) -> None:
         self._bar = tqdm(
             desc="train",
+            bar_format="{desc} {n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
             total=total,
             initial=done,
             unit="step",
@@ -79,11 +82,15 @@ class Progress:
         """Put the latest metrics behind the bar, if any step was taken."""
         if "loss" not in metrics:
             return
-        self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.4f}, accuracy {metrics['rewards/accuracies']:.2f}, "
+        figures = [
+            f"loss {metrics['loss']:.3f}",
+            f"acc {metrics['rewards/accuracies']:.2f}",
             # Of rated completions there is none until both kinds have come.
-            + (f"margin {metrics['rewards/margins']:.3f}, " if "rewards/margins" in metrics else "")
-            + f"{metrics['perf/pairs_per_s']:.1f} pairs/s"
-            + (f", {metrics['perf/mfu']:.0%} MFU" if "perf/mfu" in metrics else ""),
-            refresh=False,
-        )
+            *([f"margin {metrics['rewards/margins']:.3f}"] if "rewards/margins" in metrics else ()),
+            f"{metrics['perf/pairs_per_s']:.1f} pairs/s",
+            *([f"{metrics['perf/mfu']:.0%} MFU"] if "perf/mfu" in metrics else ()),
+        ]
+        around = f"train {self._bar.total}/{self._bar.total} # 1:00:00<1:00:00, "
+        while len(around + " ".join(figures)) > COLUMNS:
+            figures.pop()  # the last matters least
+        self._bar.set_postfix_str(" ".join(figures), refresh=False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dsdpo.config.run import RunConfig
+from dsdpo.console import counted
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import all_or_none, gather_objects, rank
 from dsdpo.errors import TrainingError
@@ -85,10 +86,10 @@ class NonfiniteSteps:
             )
         if self._in_a_row >= self._limit:
             raise TrainingError(
-                f"step {step}: {what} is not finite, and {self._in_a_row} steps in a row were left out for such a "
-                f"reason (train.max_skipped_steps {self._limit}): the run has diverged or its data is broken. Earlier "
-                f"checkpoints are intact, and {self._file} has the pairs. Lower optimizer.learning_rate or mend the "
-                "data, and start again, or go on from an earlier checkpoint"
+                f"step {step}: {what} is not finite, for which {counted(self._in_a_row, 'step')} in a row had to be "
+                f"left out (train.max_skipped_steps {self._limit}): the run has diverged or its data is broken. "
+                f"Earlier checkpoints are intact, and {self._file} has the pairs. Lower optimizer.learning_rate or "
+                "mend the data, and start again, or go on from an earlier checkpoint"
             )
         if rank() == 0:
             log.warning("step %d is skipped: %s is not finite; see %s", step, what, self._file)

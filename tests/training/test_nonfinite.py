@@ -163,7 +163,7 @@ def test_a_run_that_skips_too_much_fails_and_exports_nothing(inputs: Path, tmp_p
     (code, said), _ = run_ranks(2, end_of_training, write_json(tmp_path / "run.yaml", run), word)
     folder = Path(run["output_dir"])
     assert code == 1
-    assert "3 steps in a row were left out" in said
+    assert "3 steps in a row had to be left out" in said
     assert [row["step"] for row in rows(folder / "nonfinite.jsonl")] == [1, 2, 3]
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
     assert first["eval/loss"] is None

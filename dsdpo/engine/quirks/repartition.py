@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsdpo.console import counted
 from dsdpo.distributed import all_or_none, world_size
 from dsdpo.engine.deepspeed_keys import lookup
 from dsdpo.errors import CheckpointError
@@ -309,7 +310,9 @@ def optimizer_files(folder: Path, ranks: int) -> list[Path]:
         if match := re.fullmatch(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt", path.name):
             found[int(match[1])] = path
     if sorted(found) != list(range(ranks)):
-        raise CheckpointError(f"{folder}: optimizer states of ranks {sorted(found)}, but {ranks} ranks saved it")
+        raise CheckpointError(
+            f"{folder}: optimizer states of ranks {sorted(found)}, but {counted(ranks, 'rank')} saved it"
+        )
     return [found[rank] for rank in range(ranks)]
 
 
