@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -203,11 +204,13 @@ def store_folder(run: RunConfig) -> Path:
 def check_store(folder: Path) -> None:
     """Raise `ConfigError` unless precomputed log-probs can be kept in `folder`, which need not be there yet."""
     existing = nearest_existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
         raise ConfigError(
-            f"reference.store: {folder} cannot be written: {existing} is no folder that this user may write to; give "
-            "a folder that can"
-        )
+            f"reference.store: {folder} cannot be written: {existing} is no folder that files can be made in "
+            f"({error.strerror}); give a folder that can"
+        ) from error
 
 
 def nearest_existing(path: Path) -> Path:

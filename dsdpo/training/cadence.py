@@ -48,9 +48,13 @@ class Cadence:
 
 def say_above_bar(line: str) -> None:
     """Print on rank 0, above the bar if there is one."""
-    if rank() == 0:
+    if rank() != 0:
+        return
+    if sys.stderr.isatty():
         tqdm.write(line)
         sys.stdout.flush()
+    else:  # where a bar is a line now and then, wiping it out would be a line of spaces
+        print(line, flush=True)
 
 
 class Progress:
