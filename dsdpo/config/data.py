@@ -10,7 +10,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
@@ -67,7 +66,7 @@ class SourceConfig(Section):
     """Split to read, slices such as train[:1000] included; null: train, and test for data.eval."""
     revision: str | None = None
     """Hub branch, tag or commit of the data set."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Times each row is used per epoch; the fractional part is a sample drawn with train.seed."""
     set: str | None = None
     """Of data.eval: the held-out set that this source belongs to, whose metrics are given apart."""

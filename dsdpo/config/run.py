@@ -278,7 +278,7 @@ class TrackingConfig(Section):
 class DistributedConfig(Section):
     """How ranks work together."""
 
-    timeout_minutes: PositiveFloat = 30
+    timeout_minutes: Annotated[float, Field(gt=0, le=60 * 24 * 365)] = 30
     """Minutes a collective may wait for the other ranks before the run fails."""
     lost_after: PositiveDuration = timedelta(minutes=3)
     """Time without a sign of life, as HH:MM:SS or seconds, after which a rank is taken for lost and the others end."""

@@ -131,7 +131,15 @@ def _rendered(
             tuple(renderer(prompt + response, example, generation_prompt=False) for response in responses),
             plain=False,
         )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         # Templates refuse by raise_exception (a TemplateError), or trip over a field that is not as they expect.
         roles = " ".join(message["role"] for message in prompt + responses[0])
         raise BadRow("template_refused", f"{error} (roles: {roles})") from error
@@ -147,6 +155,11 @@ def _dialogue(prompt: list[Message], response: list[Message]) -> tuple[list[Mess
     joined = prompt[-1] | response[0] | {"content": _text(prompt[-1]) + _text(response[0])}
     joined = _in_parts(joined) if isinstance(prompt[-1]["content"], list) else joined
     return [*prompt[:-1], joined, *response[1:]], len(prompt) - 1
+
+
+# Templates refuse by raise_exception (a TemplateError), or trip over a field that is not as they expect; loops that
+# never end are an OverflowError of jinja2's sandbox.
+TRIPS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def _continued(

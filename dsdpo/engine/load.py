@@ -100,9 +100,13 @@ def mark_moe_leaves(lm: nn.Module) -> None:
         deepspeed.utils.set_z3_leaf_modules(lm, list(blocks))
 
 
-def refuse_dtype_of_device(model: ModelConfig) -> None:
-    """Raise `ConfigError` if the device of this rank cannot compute in the model's dtype."""
+def refuse_on_device(model: ModelConfig) -> None:
+    """Raise `ConfigError` if the device of this rank cannot compute as the model's settings ask."""
     accelerator = get_accelerator()
+    if model.attn_implementation == "flex_attention" and accelerator.device_name() == "cpu":
+        raise ConfigError(
+            "model.attn_implementation: flex_attention has no backward pass on a CPU; set it to sdpa, or to auto"
+        )
     if model.dtype == "float16" and not accelerator.is_fp16_supported():
         raise ConfigError(
             f"model.dtype: float16 does not run on {accelerator.device_name()} devices; set it to bfloat16 or float32"

@@ -124,6 +124,15 @@ def _check_kind(config: Any, model: ModelConfig, *, key: str) -> None:
             raise ConfigError(f"{key}: the config.json of {model.path} ({kind}) has no {name}; {CAUSAL}")
 
 
+def check_rank(model: ModelConfig, hidden_size: int) -> None:
+    """Raise `ConfigError` for an adapter that holds more than the matrices it adds to."""
+    if model.lora is not None and model.lora.path is None and model.lora.r > hidden_size:
+        raise ConfigError(
+            f"model.lora.r: {model.lora.r} is more than the hidden size of {model.path}, {hidden_size}; set it to a "
+            "rank such as 16"
+        )
+
+
 def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: LayoutName) -> None:
     """Build the run's models without their weights and hold the weights' files against them.
 

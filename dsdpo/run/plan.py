@@ -27,7 +27,7 @@ from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import all_or_none, local_rank, world_size
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.build import start_distributed
-from dsdpo.engine.load import refuse_dtype_of_device
+from dsdpo.engine.load import refuse_on_device
 from dsdpo.engine.trial import check_with_deepspeed
 from dsdpo.engine.zero_config import (
     own_reference_json,
@@ -39,7 +39,7 @@ from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.inputs import check_inputs_stay
-from dsdpo.run.model_checks import check_model, check_pairs_fit, check_tokenizers, check_whole_models
+from dsdpo.run.model_checks import check_model, check_pairs_fit, check_rank, check_tokenizers, check_whole_models
 from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import holder
 from dsdpo.training.cadence import Cadence
@@ -134,12 +134,13 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     if reference.before_training:
         check_store(store_folder(run))
     hidden_size = int(model.hidden_size)
+    check_rank(run.model, hidden_size)
     resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=launched().world_size)
     tokenizer = load_tokenizer(run.model)
     check_tokenizers(run, reference.model, tokenizer, models)
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
     ask_deepspeed(run, resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=world_size()))
-    refuse_dtype_of_device(run.model)
+    refuse_on_device(run.model)
     with all_or_none():
         if local_rank() == 0:
             check_whole_models(run, reference.model, layout=layout.name)

@@ -83,6 +83,8 @@ RUN_FILE = [
         {"optimizer": {"lr": 1e-6}},
     ),
     Case("unknown option", ("command line: --loss.betta", "did you mean --loss.beta?"), options=("--loss.betta", "1")),
+    Case("endless time-out", ("distributed.timeout_minutes is 1e+300",), {"distributed": {"timeout_minutes": 1e300}}),
+    Case("each row a billion times", ("weight is 1000000000",), {"data": {"train": [{"path": "d", "weight": 1e9}]}}),
     Case("wrong type", ("batch.pairs_per_step is 'many'", "integer"), {"batch": {"pairs_per_step": "many"}}),
     Case("missing section", ("data is missing",), run_file="model: {path: m}\ndeepspeed: d\noutput_dir: o\n"),
     Case(

@@ -267,6 +267,14 @@ UNFIT: list[Row] = [
         unchanged,
     ),
     (
+        "flex attention on a CPU",
+        ("flex_attention has no backward pass on a CPU",),
+        {"model": {"attn_implementation": "flex_attention"}},
+        DRY,
+        unchanged,
+    ),
+    ("rank of an adapter", ("model.lora.r: 100000 is more",), {"model": {"lora": {"r": 100000}}}, DRY, unchanged),
+    (
         "float16 on a CPU",
         ("model.dtype: float16 does not run on cpu",),
         {"model": {"dtype": "float16"}},
