@@ -206,7 +206,7 @@ MODEL = [
     Case("model is no Hub id", ("model.path", "'some/model'", "cannot be loaded"), {"model": {"path": "some/model"}}),
     Case("reference folder missing", ("reference.path", "no folder"), {"reference": {"path": "./nowhere"}}),
     Case("model without config.json", ("model.path", "has no config.json"), model={"config.json": None}),
-    Case("damaged config.json", ("model.path", "config.json' is not a valid JSON"), model={"config.json": "{"}),
+    Case("damaged config.json", ("model.path", "config.json cannot be read as JSON"), model={"config.json": "{"}),
     Case("model without weights", ("model.path", "has no weights"), model={"model.safetensors": None}),
     Case(
         "weights in a pickle",
