@@ -53,7 +53,7 @@ def noted_signal() -> int:
 
 
 def seconds_listened() -> float:
-    """Since the block of `noted_signals` began, on a clock that nobody sets."""
+    """Since the block of `noted_signals` began, on the monotonic clock."""
     return time.monotonic() - _Notes.since
 
 

@@ -56,7 +56,7 @@ def prefetch(windows: Iterable[W], device: torch.device, *, depth: int = 2) -> G
     finally:
         stopped.set()
         room.release()
-        if not sys.is_finalizing():  # daemon threads stand still by then, and to wait for one would be for ever
+        if not sys.is_finalizing():  # daemon threads are frozen by then: joining one would hang
             thread.join()
 
 

@@ -278,7 +278,7 @@ def _pair_order(source: np.ndarray, uses: np.ndarray) -> np.ndarray:
 
 
 def _discard(folder: Path) -> None:
-    """Deletes a folder of prepared pairs, which is out of the way at once."""
+    """Delete a folder of prepared pairs: renamed first, so that nobody opens it half deleted."""
     with tempfile.TemporaryDirectory(prefix=".damaged-", dir=folder.parent, ignore_cleanup_errors=True) as away:
         try:
             os.rename(folder, Path(away) / "pairs")

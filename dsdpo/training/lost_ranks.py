@@ -75,7 +75,7 @@ class Peers:
         self._thread.join()
 
     def note_end(self, error: Exception) -> bool:
-        """Leave word of what ends this rank; whether it is the first to do so."""
+        """Write what ends this rank into the store, for the others to name; whether it is the first rank to do so."""
         try:
             first = int(self._store.add(f"{self._prefix}/ends", 1)) == 1
             text = str(error).strip().splitlines()[:1] or [""]

@@ -58,11 +58,11 @@ def own_hyperparameters(engine: Any) -> Iterator[None]:
 
 
 def count_through(optimizer: torch.optim.Optimizer) -> None:
-    """Have DeepSpeed's CPU Adam correct for its bias as if it had never been away.
+    """Replay the step count of DeepSpeed's CPU Adam, so that its bias correction is that of a run without a resume.
 
     It multiplies the powers of beta up in float32, update by update, but after a gap takes them by pow, which rounds
     otherwise (DeepSpeed 0.19, csrc/includes/cpu_adam.h, IncrementStep). So the updates until now are counted through
-    on one element that belongs to nobody: some microseconds each.
+    on one element of a scratch tensor: some microseconds each.
     """
     if not isinstance(optimizer, DeepSpeedCPUAdam):
         return

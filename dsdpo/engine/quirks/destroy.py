@@ -1,4 +1,4 @@
-"""Taking an inference engine down so that its memory really comes back."""
+"""Destroy an inference engine and free its memory, which DeepSpeed's module-level caches would keep."""
 
 from __future__ import annotations
 
