@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, Po
 from dsdpo.config.section import Section
 
 ReferenceUse = Literal["needed", "optional", "unused"]
-RowKind = Literal["pairs", "rated"]
+RowKind = Literal["pairs", "rated", "lists"]
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 COMMON = ("rpo_alpha", "use_weighting", "ld_alpha", "decay")  # of every loss of a pair's two summed log-probs
 
@@ -32,7 +32,7 @@ class LossKind:
     column: str | None = None  # that the data must have
     step_tokens: bool = False  # the number of chosen tokens in the whole step
     step_logps: bool = False  # log-probs of all pairs of the step, before the first backward pass
-    rows: RowKind = "pairs"  # that it is defined for: pairs, or one completion rated desirable or not
+    rows: RowKind = "pairs"  # that it is defined for: pairs, one completion rated desirable or not, or ranked lists
     mismatched: bool = False  # of rated completions: the log-prob of a completion of another prompt beside each
 
 
@@ -63,6 +63,9 @@ LOSSES: dict[str, LossKind] = {
     "aot_unpaired": LossKind(("label_smoothing",), common=SORTED, step_logps=True),
     "kto": LossKind(RATED, common=(), step_logps=True, rows="rated", mismatched=True),
     "apo_zero_unpaired": LossKind(RATED, common=(), rows="rated"),
+    "plackett_luce": LossKind(common=(), rows="lists"),
+    "best_vs_rest": LossKind(common=(), rows="lists"),
+    "all_pairs": LossKind(common=(), rows="lists"),
     "simpo": LossKind(("label_smoothing", "simpo_gamma"), reference="unused"),
     "cpo": LossKind(("label_smoothing", "cpo_alpha"), reference="unused"),
     "orpo": LossKind(reference="unused"),
@@ -220,7 +223,7 @@ class LossConfig(Section):
             raise ValueError(f"loss.type names {doubled} more than once: give it one weight in loss.weights")
         other = next((name for name in self.types if LOSSES[name].rows != LOSSES[self.types[0]].rows), None)
         if other:
-            kinds = {"pairs": "pairs", "rated": "single rated completions"}
+            kinds = {"pairs": "pairs", "rated": "single rated completions", "lists": "lists"}
             words = [f"{name} is a loss of {kinds[LOSSES[name].rows]}" for name in (self.types[0], other)]
             raise ValueError(f"loss.type: {' and '.join(words)}, and data has rows of one kind: leave one of them out")
         if self.weights is not None and len(self.weights) != len(self.types):

@@ -55,7 +55,8 @@ class PairLogps:
     @classmethod
     def cat(cls, parts: Sequence[PairLogps]) -> PairLogps:
         """The pairs of all parts, in order."""
-        return cls(**{name: torch.cat([part.columns()[name] for part in parts]) for name in parts[0].columns()})
+        kind = type(parts[0])
+        return kind(**{name: torch.cat([part.columns()[name] for part in parts]) for name in parts[0].columns()})
 
     @classmethod
     def from_numpy(cls, columns: Mapping[str, np.ndarray]) -> PairLogps:
@@ -75,7 +76,7 @@ class PairLogps:
     def split(self, sizes: Sequence[int]) -> list[PairLogps]:
         """Consecutive parts of these sizes."""
         parts = {name: column.split(list(sizes)) for name, column in self.columns().items()}
-        return [PairLogps(**{name: parts[name][index] for name in parts}) for index in range(len(sizes))]
+        return [type(self)(**{name: parts[name][index] for name in parts}) for index in range(len(sizes))]
 
     def take(self, rows: Tensor | np.ndarray) -> PairLogps:
         """The pairs at these places, or where `rows` (B,) is true."""
@@ -93,7 +94,7 @@ class PairLogps:
         return self._map(Tensor.detach)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
-        return PairLogps(**{name: change(column) for name, column in self.columns().items()})
+        return type(self)(**{name: change(column) for name, column in self.columns().items()})
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,33 @@ class NoLogps(PairLogps):
     """What stands for the log-probs of a reference where there is none: zeros."""
 
 
+@dataclass(frozen=True)
+class ListLogps(PairLogps):
+    """Of B lists of up to n responses, best first: chosen is a list's first response, rejected its last."""
+
+    responses: Tensor  # (B, n) float32, 0 where there is no such response
+    response_tokens: Tensor  # (B, n) int64
+
+
+def logps_of(logps: Tensor, tokens: Tensor) -> PairLogps:
+    """Log-probs and tokens (n, B) of the responses of B pairs, or of B lists where n is more than 2."""
+    assert len(logps) >= 2, "groups of one response are no pairs"
+    if len(logps) == 2:
+        return PairLogps(logps[0], logps[1], tokens[0], tokens[1])
+    last = last_responses(tokens)
+    ends = (part.gather(0, last[None]).squeeze(0) for part in (logps, tokens))
+    rejected, rejected_tokens = ends
+    return ListLogps(logps[0], rejected, tokens[0], rejected_tokens, logps.T, tokens.T)
+
+
+def last_responses(tokens: Tensor) -> Tensor:
+    """(B,) int64: which of n responses is a list's last, from their tokens (n, B)."""
+    return ((tokens > 0) * torch.arange(len(tokens), device=tokens.device)[:, None]).amax(0)
+
+
 def pair_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogps:
-    """One forward pass of `model` on pairs; see `response_logps`."""
-    assert batch.group_size == 2, f"groups of {batch.group_size} responses are no pairs"
-    logps, tokens = response_logps(model, batch)
-    return PairLogps(logps[0], logps[1], tokens[0], tokens[1])
+    """One forward pass of `model` on pairs or lists; see `response_logps`."""
+    return logps_of(*response_logps(model, batch))
 
 
 def response_logps(model: Callable[..., Tensor], batch: PreferenceBatch) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsdpo.config.loss import LossConfig
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.objective.logps import PairLogps, token_counts
+from dsdpo.objective.logps import PairLogps, last_responses, logps_of, token_counts
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,15 @@ def extras_of(loss: LossConfig, *, entropy: bool = False) -> tuple[str, ...]:
 
 def policy_scores(model: Callable[..., Tensor], batch: PreferenceBatch, extras: tuple[str, ...] = ()) -> PolicyScores:
     """One forward pass of the policy on pairs. Collective under ZeRO-3."""
-    assert batch.group_size == 2, f"groups of {batch.group_size} responses are no pairs"
     answer = model(batch=batch, extras=extras) if extras else model(batch=batch)
-    rows = answer.view(1 + len(extras), 2, batch.num_pairs)
-    tokens = token_counts(batch).view(2, -1)
-    logps = PairLogps(rows[0, 0], rows[0, 1], tokens[0], tokens[1])
+    rows = answer.view(1 + len(extras), batch.group_size, batch.num_pairs)
+    tokens = token_counts(batch).view(batch.group_size, -1)
+    logps = logps_of(rows[0], tokens)
     found = dict(zip(extras, rows[1:], strict=True))
+    if batch.group_size > 2 and "entropy" in found:  # of the ends, as all else that is recorded
+        last = last_responses(tokens)[None]
+        entropy = torch.cat([found["entropy"][:1], found["entropy"].gather(0, last)])
+        found["entropy"], tokens = entropy, torch.cat([tokens[:1], tokens.gather(0, last)])
     return PolicyScores(
         logps,
         found["plain"][0] if "plain" in found else logps.chosen,

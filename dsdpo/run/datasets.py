@@ -118,17 +118,23 @@ def _names(names: Sequence[str]) -> str:
 
 def check_kind(pairs: Pairs, split: DefaultSplit, run: RunConfig) -> None:
     """Raise `DataError` unless the rows are of the kind that the loss is defined for."""
-    size, wanted = pairs.group_size, {"pairs": 2, "rated": 1}[run.loss.rows]
-    if size == wanted:
-        return
+    size, rows = pairs.group_size, run.loss.rows
     loss = " + ".join(run.loss.types)
+    if size > 2 if rows == "lists" else size == {"pairs": 2, "rated": 1}[rows]:
+        return
     kind = {1: "one rated completion", 2: "chosen and rejected"}.get(size, f"up to {size} completions")
-    if run.loss.rows == "rated":
+    if rows == "rated":
         raise DataError(
             f"{SECTIONS[split]}: {kind} a row, but loss.type {loss} is for single rated completions: give rows with "
             "prompt, completion and label, or set loss.type to a loss of pairs such as sigmoid or apo_zero"
         )
-    remedy = "set loss.type to kto" if size == 1 else "set data.pairing to best_worst"
+    if rows == "lists":
+        raise DataError(
+            f"{SECTIONS[split]}: {kind} a row, but loss.type {loss} is for lists of 3 or more completions: give rows "
+            "with completions and scores and set data.pairing to list, or set loss.type to a loss of pairs such as "
+            "sigmoid"
+        )
+    remedy = "set loss.type to kto" if size == 1 else "set data.pairing to best_worst, or loss.type to plackett_luce"
     raise DataError(
         f"{SECTIONS[split]}: {kind} a row, but loss.type {loss} compares pairs: give rows with chosen and rejected, or "
         f"{remedy}"

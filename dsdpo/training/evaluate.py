@@ -15,7 +15,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import gather_objects
 from dsdpo.engine.scoring_mode import scoring
 from dsdpo.engine.types import TrainingEngine
-from dsdpo.objective.logps import NoLogps, PairLogps
+from dsdpo.objective.logps import ListLogps, NoLogps, PairLogps
 from dsdpo.objective.losses import LossInputs, LossOutput
 from dsdpo.objective.scores import PolicyScores, policy_scores
 from dsdpo.reference.base import Reference
@@ -27,6 +27,7 @@ COLUMNS = (
     "pair_id", "chosen", "rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens",
     "plain_chosen", "likelihood", "entropy_chosen", "entropy_rejected", "margin", "weight", "desirable",
 )  # fmt: skip
+LISTS = ("responses", "reference_responses", "response_tokens", "scores")  # (pairs, n) each, of lists
 OPTIONAL = ("likelihood", "margin", "weight")  # NaN where a run has none
 BINS = 10  # of the calibration error
 
@@ -91,7 +92,12 @@ def table_rows(batch: PreferenceBatch, scored: PolicyScores, reference: PairLogp
         batch.pair_ids, scored.logps.chosen, scored.logps.rejected, reference.chosen, reference.rejected,
         scored.logps.chosen_tokens, scored.logps.rejected_tokens, scored.chosen, optional[0], *entropy, *optional[1:],
     )  # fmt: skip
-    return torch.stack([column.double() for column in columns], dim=1)
+    table = torch.stack([column.double() for column in columns], dim=1)
+    if not isinstance(scored.logps, ListLogps) or batch.scores is None:
+        return table
+    assert isinstance(reference, ListLogps)
+    wide = (scored.logps.responses, reference.responses, scored.logps.response_tokens, batch.scores)
+    return torch.cat([table, *(part.double() for part in wide)], dim=1)
 
 
 def gathered(rows: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -99,7 +105,10 @@ def gathered(rows: Sequence[Tensor]) -> dict[str, Tensor]:
     own = torch.cat(list(rows)).cpu().numpy() if rows else np.zeros((0, len(COLUMNS)))
     table = np.concatenate(gather_objects(own[own[:, 0] >= 0]))
     table = table[np.argsort(table[:, 0], kind="stable")]
-    return dict(zip(COLUMNS, torch.from_numpy(np.ascontiguousarray(table.T)), strict=True))
+    columns = torch.from_numpy(np.ascontiguousarray(table.T))
+    found = dict(zip(COLUMNS, columns, strict=False))
+    lists = columns[len(COLUMNS) :]
+    return found | (dict(zip(LISTS, lists.view(len(LISTS), -1, len(table)).mT, strict=True)) if len(lists) else {})
 
 
 def metrics_of(
@@ -110,6 +119,10 @@ def metrics_of(
     policy = PairLogps(table["chosen"], table["rejected"], *tokens)
     kind = NoLogps if without_reference else PairLogps
     reference = kind(table["reference_chosen"], table["reference_rejected"], *tokens)
+    if "responses" in table:
+        sizes = table["response_tokens"].long()
+        policy = ListLogps(policy.chosen, policy.rejected, *tokens, table["responses"], sizes)
+        reference = ListLogps(reference.chosen, reference.rejected, *tokens, table["reference_responses"], sizes)
     output = loss.function(policy, reference, _inputs(table, loss.held_out(step)))
     if output.desirable is not None:
         return rated_metrics_of(table, output, policy, reference)
@@ -156,7 +169,7 @@ def _inputs(table: dict[str, Tensor], shared: LossInputs) -> LossInputs:
     columns: dict[str, Any] = {name: table[name] for name in OPTIONAL if not table[name].isnan().any()}
     if not table["desirable"].isnan().any():
         columns["desirable"] = table["desirable"] > 0
-    return replace(shared, chosen=table["plain_chosen"], **columns)
+    return replace(shared, chosen=table["plain_chosen"], scores=table.get("scores"), **columns)
 
 
 def calibration_error(margins: Tensor) -> float:

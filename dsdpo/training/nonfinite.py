@@ -21,7 +21,7 @@ from dsdpo.console import counted
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import all_or_none, gather_objects, rank
 from dsdpo.errors import TrainingError
-from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.logps import ListLogps, PairLogps
 from dsdpo.objective.losses import LossOutput
 from dsdpo.run_folder import RunFolder
 
@@ -44,8 +44,12 @@ def without_fillers(reference: PairLogps, policy: PairLogps, weight: Tensor) -> 
     What a look-up answers for a filler may not be finite, and 0 times a gradient of NaN is NaN.
     """
     counts = weight > 0
+    more = {}
+    if isinstance(reference, ListLogps) and isinstance(policy, ListLogps):
+        more["responses"] = torch.where(counts[:, None], reference.responses, policy.responses.detach())
     return replace(
         reference,
+        **more,
         chosen=torch.where(counts, reference.chosen, policy.chosen.detach()),
         rejected=torch.where(counts, reference.rejected, policy.rejected.detach()),
     )

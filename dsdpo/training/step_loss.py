@@ -96,6 +96,7 @@ class StepLoss:
                 weight=batch.weight,
                 bco_delta=self._delta(),
                 desirable=desirable_of(batch) if self.settings.rows == "rated" else None,
+                scores=batch.scores if self.settings.rows == "lists" else None,
             )
             for batch, pairs in zip(window.batches, whole, strict=True)
         ]

@@ -85,6 +85,11 @@ RUN_FILE = [
     Case("unknown option", ("command line: --loss.betta", "did you mean --loss.beta?"), options=("--loss.betta", "1")),
     Case("endless time-out", ("distributed.timeout_minutes is 1e+300",), {"distributed": {"timeout_minutes": 1e300}}),
     Case("each row a billion times", ("weight is 1000000000",), {"data": {"train": [{"path": "d", "weight": 1e9}]}}),
+    Case(
+        "lists with a table of pairs",
+        ("reference.strategy precomputed keeps log-probs of two responses", "plackett_luce", "separate or adapter"),
+        {"loss": {"type": "plackett_luce"}, "reference": {"strategy": "precomputed"}},
+    ),
     Case("wrong type", ("batch.pairs_per_step is 'many'", "integer"), {"batch": {"pairs_per_step": "many"}}),
     Case("missing section", ("data is missing",), run_file="model: {path: m}\ndeepspeed: d\noutput_dir: o\n"),
     Case(
@@ -259,6 +264,11 @@ DATA = [
         "lists for a loss of pairs",
         ("data.train", "up to 3 completions a row", "set data.pairing to best_worst"),
         **with_data(lines(*[LIST] * 2), pairing="list"),
+    ),
+    Case(
+        "pairs for a loss of lists",
+        ("data.train", "chosen and rejected a row", "3 or more completions", "data.pairing to list", "sigmoid"),
+        **with_loss("plackett_luce", lines(ROW, ROW)),
     ),
     Case("not JSON", ("rows.jsonl: not a JSON Lines file",), **with_data("prompt,chosen,rejected\n1,2,3\n")),
     Case("prompt-only rows", ("has no chosen, rejected", "columns"), **with_data(lines({"prompt": "p"}))),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsdpo.config.loss import COMMON, DIVERGENCE, LOSSES, LossConfig
-from dsdpo.objective.logps import PairLogps
+from dsdpo.objective.logps import ListLogps, PairLogps, logps_of
 from dsdpo.objective.losses import LossInputs, StepPairs, make_loss
 from dsdpo.objective.losses.combined import bound
 
@@ -178,6 +178,59 @@ def trl_kto(
     }  # fmt: skip
     loss: Tensor = trainer._compute_loss(itself, lambda **given: model(**given, matched=True), inputs, False)
     return loss
+
+
+LISTS = [name for name, kind in LOSSES.items() if kind.rows == "lists"]
+
+
+def list_logps(rows: list[list[float]], tokens: list[list[int]]) -> ListLogps:
+    found = logps_of(torch.tensor(rows, dtype=torch.float64).T, torch.tensor(tokens).T)
+    assert isinstance(found, ListLogps)
+    return found
+
+
+def test_lists_by_hand() -> None:
+    """d = 2, 1, -1 (beta 0.5: 1, 0.5, -0.5); the second list has two completions, d = 3, -1 (1.5, -0.5)."""
+    tokens = [[2, 2, 2], [2, 2, 0]]
+    policy = list_logps([[-1, -3, -6], [-2, -5, 0]], tokens)
+    reference = list_logps([[-3, -4, -5], [-5, -4, 0]], tokens)
+    assert policy.rejected.tolist() == [-6.0, -5.0]
+    given = LossInputs(scores=torch.tensor([[9.0, 5.0, 1.0], [3.0, 1.0, math.nan]]))
+    e = math.exp
+    first = -math.log(e(1) / (e(1) + e(0.5) + e(-0.5)))
+    by_hand = {
+        "plackett_luce": first - S(1),
+        "best_vs_rest": first,
+        "all_pairs": -(S(0.5) + S(1.5) + S(1)) / 3,
+    }
+    assert set(by_hand) == set(LISTS)
+    for name, expected in by_hand.items():
+        output = make_loss(config(name, beta=0.5))(policy, reference, given)
+        assert output.losses.tolist() == pytest.approx([expected, -S(2)], abs=1e-6), "a list of two is a pair"
+        assert output.chosen_rewards.tolist() == [1.0, 1.5]
+        assert output.rejected_rewards.tolist() == [-0.5, -0.5]
+    # The first two of equal score: both beat the third, neither the other.
+    equal = LossInputs(scores=torch.tensor([[5.0, 5.0, 1.0], [3.0, 1.0, math.nan]]))
+    tied = {"plackett_luce": -S(1.5) - S(1), "best_vs_rest": -(S(1.5) + S(1)) / 2, "all_pairs": -(S(1.5) + S(1)) / 2}
+    for name, expected in tied.items():
+        assert make_loss(config(name, beta=0.5))(policy, reference, equal).losses[0].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_gradients_of_lists_are_those_of_finite_differences(name: str) -> None:
+    tokens = [[2, 3, 1, 4], [2, 2, 5, 0]]
+    reference = list_logps([[-3, -4, -5, -2], [-5, -4, -1, 0]], tokens)
+    scores = torch.tensor([[4.0, 3.0, 3.0, 1.0], [3.0, 2.0, 1.0, math.nan]])
+
+    def value(responses: Tensor) -> Tensor:
+        policy = logps_of(responses.T, torch.tensor(tokens).T)
+        return make_loss(config(name, beta=0.5))(policy, reference, LossInputs(scores=scores)).losses.sum()
+
+    start = torch.tensor([[-1.0, -3, -6, -2], [-2, -5, -3, 0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(value, (start,))
+    value(start).backward()
+    assert start.grad is not None
+    assert start.grad[1, 3] == 0.0, "there is no such completion"
 
 
 def test_dpop_punishes_a_chosen_response_that_has_fallen() -> None:
@@ -351,7 +404,7 @@ def random_logps(seed: int, count: int = 5) -> PairLogps:
     return PairLogps(chosen, rejected, tokens[0], tokens[1])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name, kind in LOSSES.items() if kind.rows != "lists"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
 def test_gradients_are_those_of_finite_differences(name: str, divergence: str) -> None:
     options: dict[str, Any] = {} if name == "sft" else {"beta": 0.5}
@@ -417,7 +470,7 @@ def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
 
 def test_each_loss_takes_what_its_line_says() -> None:
     """A name in one place only would be unreachable or without effect."""
-    known = {"policy", "reference", "beta", "step", "margin", "bco_delta", "desirable"}
+    known = {"policy", "reference", "beta", "step", "margin", "bco_delta", "desirable", "scores"}
     for name, kind in LOSSES.items():
         function, options, _ = bound(name, config(name))
         taken = set(inspect.signature(function).parameters) - known
@@ -427,6 +480,7 @@ def test_each_loss_takes_what_its_line_says() -> None:
         assert ("step" in inspect.signature(function).parameters) == (kind.step_logps or kind.step_tokens), name
         assert ("margin" in inspect.signature(function).parameters) == (kind.column == "margin"), name
         assert ("desirable" in inspect.signature(function).parameters) == rated(name), name
+        assert ("scores" in inspect.signature(function).parameters) == (kind.rows == "lists"), name
         assert "arXiv" in (function.__doc__ or "") or name == "sft", name
     fields = set(LossConfig.model_fields) - {"type", "weights", "beta", "beta_schedule"}
     assert fields == {option for kind in LOSSES.values() for option in kind.options} | set(COMMON)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dsdpo.config.loss import LOSSES, LossConfig, takes
 from dsdpo.objective.logps import PairLogps
-from dsdpo.objective.losses import margins, rated, responses, step
+from dsdpo.objective.losses import lists, margins, rated, responses, step
 from dsdpo.objective.losses.rated import mismatched_kl
 from dsdpo.objective.losses.step import StepPairs
 
-WHERE: tuple[ModuleType, ...] = (margins, responses, step, rated)
+WHERE: tuple[ModuleType, ...] = (margins, responses, step, rated, lists)
 """Modules whose functions are the losses of the same name."""
 PER_TOKEN_REWARDS = {"simpo", "orpo"}  # rank responses by their mean log-prob
 
@@ -35,6 +35,7 @@ class LossInputs:
     chosen: Tensor | None = None  # (B,) plain log-prob of chosen, where tokens of `policy` do not count alike
     bco_delta: float | Tensor = 0.0  # mean reward of earlier steps
     desirable: Tensor | None = None  # (B,) bool, of rated completions
+    scores: Tensor | None = None  # (B, n) of lists, the higher, the better; NaN where there is no such response
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def make_loss(loss: LossConfig) -> LossFn:
         beta = first_beta if inputs.beta is None else inputs.beta
         step = inputs.step or (StepPairs.of(policy, reference) if asks_for_step else None)
         given = {"beta": beta, "step": step, "margin": inputs.margin, "bco_delta": inputs.bco_delta}
-        given["desirable"] = inputs.desirable
+        given |= {"desirable": inputs.desirable, "scores": inputs.scores}
         plain = policy
         if inputs.chosen is not None:
             plain = PairLogps(inputs.chosen, policy.rejected, policy.chosen_tokens, policy.rejected_tokens)
@@ -84,7 +85,7 @@ def make_loss(loss: LossConfig) -> LossFn:
             total = total * inputs.weight
         chosen, rejected = rewards(loss, policy, reference, beta)
         shown = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
-        if loss.rows == "pairs":
+        if loss.rows != "rated":
             return LossOutput(total, chosen, rejected, shown)
         kl = mismatched_kl(step) if loss.mismatched and step else chosen.new_zeros(())
         return LossOutput(total, chosen, rejected, shown, desirable=inputs.desirable, kl=kl)
