@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 import dsdpo
+from tests.commands.processes import environment_of
 from tests.runs import metrics, settings
 
 STRATEGY = '''
@@ -73,11 +73,10 @@ def train(package: Path, run: dict[str, Any]) -> list[dict[str, float]]:
     """Train with the changed package, in a process of its own; the training rows of its metrics."""
     path = package.parent / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     done = subprocess.run(
         [sys.executable, "-m", "dsdpo", "train", str(path)],
         cwd=package.parent,
-        env=environment,
+        env=environment_of(PYTHONPATH=str(package.parent)),
         capture_output=True,
         text=True,
         timeout=900,

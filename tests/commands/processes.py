@@ -24,11 +24,20 @@ def launcher(ranks: int = 2) -> list[str]:
     return [*command, f"--master_port={free_port()}", "--log_level=error", "--module", "dsdpo"]
 
 
+# What starting a process group in the test process itself leaves behind: a command would take it for its launcher's.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_of(**changes: str) -> dict[str, str]:
+    """The environment of a command that no launcher started, with `changes`."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS} | changes
+
+
 def finish(command: list[str], *, limit_s: float, **environment: str) -> subprocess.CompletedProcess[str]:
     """What a command said, if it ends before `limit_s`."""
     started = time.monotonic()
     answer = subprocess.run(
-        command, capture_output=True, text=True, timeout=limit_s, check=False, env={**os.environ, **environment}
+        command, capture_output=True, text=True, timeout=limit_s, check=False, env=environment_of(**environment)
     )
     print(f"{time.monotonic() - started:.1f} s, exit code {answer.returncode}")  # for pytest -s and failures
     print(answer.stdout, answer.stderr, sep="\n")
