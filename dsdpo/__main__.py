@@ -11,8 +11,9 @@ import traceback
 from contextlib import nullcontext
 from typing import NoReturn
 
+from dsdpo.accelerator import choose_accelerator
 from dsdpo.commands.arguments import PARSERS
-from dsdpo.console import choose_accelerator, is_main, launched_rank
+from dsdpo.console import is_main, launched_rank
 from dsdpo.errors import DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
 
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         given = PARSERS[name](rest) if name in PARSERS else rest
         with noted_signals() if name in PARSERS else nullcontext():
             if name in PARSERS:
-                choose_accelerator()
+                choose_accelerator(computes=True)
             code: int = importlib.import_module(f"dsdpo.commands.{name}").main(given)
             leave_process_group()
         return code

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsdpo.accelerator import choose_accelerator
 from dsdpo.errors import ConfigError
 
 LIBRARIES = ("transformers", "datasets", "accelerate")  # DeepSpeed's own logger: engine/build.py
@@ -128,16 +129,6 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
-def choose_accelerator() -> None:
-    """Tell DeepSpeed where it runs if that is a CPU, before it is imported: it would look for a GPU, and say so."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # A CUDA toolkit on a machine without a GPU is no reason to warn of every import that looks for a compiler.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
 def quiet_libraries(*, verbose: bool) -> None:
     """Keep DeepSpeed, transformers and the like to warnings, and other ranks than 0 to errors.
 
@@ -148,7 +139,7 @@ def quiet_libraries(*, verbose: bool) -> None:
     import datasets
     import transformers
 
-    choose_accelerator()
+    choose_accelerator(computes=False)
     logger = transformers.utils.logging
     logger.set_verbosity(level)
     for name in LIBRARIES:

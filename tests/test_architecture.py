@@ -12,7 +12,8 @@ import dsdpo
 PACKAGE = Path(dsdpo.__file__).parent
 ROOMS = ["config", "data", "objective", "engine", "reference", "training", "run", "commands"]
 BELOW = (  # all rooms
-    "atomic", "errors", "distributed", "console", "phases", "run_folder", "run_lock", "stop_signals", "stop_request",
+    "accelerator", "atomic", "errors", "distributed", "console", "phases", "run_folder", "run_lock", "stop_signals",
+    "stop_request",
 )  # fmt: skip
 BELOW_ALL = {"dsdpo", *(f"dsdpo.{name}" for name in BELOW)}
 ALLOWED = {

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from dsdpo.accelerator import CHOICE, Device, choose_accelerator
 from dsdpo.commands.plot import plot, user_path
 from dsdpo.console import quiet_libraries
 from dsdpo.errors import ConfigError
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> int:
         default=RUN_FOLDER,
         help=f"run folder; default: {RUN_FOLDER}",
     )
+    parser.add_argument("--device", action=Device)
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
     arguments, overrides = parser.parse_known_args(argv)
     root = Path(__file__).resolve().parents[2]
@@ -75,6 +77,7 @@ def main(argv: list[str]) -> int:
     if not RECIPE.is_file():
         raise ConfigError(f"dsdpo demo needs {RECIPE} of the repository; run it from a clone")
 
+    choose_accelerator(computes=True)
     quiet_libraries(verbose=arguments.verbose)
     make_inputs(INPUTS)
     if arguments.output_dir != RUN_FOLDER:
@@ -94,7 +97,7 @@ def launch_command(ranks: int | None) -> list[str]:
     """Arguments of python that start the recipe through the deepspeed launcher, on GPUs where there are any."""
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus = 0 if os.environ.get(CHOICE) == "cpu" else torch.cuda.device_count()
     ranks = ranks or min(2, gpus or 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -155,7 +155,7 @@ _TABLE = {
     "data_seed random_seed": "use train.seed",
     "full_determinism deterministic": _NONE + "a run is reproducible from train.seed on the same ranks",
     "torch_compile torch_compile_backend torch_compile_mode": _NONE + "models run as transformers builds them",
-    "tf32 use_cpu no_cuda": _NONE + "the device is the machine's, or DS_ACCELERATOR=cpu in the environment",
+    "tf32 use_cpu no_cuda": _NONE + "a GPU is used if there is one; start with --device cpu to leave it alone",
     "torch_empty_cache_steps": _NONE + "memory is freed where an engine ends",
     "freeze_layers freeze_trainable_layers unfrozen_parameters freezing_actor_steps": _NONE + "train a part of the "
     "weights with model.lora and its modules_to_save",

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
+from dsdpo.accelerator import Device
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig, Section
 from dsdpo.config.unknown_keys import about_unknown, did_you_mean
@@ -62,6 +63,7 @@ def run_parser(prog: str, description: str) -> RunParser:
         formatter_class=_Help,
     )
     parser.add_argument("run", metavar="RUN.yaml", type=lambda text: Path(text).expanduser(), help="the run's settings")
+    parser.add_argument("--device", action=Device)
     # The deepspeed launcher passes this to every rank; the rank itself is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from dsdpo.accelerator import check_share
 from dsdpo.console import Launched, counted, launched
 from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
 from dsdpo.engine.quirks.timeouts import set_default_timeout
@@ -35,7 +36,8 @@ def start_distributed(*, timeout_minutes: float) -> None:
     skip_shared_memory_op()
     timeout = timedelta(minutes=timeout_minutes)
     set_default_timeout(timeout)
-    devices = get_accelerator().device_count()
+    devices = get_accelerator().device_count() if get_accelerator().device_name() != "cpu" else 0
+    check_share(who.local_size, devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     # Some launchers show each process its own device only.
     get_accelerator().set_device(who.local_rank % devices if devices else who.local_rank)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -99,6 +101,11 @@ def _explained(error: Exception, who: Launched, minutes: float) -> Exception:
         return ConfigError(
             f"MASTER_PORT {os.environ['MASTER_PORT']} is taken by another program on this machine: give another "
             "(deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N)"
+        )
+    if re.search("duplicate gpu", str(error), re.IGNORECASE):
+        return ConfigError(
+            f"several of the {who.local_size} ranks of this node use one GPU, which NCCL does not allow: start as many "
+            "ranks as there are GPUs, and show each its own (LOCAL_RANK, CUDA_VISIBLE_DEVICES)"
         )
     return TrainingError(
         f"the {counted(who.world_size, 'rank')} did not meet at {place} (MASTER_ADDR, MASTER_PORT) within "
