@@ -107,12 +107,24 @@ def nonfinite_parameters(module: nn.Module) -> list[str]:
     """Names of parameters that hold NaN or infinity, on any rank, in the module's order. Collective."""
     flags = {}
     for name, parameter in module.named_parameters():
-        own: Any = parameter
-        own = own.ds_tensor if is_partitioned(parameter) else own
-        if not is_on_nvme(parameter) and own.numel():
-            flags[name] = own.detach().isfinite().all()  # nobody waits for it yet
+        if is_on_nvme(parameter):
+            continue
+        own = own_elements(parameter)[0] if is_partitioned(parameter) else parameter.detach()
+        if own.numel():
+            flags[name] = own.isfinite().all()  # nobody waits for it yet
     found = {name for names in gather_objects([n for n, flag in flags.items() if not flag]) for name in names}
     return [name for name, _ in module.named_parameters() if name in found]
+
+
+def own_elements(parameter: Any) -> tuple[Tensor, int]:
+    """This rank's part of a ZeRO-3 parameter, flat, and the place of its first element in the whole.
+
+    Without the padding that makes all ranks' parts equally long: nobody writes that, so it holds whatever lay in that
+    memory before, NaN included.
+    """
+    shard: Tensor = parameter.ds_tensor.detach().view(-1)
+    start = shard.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    return shard[: max(0, min(shard.numel(), parameter.ds_numel - start))], start
 
 
 def has_frozen(module: nn.Module) -> bool:
@@ -152,9 +164,7 @@ def writable_shard(parameter: Any) -> Iterator[tuple[Tensor, int]]:
     on_nvme = is_on_nvme(parameter)
     if on_nvme and parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE:
         parameter.nvme_swapper.swap_in([parameter], async_op=False)
-    shard = parameter.ds_tensor.data.view(-1)
-    start = shard.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-    yield shard[: max(0, min(shard.numel(), parameter.ds_numel - start))], start
+    yield own_elements(parameter)
     # hpZ keeps a second copy within the node, which its forward reads; without it, it is made anew from the first.
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         parameter.ds_secondary_tensor = None
@@ -253,9 +263,7 @@ def local_shards(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
         away = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
         if away:
             parameter.nvme_swapper.swap_in([parameter], async_op=False)
-        shard = parameter.ds_tensor.detach().view(-1)
-        start = shard.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-        yield name, shard[: max(0, min(shard.numel(), parameter.ds_numel - start))], start
+        yield name, *own_elements(parameter)
         if away:
             parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
     for prefix, part in module.named_modules():
