@@ -7,6 +7,8 @@
 # make format         let ruff put right what it can
 # make check-lowest   make check and a run, on the oldest versions that pyproject.toml claims
 # make check-newest   the same on the newest versions there are
+# make gpu            what a GPU computes otherwise than a CPU, with a report to send in; one GPU is enough, without
+#                     one it runs what it can (takes .venv if there is one, else $(PYTHON); installs nothing)
 # make bench          every benchmark in a short form; results go to runs/bench (see benchmarks/README.md)
 # make clean          remove .venv, caches and runs
 
@@ -19,7 +21,7 @@ QUICK := not ranks and not process and not real
 # One run through the whole program, with ranks, an evaluation, a checkpoint and an export.
 WHOLE_RUN := tests/commands/test_train.py tests/training/test_export.py tests/reference/test_adapter.py
 
-.PHONY: help quickstart check test test-ranks lint format check-lowest check-newest bench clean
+.PHONY: help quickstart check test test-ranks lint format check-lowest check-newest gpu bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -63,6 +65,12 @@ check-newest:
 	$(PYTHON) -m venv .cache/venv-lowest
 	.cache/venv-lowest/bin/pip install $(PIP_QUIET) --constraint constraints-lowest.txt --editable '.[dev]'
 	touch $@
+
+GPU_PYTHON := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+gpu:
+	DS_ACCELERATOR=$$($(GPU_PYTHON) -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") \
+	DSDPO_GPU_REPORT=runs/gpu/report.json \
+	$(GPU_PYTHON) -m pytest -q tests/gpu tests/objective/test_attention.py tests/test_accelerator.py
 
 SHORT := --rounds 2 --steps 2
 TINY := $(SHORT) --tiny --quick-memory --pairs-per-step 8

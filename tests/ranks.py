@@ -1,4 +1,4 @@
-"""Real ranks for tests: gloo process groups on the CPU, kept alive from one test to the next.
+"""Real ranks for tests: gloo process groups on the CPU (NCCL under `make gpu`), kept alive from one test to the next.
 
     results = run_ranks(2, function, *arguments)     # function(*arguments) on two ranks; results by rank
 
@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 480
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "transformers", "dsdpo.engine.build"])
+ON_CUDA = os.environ.get("DS_ACCELERATOR") == "cuda"
+_context: Any = multiprocessing.get_context("spawn" if ON_CUDA else "forkserver")  # CUDA cannot be used after a fork
+if not ON_CUDA:
+    _context.set_forkserver_preload(["torch", "deepspeed", "transformers", "dsdpo.engine.build"])
 _groups: dict[int, list[tuple[Any, Connection]]] = {}
 
 
@@ -105,7 +107,10 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
 
     torch.set_num_threads(1)
     skip_shared_memory_op()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    if ON_CUDA:
+        torch.cuda.set_device(rank)
+    backend = "nccl" if ON_CUDA else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     deepspeed.init_distributed(verbose=False)
     while True:
         try:
