@@ -24,18 +24,24 @@ class Size:
     kv_heads: int = 2
     vocabulary: int = 4096
     context: int = 4096
+    intermediate: int | None = None  # None: 8/3 of hidden
+    tied: bool = True
+    dtype: str = "float32"
 
 
 SMALL = Size()  # 2.4 M parameters
 MIDDLE = Size(hidden=384, heads=6, vocabulary=8192)  # 10 M parameters
 DEMO = Size(hidden=32, layers=2, vocabulary=64)
+# Of Llama 3.2 1B and Llama 3.1 8B, with a shorter context.
+LLAMA_1B = Size(2048, 16, 32, 8, 128_256, 8192, intermediate=8192, dtype="bfloat16")
+LLAMA_8B = Size(4096, 32, 32, 8, 128_256, 8192, intermediate=14_336, tied=False, dtype="bfloat16")
 
 
 def make_model(folder: Path, size: Size, *, seed: int = 0) -> Path:
     """A Llama with random weights, and a tokenizer by which each word w0, w1, ... is one token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -48,7 +54,7 @@ def make_model(folder: Path, size: Size, *, seed: int = 0) -> Path:
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
-        intermediate_size=8 * size.hidden // 3 // 16 * 16,
+        intermediate_size=size.intermediate or 8 * size.hidden // 3 // 16 * 16,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
@@ -56,9 +62,10 @@ def make_model(folder: Path, size: Size, *, seed: int = 0) -> Path:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        tie_word_embeddings=True,
+        tie_word_embeddings=size.tied,
+        dtype=size.dtype,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype)).save_pretrained(folder)
     return folder
 
 
