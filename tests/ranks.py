@@ -3,8 +3,9 @@
     results = run_ranks(2, function, *arguments)     # function(*arguments) on two ranks; results by rank
 
 The processes of a world size start once (forkserver, libraries preloaded) and keep their process group; importing
-torch, deepspeed and transformers anew for each test would cost some 15 s a time. A rank that raises or hangs ends the
-whole group, since its peers may be stuck in a collective; the next test gets a fresh one.
+torch, deepspeed and transformers anew for each test would cost some 15 s a time. A group goes on after an error that
+all ranks raised together, as dsdpo's own errors are (`all_or_none`). Any other error and any hang end the whole group,
+since peers may be stuck in a collective; the next test gets a fresh one.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 TIMEOUT_S = 480
 ON_CUDA = os.environ.get("DS_ACCELERATOR") == "cuda"
 _context: Any = multiprocessing.get_context("spawn" if ON_CUDA else "forkserver")  # CUDA cannot be used after a fork
 if not ON_CUDA:
-    _context.set_forkserver_preload(["torch", "deepspeed", "transformers", "dsdpo.engine.build"])
+    _context.set_forkserver_preload(["tests.preload"])
 _groups: dict[int, list[tuple[Any, Connection]]] = {}
+Outcome = Literal["returned", "refused", "failed"]  # refused: by an error of dsdpo's own
 
 
 class RankError(AssertionError):
@@ -35,27 +37,30 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     group = _groups.get(world_size) or _start(world_size)
     for _, connection in group:
         connection.send((function, arguments))
-    results: dict[int, Any] = {}
-    failure = None
+    answers: dict[int, tuple[Outcome, Any]] = {}
     pending = {connection: rank for rank, (_, connection) in enumerate(group)}
-    while pending and failure is None:
+    while pending and all(outcome != "failed" for outcome, _ in answers.values()):
         ready = wait(list(pending), timeout=TIMEOUT_S)
         if not ready:
-            failure = f"ranks {sorted(pending.values())} gave no answer within {TIMEOUT_S} s"
+            _stop(world_size)
+            raise RankError(f"ranks {sorted(pending.values())} gave no answer within {TIMEOUT_S} s{_said(answers)}")
         for connection in ready:
             rank = pending.pop(connection)
             try:
-                succeeded, value = connection.recv()
+                answers[rank] = connection.recv()
             except EOFError:
-                succeeded, value = False, "the process ended"
-            if succeeded:
-                results[rank] = value
-            else:
-                failure = f"rank {rank}:\n{value}"
-    if failure is not None:
+                answers[rank] = ("failed", "the process ended")
+    outcomes = {outcome for outcome, _ in answers.values()}
+    if outcomes == {"returned"}:
+        return [answers[rank][1] for rank in range(world_size)]
+    if outcomes != {"refused"}:
         _stop(world_size)
-        raise RankError(failure)
-    return [results[rank] for rank in range(world_size)]
+    raise RankError(_said(answers))
+
+
+def _said(answers: dict[int, tuple[Outcome, Any]]) -> str:
+    """The tracebacks of the ranks that raised, in the order in which they did."""
+    return "".join(f"\nrank {rank}:\n{value}" for rank, (outcome, value) in answers.items() if outcome != "returned")
 
 
 def restart(world_size: int) -> None:
@@ -103,7 +108,9 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
     import deepspeed
     import torch
 
+    import tests.preload  # noqa: F401 (is there already, or says why not)
     from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
+    from dsdpo.errors import DsdpoError, LostRankError
 
     torch.set_num_threads(1)
     skip_shared_memory_op()
@@ -117,8 +124,10 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             function, arguments = connection.recv()
         except EOFError:
             os._exit(0)
+        answer: tuple[Outcome, Any]
         try:
-            answer = (True, function(*arguments))
-        except BaseException:
-            answer = (False, traceback.format_exc())
+            answer = ("returned", function(*arguments))
+        except BaseException as error:
+            together = isinstance(error, DsdpoError) and not isinstance(error, LostRankError)
+            answer = ("refused" if together else "failed", traceback.format_exc())
         connection.send(answer)
