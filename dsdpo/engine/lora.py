@@ -30,11 +30,12 @@ from dsdpo.engine.blank import key_mapping, refuse_unfit
 from dsdpo.engine.shards import MergedWeight, finish_writes, release_gathered, whole_state_dict, writable_shard
 from dsdpo.engine.weight_files import Shapes, safetensors_shapes
 from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.objective.types import CausalLM
 
 POLICY, REFERENCE = "default", "reference"  # peft's names of the two adapters
 
 
-def add_adapter(lm: Any, model: ModelConfig, *, seed: int, trainable: bool = True) -> peft.PeftModel:
+def add_adapter(lm: CausalLM, model: ModelConfig, *, seed: int, trainable: bool = True) -> peft.PeftModel:
     """`lm` with the adapter of `model.lora`: a fresh one drawn from `seed`, or one read from its folder.
 
     Goes before `deepspeed.initialize`, which partitions adapters with the rest; the base may be partitioned already.
@@ -66,7 +67,7 @@ def add_adapter(lm: Any, model: ModelConfig, *, seed: int, trainable: bool = Tru
     return wrapped
 
 
-def check_adapter_fits(lm: Any, model: ModelConfig) -> None:
+def check_adapter_fits(lm: CausalLM, model: ModelConfig) -> None:
     """Raise `ConfigError` unless the adapter of `model.lora`, if any, fits and is whole; spoils `lm`.
 
     `lm` is the model without memory or weights (see `engine.blank`), so an adapter on it costs nothing.
@@ -111,7 +112,7 @@ def check_stored_adapter(wrapped: peft.PeftModel, stored: Shapes, folder: Path) 
     )
 
 
-def _with_settings_of(lm: Any, model: ModelConfig) -> peft.PeftModel:
+def _with_settings_of(lm: CausalLM, model: ModelConfig) -> peft.PeftModel:
     """`lm` with an adapter of the settings, but not the weights, of the folder in `model.lora.path`."""
     assert model.lora is not None
     try:
@@ -120,7 +121,7 @@ def _with_settings_of(lm: Any, model: ModelConfig) -> peft.PeftModel:
         raise ConfigError(f"model.lora.path {model.lora.path} does not fit {model.path}: {error}") from error
 
 
-def fresh_config(lora: LoraConfig, lm: Any) -> peft.LoraConfig:
+def fresh_config(lora: LoraConfig, lm: CausalLM) -> peft.LoraConfig:
     """peft's configuration of a fresh adapter.
 
     With tied embeddings, training one of embedding and head whole trains both as the one matrix that they are: peft

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from dsdpo.objective.types import CausalLM
+
 Window = int | None  # keys that a query sees at most, itself included; None: all before it
 ShapeOf = Callable[[nn.Parameter], Sequence[int]]
 
@@ -59,7 +61,7 @@ class ModelFlops:
 
 
 def model_flops(
-    lm: Any, *, adapter: str | None = None, shape_of: ShapeOf = lambda parameter: parameter.shape
+    lm: CausalLM, *, adapter: str | None = None, shape_of: ShapeOf = lambda parameter: parameter.shape
 ) -> ModelFlops:
     """What a causal language model costs, counted off its parameters and configuration.
 

@@ -24,6 +24,7 @@ from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.output_head import LogitTransform, base_lm, decoder_of, linear_heads, logit_transform
 from dsdpo.objective.token_weights import TokenWeights
+from dsdpo.objective.types import CausalLM
 
 # Of float32 logits alive at once: large products suit a GPU, and what fits its caches suits a CPU, which takes no more
 # time for 16 MiB than for 256 and a fifth less where memory comes fresh from the system.
@@ -148,10 +149,11 @@ def token_counts(batch: PreferenceBatch) -> Tensor:
 class ResponseScorer(nn.Module):
     """A causal language model that answers a `PreferenceBatch` with log-probs (nB,) instead of logits."""
 
+    lm: Any  # a CausalLM that is a module, with whatever peft and transformers give it beside
     decoder: Any
 
     def __init__(
-        self, lm: Any, *, activations_on_host: bool = False, token_weights: TokenWeights | None = None
+        self, lm: CausalLM, *, activations_on_host: bool = False, token_weights: TokenWeights | None = None
     ) -> None:
         """`activations_on_host`: what the layers keep for the backward pass goes to the host and comes back for it.
 
@@ -226,7 +228,7 @@ class ResponseScorer(nn.Module):
         return summed.index_add(0, batch.response, wide).float()
 
 
-def attention_inputs(batch: PreferenceBatch, lm: Any) -> dict[str, Any]:
+def attention_inputs(batch: PreferenceBatch, lm: CausalLM) -> dict[str, Any]:
     """What a model's attention is told of a batch, as arguments of the model."""
     if isinstance(batch.attention, Padded):
         return {"attention_mask": batch.attention.attention_mask}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdpo.errors import ConfigError
+from dsdpo.objective.types import CausalLM
 
 PROBED = 8  # tokens that the code around the head is run on
 TINY, HUGE = 1e-3, 1e6  # logits that a soft-cap leaves alone, and that it caps whole
@@ -55,12 +56,12 @@ class LogitTransform:
         return grad * self.scale if self.scale != 1.0 else grad
 
 
-def base_lm(lm: Any) -> Any:
+def base_lm(lm: CausalLM) -> Any:
     """The model itself, without peft's wrapper."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
-def decoder_of(lm: Any) -> Any:
+def decoder_of(lm: CausalLM) -> Any:
     """The part of a causal language model from token ids to hidden states.
 
     transformers' own `get_decoder` is right for most; some models have another part of that name. Raises `ConfigError`
@@ -90,7 +91,7 @@ def linear_heads(head: Any) -> list[Any]:
     return [head] if original is None else [original, *head.modules_to_save.values()]
 
 
-def logit_transform(lm: Any) -> LogitTransform:
+def logit_transform(lm: CausalLM) -> LogitTransform:
     """What `lm` does between its decoder and its logits, besides the head.
 
     Raises `ConfigError` if that is more than a `LogitTransform` says.
@@ -142,7 +143,7 @@ class _Answer(tuple):
 
 
 @torch.no_grad()
-def _run_around_head(lm: Any) -> _Seen:
+def _run_around_head(lm: CausalLM) -> _Seen:
     """The model's own forward, with known numbers in place of what decoder and head compute. Touches no weights."""
     inner, decoder, head = base_lm(lm), decoder_of(lm), lm.get_output_embeddings()
     linear, random = linear_heads(head)[0], torch.Generator().manual_seed(0)

@@ -14,6 +14,8 @@ from dsdpo.config.run import ModelConfig, RunConfig
 from dsdpo.data.binning import LayoutName, longest_sequences
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.engine.blank import check_model_fits
+from dsdpo.engine.lora import check_adapter_fits
 from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError
 
@@ -139,10 +141,6 @@ def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: Layout
     Raises `ConfigError` where tensors are missing, left over or of another shape, files are damaged, a model is not a
     decoder with a linear head, or an adapter does not fit.
     """
-    # These import transformers' models and peft: seconds that a wrong setting need not wait for.
-    from dsdpo.engine.blank import check_model_fits
-    from dsdpo.engine.lora import check_adapter_fits
-
     lm = check_model_fits(run.model, layout=layout, key="model.path")
     if (reference.path, reference.revision) != (run.model.path, run.model.revision):
         check_model_fits(reference, layout=layout, key="reference.path" if run.reference.path else "reference.revision")
