@@ -1,3 +1,46 @@
-"""DeepSpeed-native Direct Preference Optimization."""
+"""DeepSpeed-native Direct Preference Optimization.
+
+From Python: `from dsdpo import Run, train, evaluate, register_loss`; docs/python.md shows how. Nothing heavy is
+imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dsdpo.api import Result as Result
+    from dsdpo.api import Run as Run
+    from dsdpo.api import evaluate as evaluate
+    from dsdpo.api import read_result as read_result
+    from dsdpo.api import train as train
+    from dsdpo.errors import DsdpoError as DsdpoError
+    from dsdpo.objective.logps import PairLogps as PairLogps
+    from dsdpo.objective.losses.registered import register_loss as register_loss
+    from dsdpo.training.callbacks import Event as Event
+
+_WHERE = {
+    "Run": "dsdpo.api",
+    "Result": "dsdpo.api",
+    "train": "dsdpo.api",
+    "evaluate": "dsdpo.api",
+    "read_result": "dsdpo.api",
+    "register_loss": "dsdpo.objective.losses.registered",
+    "PairLogps": "dsdpo.objective.logps",
+    "Event": "dsdpo.training.callbacks",
+    "DsdpoError": "dsdpo.errors",
+}
+__all__ = ["DsdpoError", "Event", "PairLogps", "Result", "Run", "evaluate", "read_result", "register_loss", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dsdpo' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -16,6 +16,7 @@ from dsdpo.run.run import Run, build_run
 from dsdpo.run.summary import describe_plan, describe_results
 from dsdpo.stop_request import STOPPED, StopRequest, record_stop
 from dsdpo.stop_signals import noted_signals
+from dsdpo.training.callbacks import Callbacks
 from dsdpo.training.lost_ranks import watched_ranks
 
 
@@ -30,21 +31,21 @@ def main(given: TrainArguments) -> int:
         return train(plan)
 
 
-def train(plan: Plan) -> int:
+def train(plan: Plan, callbacks: Callbacks | None = None, *, quiet: bool = False) -> int:
     """Build both engines, train, evaluate, save and export; the exit code. Collective."""
     with noted_signals(), opened_folder(plan) as (folder, checkpoint, lock):
         stop = StopRequest(folder, deadline=plan.run.checkpoint.deadline, device=device(), lock=lock)
         try:
-            run = build_run(plan, folder, checkpoint, stop)
+            run = build_run(plan, folder, checkpoint, stop, callbacks)
             evaluate_at_start(run)
         except StoppedError as stopped:
             say(record_stop(folder, reason=str(stopped), step=state_of(checkpoint).step))
             return STOPPED
         reason = train_until_done(run)
-        return finish(run, reason)
+        return finish(run, reason, quiet=quiet)
 
 
-def finish(run: Run, reason: str | None) -> int:
+def finish(run: Run, reason: str | None, *, quiet: bool) -> int:
     """Export what was trained, unless the run stopped early, and say how it ended; the exit code. Collective."""
     if reason is None:
         export_trained(run)
@@ -53,6 +54,6 @@ def finish(run: Run, reason: str | None) -> int:
     if reason is not None:
         say(record_stop(run.folder, reason=reason, step=run.state.step))
         return STOPPED
-    if rank() == 0:  # other nodes may not see its files
+    if rank() == 0 and not quiet:  # other nodes may not see its files
         say(describe_results(run.folder.path))
     return 0

@@ -25,7 +25,7 @@ from dsdpo.config.unknown_keys import about_unknown, did_you_mean
 from dsdpo.config.yaml_file import read_yaml
 from dsdpo.errors import ConfigError
 
-__all__ = ["did_you_mean", "dotted_keys", "dump_yaml", "load_run", "read_yaml", "run_parser"]
+__all__ = ["check_run", "did_you_mean", "dotted_keys", "dump_yaml", "load_run", "read_yaml", "run_parser"]
 
 COMMAND_LINE = "command line"
 
@@ -92,14 +92,28 @@ def load_run(argv: list[str], parser: RunParser) -> tuple[RunConfig, argparse.Na
         overrides = options(parsed_args=given)()
     except SettingsError as error:  # a value that begins as JSON and is none
         raise ConfigError(f"{COMMAND_LINE}: {error}; check brackets and quotes") from None
-    content = read_yaml(flags.run)
+    return check_run(read_yaml(flags.run), overrides, source=flags.run, folder=flags.run.parent), flags
+
+
+def check_run(
+    content: dict[str, Any],
+    overrides: dict[str, Any],
+    *,
+    source: str | Path,
+    folder: Path | None = None,
+    over: str = COMMAND_LINE,
+) -> RunConfig:
+    """The checked run of nested settings with `overrides` laid over them.
+
+    Errors name `source`, or `over` for what the overrides say; relative paths that lead nowhere are looked for in
+    `folder`. Raises `ConfigError` listing everything wrong.
+    """
     try:
-        run = RunConfig.model_validate(_merge(content, overrides), context={"folder": flags.run.parent})
+        return RunConfig.model_validate(_merge(content, overrides), context={"folder": folder})
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(_explain(detail, flags.run, content, overrides) for detail in error.errors())
+            "\n".join(_explain(detail, (str(source), over), content, overrides) for detail in error.errors())
         ) from None
-    return run, flags
 
 
 def check_deepspeed_files(run: RunConfig) -> None:
@@ -145,14 +159,14 @@ def _unknown_options(unknown: list[str]) -> Iterator[str]:
         yield f"{COMMAND_LINE}: {' '.join(unknown)} does not belong to any option"
 
 
-def _explain(error: Any, path: Path, content: dict[str, Any], overrides: dict[str, Any]) -> str:
+def _explain(error: Any, places: tuple[str, str], content: dict[str, Any], overrides: dict[str, Any]) -> str:
     """One line on one pydantic error: where the value came from, its dotted key, the value and what is allowed."""
     message = error["msg"].removeprefix("Value error, ")
-    where = str(path)
+    where = places[0]
     if _given(error["loc"], overrides):
-        where = COMMAND_LINE
+        where = places[1]
     elif error["type"] == "value_error":
-        where = _blamed(message, path, content, overrides)
+        where = _blamed(message, places, content, overrides)
     key, value = _dotted(error["loc"]), _shown(error["input"])
     match error["type"]:
         case "value_error":
@@ -169,13 +183,13 @@ def _explain(error: Any, path: Path, content: dict[str, Any], overrides: dict[st
             return f"{where}: {key} is {value}: {message[0].lower()}{message[1:]}"
 
 
-def _blamed(message: str, path: Path, content: dict[str, Any], overrides: dict[str, Any]) -> str:
+def _blamed(message: str, places: tuple[str, str], content: dict[str, Any], overrides: dict[str, Any]) -> str:
     """Who gave the settings that a message names as contradicting each other: the file, the command line or both."""
     named = [key.split(".") for key in dotted_keys() if re.search(rf"(?<![\w.-]){re.escape(key)}(?![\w.])", message)]
     if not any(_given(key, overrides) for key in named):
-        return str(path)
+        return places[0]
     from_file = any(_given(key, content) and not _given(key, overrides) for key in named)
-    return f"{path} and {COMMAND_LINE}" if from_file else COMMAND_LINE
+    return " and ".join(dict.fromkeys(places)) if from_file else places[1]
 
 
 def _given(loc: Sequence[int | str], overrides: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -34,6 +34,7 @@ class LossKind:
     step_logps: bool = False  # log-probs of all pairs of the step, before the first backward pass
     rows: RowKind = "pairs"  # that it is defined for: pairs, one completion rated desirable or not, or ranked lists
     mismatched: bool = False  # of rated completions: the log-prob of a completion of another prompt beside each
+    own: dict[str, Any] = field(default_factory=dict)  # of a registered loss: its `options`, with their defaults
 
 
 SMOOTHED = ("label_smoothing", *DIVERGENCE)
@@ -148,6 +149,8 @@ class LossConfig(Section):
     """Weight of completions that are rated desirable."""
     undesirable_weight: PositiveFloat = 1.0
     """Weight of completions that are rated undesirable."""
+    options: dict[str, bool | int | float | str] = Field(default={})
+    """Options of losses that were registered from Python, by the names of the function's parameters."""
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -195,8 +198,10 @@ class LossConfig(Section):
         named = [name if weight == 1.0 else f"{weight:g} {name}" for name, weight in self.parts]
         moves = self.beta_schedule
         beta = f"beta {self.beta:g}" + (f" to {moves.end:g} ({moves.schedule})" if moves else "")
-        own = [name for name in type(self).model_fields if name not in ("type", "weights", "beta", "beta_schedule")]
+        apart = ("type", "weights", "beta", "beta_schedule", "options")
+        own = [name for name in type(self).model_fields if name not in apart]
         others = [f"{name} {_shown(getattr(self, name))}" for name in own if self._is_set(name)]
+        others += [f"{name} {_shown(value)}" for name, value in self.options.items()]
         return ", ".join([" + ".join(named), *([beta] if self.types != ("sft",) else []), *others])
 
     def _is_set(self, name: str) -> bool:
@@ -217,7 +222,10 @@ class LossConfig(Section):
             raise ValueError("loss.type [] is empty: give the name of a loss or of several")
         for name in self.types:
             if name not in LOSSES:
-                raise ValueError(f"loss.type is {name!r}: input should be {listed(list(LOSSES))}")
+                raise ValueError(
+                    f"loss.type is {name!r}: input should be {listed(list(LOSSES))}, or a name that "
+                    "dsdpo.register_loss gave to a loss in this process"
+                )
         doubled = next((name for name in self.types if self.types.count(name) > 1), None)
         if doubled:
             raise ValueError(f"loss.type names {doubled} more than once: give it one weight in loss.weights")
@@ -236,9 +244,24 @@ class LossConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _own_options_are_known(self) -> LossConfig:
+        known = {key: default for name in self.types for key, default in LOSSES[name].own.items()}
+        for key, value in self.options.items():
+            if key not in known:
+                theirs = f"takes {', '.join(known)}" if known else "is of dsdpo, whose options are settings of loss"
+                raise ValueError(f"loss.options.{key}: loss.type {' + '.join(self.types)} {theirs}")
+            number = isinstance(known[key], float) and isinstance(value, int) and not isinstance(value, bool)
+            if known[key] is not None and type(value) is not type(known[key]) and not number:
+                raise ValueError(
+                    f"loss.options.{key} is {value!r}: give a {type(known[key]).__name__}, as its default "
+                    f"{known[key]!r} is"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _options_have_effect(self) -> LossConfig:
         for name in type(self).model_fields:
-            if name in ("type", "weights") or not self._is_set(name):
+            if name in ("type", "weights", "options") or not self._is_set(name):
                 continue
             takers = [loss for loss in LOSSES if takes(loss, name)]
             if not any(loss in takers for loss in self.types):

@@ -40,6 +40,7 @@ def train_until_done(run: Run) -> str | None:
                 with perf.phase("log"):
                     metrics = log_step(run, window, learning_rate=learning_rate, taken=taken)
                 progress.show(metrics)
+                run.callbacks.call("step", run.folder, state.step, due.total_steps, metrics)
             progress.advance()
             if due.evaluate(state.step):
                 log_evaluation(run, held_out or held_out_metrics(run))
@@ -49,6 +50,11 @@ def train_until_done(run: Run) -> str | None:
             if due.checkpoint(state.step) or run.saver.owed(state.step) or ended:
                 with perf.phase("save"):
                     run.saver.save(last=ended or state.step == due.total_steps)
+                if run.saver.saved is not None:
+                    metrics = run.tracker.evaluation_of(state.step)
+                    run.callbacks.call(
+                        "save", run.folder, state.step, due.total_steps, metrics, checkpoint=run.saver.saved
+                    )
             run.profiler.after_step(state.step)
             if ended:
                 return reason
@@ -130,6 +136,7 @@ def log_evaluation(run: Run, metrics: dict[str, float]) -> None:
     run.tracker.log(run.state.step, metrics)
     say_above_bar(evaluation_line(run.state.step, metrics))
     note_evaluation(run.plan.run, run.state.means, metrics)
+    run.callbacks.call("evaluate", run.folder, run.state.step, run.due.total_steps, metrics)
 
 
 def evaluation_line(step: int, metrics: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ from dsdpo.run.resume import checkpoint_record, restore_or_start, resumed_plan, 
 from dsdpo.run_folder import RunFolder
 from dsdpo.stop_request import StopRequest
 from dsdpo.training.cadence import Cadence
+from dsdpo.training.callbacks import Callbacks
 from dsdpo.training.checkpoint import TrainState
 from dsdpo.training.evaluate import HeldOut
 from dsdpo.training.groups import DeviceGroups, groupings
@@ -50,9 +51,12 @@ class Run:
     saver: Saver
     stop: StopRequest
     profiler: StepProfiler
+    callbacks: Callbacks
 
 
-def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: StopRequest) -> Run:
+def build_run(
+    plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: StopRequest, callbacks: Callbacks | None = None
+) -> Run:
     """Both engines and all that goes with them, as they were at `checkpoint`, or at the start. Collective.
 
     Raises `StoppedError` if the run is asked to stop meanwhile.
@@ -98,6 +102,7 @@ def build_run(plan: Plan, folder: RunFolder, checkpoint: Path | None, stop: Stop
         ),
         stop=stop,
         profiler=StepProfiler(settings.tracking.profile_steps, folder.profile),
+        callbacks=callbacks or Callbacks(),
     )
 
 

@@ -62,6 +62,11 @@ class Retention:
     metric: str = "eval/loss"
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return folder / f"step-{step:06d}"
+
+
 def save_checkpoint(
     folder: Path,
     state: TrainState,
@@ -78,7 +83,7 @@ def save_checkpoint(
     by rename after all ranks have finished. DeepSpeed 0.19 would move its own `latest` before that, hence
     `save_latest=False`. Raises `CheckpointError` where the disk fails, and gives back the room that was taken.
     """
-    final = folder / f"step-{state.step:06d}"
+    final = checkpoint_path(folder, state.step)
     partial = partial_path(final)
     try:
         _write(partial, state, policy=policy, reference=reference, meter=meter, record=record)

@@ -14,7 +14,7 @@ from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
-from dsdpo.training.checkpoint import Retention, TrainState, save_checkpoint, writing
+from dsdpo.training.checkpoint import Retention, TrainState, checkpoint_path, save_checkpoint, writing
 from dsdpo.training.metrics import Meter
 from dsdpo.training.tracking import Tracker
 
@@ -57,6 +57,7 @@ class Saver:
     def __post_init__(self) -> None:
         self.retries = Retries(self.settings.save_attempts)
         self.lost: str | None = None  # why the last checkpoint could not be written
+        self.saved: Path | None = None  # the checkpoint that the last `save` wrote, if it could
 
     def owed(self, step: int) -> bool:
         """Whether a checkpoint that could not be written is to be tried again after `step`."""
@@ -70,6 +71,7 @@ class Saver:
         `raise_if_lost`, so that what was trained can still be exported.
         """
         retries, step = self.retries, self.state.step
+        self.saved = None
         if last:
             retries.failed = 0
         while error := self._attempt():
@@ -88,6 +90,7 @@ class Saver:
         if retries.failed and rank() == 0:
             log.warning("saved after step %d, after %d failed attempts", step, retries.failed)
         retries.failed = 0
+        self.saved = checkpoint_path(self.folder, step)
 
     def _attempt(self) -> str | None:
         """Write a checkpoint and delete those no longer kept; what went wrong, if anything. Collective."""

@@ -5,6 +5,7 @@ chosen and rejected, d = p − r is the log-ratio in nats, h = d_c − d_l, S th
 """
 
 from dsdpo.objective.losses.combined import LossFn, LossInputs, LossOutput, make_loss
+from dsdpo.objective.losses.registered import check_registered, register_loss
 from dsdpo.objective.losses.step import StepPairs
 
-__all__ = ["LossFn", "LossInputs", "LossOutput", "StepPairs", "make_loss"]
+__all__ = ["LossFn", "LossInputs", "LossOutput", "StepPairs", "check_registered", "make_loss", "register_loss"]

@@ -16,6 +16,7 @@ from dsdpo.config.loss import LOSSES, LossConfig, takes
 from dsdpo.objective.logps import PairLogps
 from dsdpo.objective.losses import lists, margins, rated, responses, step
 from dsdpo.objective.losses.rated import mismatched_kl
+from dsdpo.objective.losses.registered import REGISTERED
 from dsdpo.objective.losses.step import StepPairs
 
 WHERE: tuple[ModuleType, ...] = (margins, responses, step, rated, lists)
@@ -110,10 +111,12 @@ def rewards(loss: LossConfig, policy: PairLogps, reference: PairLogps, beta: flo
 
 def bound(name: str, loss: LossConfig) -> tuple[Callable[..., Tensor], dict[str, Any], tuple[str, ...]]:
     """A loss's function, its options by the settings, and what it must be given at each call."""
-    function = next((getattr(module, name) for module in WHERE if hasattr(module, name)), None)
+    function = REGISTERED.get(name) or next((getattr(module, name) for module in WHERE if hasattr(module, name)), None)
     assert function is not None, f"{name} stands in LOSSES, but no function in objective/losses/ has that name"
     names = [key for key in inspect.signature(function).parameters if key not in ("policy", "reference")]
     options = {key: getattr(loss, key) for key in names if key in LOSSES[name].options}
+    own = LOSSES[name].own
+    options |= {key: loss.options.get(key, default) for key, default in own.items()}
     return function, options, tuple(key for key in names if key not in options)
 
 
