@@ -7,20 +7,9 @@ imported before it is used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
-
-if TYPE_CHECKING:
-    from dsdpo.api import Result as Result
-    from dsdpo.api import Run as Run
-    from dsdpo.api import evaluate as evaluate
-    from dsdpo.api import read_result as read_result
-    from dsdpo.api import train as train
-    from dsdpo.errors import DsdpoError as DsdpoError
-    from dsdpo.objective.logps import PairLogps as PairLogps
-    from dsdpo.objective.losses.registered import register_loss as register_loss
-    from dsdpo.training.callbacks import Event as Event
 
 _WHERE = {
     "Run": "dsdpo.api",

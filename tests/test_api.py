@@ -28,6 +28,11 @@ ROWS = [{"prompt": "what colour is the sun ?", "chosen": "yellow .", "rejected":
 @pytest.fixture(autouse=True)
 def _forget_losses() -> Iterator[None]:
     yield
+    forget_losses()
+
+
+def forget_losses() -> None:
+    """Take the losses that were registered in this process away again."""
     for name in list(REGISTERED):
         del REGISTERED[name], LOSSES[name]
 
@@ -185,6 +190,7 @@ def train_with_callbacks(run: dict[str, Any]) -> dict[str, Any]:
     outcome("reported", on_step=[fails, note], callback_errors="report")
     outcome("stopped", on_step=stops)
     outcome("uneven", on_step=note if rank() == 0 else ())
+    forget_losses()
     return found
 
 
