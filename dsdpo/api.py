@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsdpo.accelerator import choose_accelerator
 from dsdpo.config.load import check_deepspeed_files, check_run, dotted_keys, dump_yaml, read_yaml
 from dsdpo.config.run import RunConfig
 from dsdpo.config.unknown_keys import about_unknown
-from dsdpo.console import choose_accelerator, quiet_libraries, say
+from dsdpo.console import quiet_libraries, say
 from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
 
@@ -213,7 +214,7 @@ def _planned(run: Run, *, verbose: bool, quiet: bool, writes_output: bool = True
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
-    choose_accelerator()
+    choose_accelerator(computes=True)
     quiet_libraries(verbose=verbose)
 
     from dsdpo.objective.losses import check_registered

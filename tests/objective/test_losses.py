@@ -482,5 +482,5 @@ def test_each_loss_takes_what_its_line_says() -> None:
         assert ("desirable" in inspect.signature(function).parameters) == rated(name), name
         assert ("scores" in inspect.signature(function).parameters) == (kind.rows == "lists"), name
         assert "arXiv" in (function.__doc__ or "") or name == "sft", name
-    fields = set(LossConfig.model_fields) - {"type", "weights", "beta", "beta_schedule"}
+    fields = set(LossConfig.model_fields) - {"type", "weights", "beta", "beta_schedule", "options"}
     assert fields == {option for kind in LOSSES.values() for option in kind.options} | set(COMMON)
