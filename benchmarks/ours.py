@@ -1,4 +1,4 @@
-"""A measured `dsdpo train`: the command itself, with the end of each step reported to the recorder.
+"""A measured `dsdpo train`: the run as it is, with the end of each step reported to the recorder by a callback.
 
 python -m benchmarks.ours RUN.yaml                                    (or under the deepspeed launcher)
 """
@@ -8,27 +8,22 @@ from __future__ import annotations
 import sys
 
 from benchmarks.recorder import Recorder
-from dsdpo.commands import arguments, train
-from dsdpo.training.tracking import Tracker
+from dsdpo import Event, Run, train
 
 
-def main(argv: list[str]) -> int:
-    """Train; the exit code."""
+def main(run_file: str) -> None:
+    """Train."""
     recorder = Recorder()
-    log = Tracker.log
 
-    def log_and_report(self: Tracker, step: int, metrics: dict[str, float]) -> None:
-        # Called on every rank at the end of every step, as the run logs every step and never evaluates.
-        log(self, step, metrics)
-        recorder.loss(metrics.get("loss", float("nan")))  # a skipped step has none
-        for name, value in metrics.items():
+    def report(event: Event) -> None:
+        recorder.loss(event.metrics.get("loss", float("nan")))  # a skipped step has none
+        for name, value in event.metrics.items():
             if name.startswith(("time/", "perf/", "memory/", "reference/")):
                 recorder.note(name, value)
         recorder.step()
 
-    Tracker.log = log_and_report  # type: ignore[method-assign]
-    return train.main(arguments.train(argv))
+    train(Run(run_file), on_step=report, callbacks_on_all_ranks=True, quiet=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main([word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+    main(*(word for word in sys.argv[1:] if not word.startswith("--local_rank")))
