@@ -21,6 +21,8 @@ COMMANDS = {
     "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
     "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
     "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
+    "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",
+    "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
     "demo": "make a small model and data set, train on two ranks and show what happened",
     "plot": "draw the metrics of a run: dsdpo plot RUN_FOLDER",
 }

@@ -96,7 +96,7 @@ def digest_of_file(path: Path) -> str:
     """sha256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 

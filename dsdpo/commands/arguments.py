@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+from argparse import SUPPRESS
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsdpo.config.load import check_deepspeed_files, load_run, run_parser
+from dsdpo.config.load import Help, RunParser, check_deepspeed_files, load_run, run_parser
 from dsdpo.config.reference import Precomputed
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.errors import ConfigError
+
+
+def plain_parser(prog: str, description: str | None) -> RunParser:
+    """A parser for a command without settings of its own; `description` is its module's docstring."""
+    text = (description or "").split(": ", 1)[-1]
+    parser = RunParser(prog=prog, description=text[:1].upper() + text[1:], allow_abbrev=False, formatter_class=Help)
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=SUPPRESS)  # the launcher's
+    return parser
+
+
+def user_path(text: str) -> Path:
+    """A path from the command line, whose ~ is the user's home folder."""
+    return Path(text).expanduser()
+
+
+def new_folder(folder: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Path:
+    """The folder, if it may be written. Raises `ConfigError` if it holds inputs, or is not to be replaced."""
+    for path in inputs:
+        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ConfigError(f"--out: {folder} holds {path}, which is read: choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out: {folder} is a file: choose another")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigError(f"--out: {folder} is not empty: choose another folder, or add --overwrite to replace it")
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"--out: {folder} cannot be written: {existing} is no folder that this user may write to")
+    return folder
 
 
 @dataclass(frozen=True)

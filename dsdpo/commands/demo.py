@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from dsdpo.accelerator import CHOICE, Device, choose_accelerator
-from dsdpo.commands.plot import plot, user_path
+from dsdpo.commands.arguments import user_path
+from dsdpo.commands.plot import plot
 from dsdpo.console import quiet_libraries
 from dsdpo.errors import ConfigError
 

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from dsdpo.commands.arguments import user_path
 from dsdpo.errors import ConfigError
 from dsdpo.run.summary import read_metrics
 from dsdpo.run_folder import RunFolder
@@ -25,11 +26,6 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     print(plot(arguments.folder, arguments.output))
     return 0
-
-
-def user_path(text: str) -> Path:
-    """A path from the command line, whose ~ is the user's home folder."""
-    return Path(text).expanduser()
 
 
 def plot(folder: Path, output: Path | None = None) -> Path:

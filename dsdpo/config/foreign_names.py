@@ -172,8 +172,8 @@ _TABLE = {
     "save_steps": "use checkpoint.every_steps",
     "saves_per_epoch": "use checkpoint.every_steps, a number of optimizer steps",
     "save_optimizer_state save_optim": _NONE + "a checkpoint holds all that a resumed run needs",
-    "max_shard_size save_max_shard_size": _NONE + "the exported model is cut into files of a fixed size",
-    "save_torch_dtype save_dtype export_dtype": _NONE + "the exported model has model.dtype",
+    "max_shard_size save_max_shard_size": _NONE + "dsdpo export has --shard-gb",
+    "save_torch_dtype save_dtype export_dtype": _NONE + "the exported model has model.dtype; dsdpo export has --dtype",
     "save_total_limit max_ckpt_num keep_last_n_checkpoints": "use checkpoint.keep_last",
     "save_strategy save_only_model save_on_each_node save_safetensors enable_jit_checkpoint": _NONE
     + "checkpoint.every_steps says when (0: never); the model is exported as safetensors at the end",
@@ -183,8 +183,10 @@ _TABLE = {
     "ckpt_path save_path output_path save_dir logging_dir": "use output_dir",
     "overwrite_output": "use overwrite_output_dir",
     "merge_lora merge_adapter_after_training save_merged": "use export.merge_adapter",
-    "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision": _NONE
-    + "upload the run's model/ folder with: hf upload NAME OUTPUT_DIR/model",
+    "hub_model_id": "use export.push_to_hub, whose value is the repository's name",
+    "hub_private_repo": "use export.hub_private",
+    "hub_token hub_strategy hub_always_push hub_revision": _NONE + "export.push_to_hub uploads model/ once, at the "
+    "end, with the token that hf auth login keeps",
     "ignore_data_skip restore_callback_states_from_checkpoint": _NONE + "a resumed run goes on exactly where it was",
     # tracking
     "logging_steps log_interval": "use tracking.every_steps",

@@ -37,7 +37,7 @@ class RunParser(argparse.ArgumentParser):
         raise ConfigError(f"{COMMAND_LINE}: {message} (see {self.prog} --help)")
 
 
-class _Help(argparse.HelpFormatter):
+class Help(argparse.HelpFormatter):
     """Help as wide as the terminal, 100 columns at most, with defaults written as in YAML."""
 
     def __init__(self, prog: str) -> None:
@@ -60,7 +60,7 @@ def run_parser(prog: str, description: str) -> RunParser:
         usage=f"{prog} [options] RUN.yaml [--section.key value ...]",
         description=description,
         allow_abbrev=False,
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     parser.add_argument("run", metavar="RUN.yaml", type=lambda text: Path(text).expanduser(), help="the run's settings")
     parser.add_argument("--device", action=Device)

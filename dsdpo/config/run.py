@@ -230,6 +230,10 @@ class ExportConfig(Section):
     """last: the weights after the last step; best: those of the checkpoint with the best checkpoint.best_metric."""
     merge_adapter: bool = False
     """Beside the adapter in model/, write the base model with the adapter merged into it to merged/."""
+    push_to_hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] | None = None
+    """Hub repository, USER/NAME, that model/ is uploaded to once it is written; null: nothing leaves this machine."""
+    hub_private: bool = True
+    """Whether a repository that the upload makes is private."""
 
 
 class WandbConfig(Section):

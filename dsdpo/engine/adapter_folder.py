@@ -26,15 +26,7 @@ def check_adapter(run: RunConfig, *, trains_biases: bool) -> None:
     if lora is None or lora.path is None:
         return
     folder = Path(lora.path).expanduser()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise ConfigError(
-                f"{KEY}: no {name} in {folder}; give an adapter folder as peft's save_pretrained writes it (from "
-                "the Hub: hf download)"
-            )
-    settings = read_adapter_config(folder)
-    if (kind := settings.get("peft_type")) != "LORA":
-        raise ConfigError(f"{KEY}: {folder} holds a {kind} adapter; dsdpo trains LoRA adapters")
+    settings = check_adapter_folder(folder)
     if targets_head(settings.get("target_modules") or []):
         raise ConfigError(f"{KEY}: {folder} has a LoRA on the output head, which dsdpo does not train: {ON_THE_HEAD}")
     biases = settings.get("bias", "none")
@@ -48,12 +40,26 @@ def check_adapter(run: RunConfig, *, trains_biases: bool) -> None:
         log.warning("%s: %s was trained on %s and now goes on %s", KEY, folder, base, run.model.path)
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
+def check_adapter_folder(folder: Path, *, key: str = KEY) -> dict[str, Any]:
+    """The settings of the LoRA adapter in a folder. Raises `ConfigError`, which names `key`, where there is none."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{key}: no {name} in {folder}; give an adapter folder as peft's save_pretrained writes it (from "
+                "the Hub: hf download)"
+            )
+    settings = read_adapter_config(folder, key=key)
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise ConfigError(f"{key}: {folder} holds a {kind} adapter; dsdpo trains LoRA adapters")
+    return settings
+
+
+def read_adapter_config(folder: Path, *, key: str = KEY) -> dict[str, Any]:
     """The content of an adapter folder's settings."""
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{KEY}: {folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+        raise ConfigError(f"{key}: {folder / ADAPTER_CONFIG} cannot be read: {error}") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"{KEY}: {folder / ADAPTER_CONFIG} holds no settings; give an adapter folder")
+        raise ConfigError(f"{key}: {folder / ADAPTER_CONFIG} holds no settings; give an adapter folder")
     return settings

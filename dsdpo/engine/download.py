@@ -18,16 +18,22 @@ def fetch_model(model: ModelConfig) -> None:
     Loading under ZeRO-3 is one collective after another: a node whose cache lacks the weights would hold up the others
     in the first of them for as long as it downloads.
     """
-    if Path(model.path).exists() or is_offline_mode():
-        return
+    if not Path(model.path).exists() and not is_offline_mode():
+        on_some_ranks(local_rank() == 0, partial(local_folder, model))
+
+
+def local_folder(model: ModelConfig) -> Path:
+    """The folder of a model's files on this machine; a Hub model's are downloaded unless they are there."""
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return folder
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     patterns += ["*.bin"] if model.allow_pickle else []
     patterns += ["*.py"] if model.trust_remote_code else []
-    download = partial(
-        huggingface_hub.snapshot_download,
+    found = huggingface_hub.snapshot_download(
         model.path,
         revision=model.revision,
         allow_patterns=patterns,
         ignore_patterns=["*/*"],  # other formats and older weights stand in folders of their own
     )
-    on_some_ranks(local_rank() == 0, download)
+    return Path(found)

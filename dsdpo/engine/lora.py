@@ -19,7 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dsdpo.config.lora import ON_THE_HEAD, LoraConfig
@@ -80,7 +80,7 @@ def check_adapter_fits(lm: CausalLM, model: ModelConfig) -> None:
         else:
             folder = Path(model.lora.path).expanduser()
             stored = safetensors_shapes(folder / ADAPTER_WEIGHTS, key="model.lora.path")
-            check_stored_adapter(_with_settings_of(lm, model), stored, folder)
+            check_stored_adapter(with_settings_of(lm, model), stored, folder)
 
 
 def check_stored_adapter(wrapped: peft.PeftModel, stored: Shapes, folder: Path) -> None:
@@ -112,7 +112,7 @@ def check_stored_adapter(wrapped: peft.PeftModel, stored: Shapes, folder: Path) 
     )
 
 
-def _with_settings_of(lm: CausalLM, model: ModelConfig) -> peft.PeftModel:
+def with_settings_of(lm: CausalLM, model: ModelConfig) -> peft.PeftModel:
     """`lm` with an adapter of the settings, but not the weights, of the folder in `model.lora.path`."""
     assert model.lora is not None
     try:
@@ -224,18 +224,27 @@ def save_adapter(lm: peft.PeftModel, folder: Path) -> None:
 
     Only trained parameters are gathered, in bounded groups, and only rank 0 keeps them.
     """
-    trained = {name for name, parameter in lm.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    state = whole_state_dict(lm, keep=rank() == 0, only=trained)
+    state = whole_state_dict(lm, keep=rank() == 0, only=trained_names(lm))
     with all_or_none():
         if state is not None:
-            # False: dsdpo never resizes embeddings, and to find that out peft would ask the Hub.
-            tensors = get_peft_model_state_dict(lm, state, POLICY, save_embedding_layers=False)
-            folder.mkdir(parents=True, exist_ok=True)
-            tensors = {key: value.clone() for key, value in tensors.items()}  # the format takes no tied tensors
-            save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-            config = copy.copy(lm.peft_config[POLICY])
-            config.inference_mode = True
-            config.save_pretrained(str(folder))
+            write_adapter(lm, state, folder)
+
+
+def trained_names(lm: nn.Module) -> set[str]:
+    """Names of the parameters that train, tied ones under each of theirs."""
+    return {name for name, parameter in lm.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+
+
+def write_adapter(lm: peft.PeftModel, state: dict[str, Tensor], folder: Path) -> None:
+    """Write the policy's adapter from the whole values of its trained parameters; `lm` gives names and settings."""
+    # False: dsdpo never resizes embeddings, and to find that out peft would ask the Hub.
+    tensors = get_peft_model_state_dict(lm, state, POLICY, save_embedding_layers=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.clone() for key, value in tensors.items()}  # the format takes no tied tensors
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    config = copy.copy(lm.peft_config[POLICY])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
 
 
 def merged_model(model: ModelConfig, adapter_folder: Path) -> Any:

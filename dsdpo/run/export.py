@@ -11,13 +11,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dsdpo.atomic import delete, partial_path
-from dsdpo.distributed import all_or_none, broadcast_object, rank
+from dsdpo.console import say
+from dsdpo.distributed import all_or_none, broadcast_object, on_some_ranks, rank
 from dsdpo.errors import DsdpoError, TrainingError
 from dsdpo.run.best import restore_best
 from dsdpo.run.finite_weights import check_trained
 from dsdpo.run.run import Run
 from dsdpo.training.checkpoint import whole_checkpoints
 from dsdpo.training.export import export_model
+from dsdpo.training.hub import push_folder
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ def export_trained(run: Run) -> None:
         error = try_to_export(run, run.folder.exporting, metrics)
         if error is None:
             put_in_place(run)
+            push(run)
             return
         pause_s = settings.save_pause.total_seconds() if attempt < settings.save_attempts else 0.0
         if rank() == 0:
@@ -57,7 +60,15 @@ def try_to_export(run: Run, parent: Path, metrics: dict[str, float]) -> str | No
                 delete(parent)
                 parent.mkdir()
         plan = run.plan
-        export_model(run.policy, plan.tokenizer, plan.run, parent / run.folder.model.name, metrics=metrics)
+        reference = run.reference.identity
+        export_model(
+            run.policy,
+            plan.tokenizer,
+            plan.run,
+            parent / run.folder.model.name,
+            metrics=metrics,
+            identity=None if reference is None else reference.to_json(),
+        )
         return None
     except (OSError, SafetensorError, DsdpoError) as caught:  # the first two on rank 0, of which the others are told
         error = broadcast_object(str(caught))
@@ -65,6 +76,14 @@ def try_to_export(run: Run, parent: Path, metrics: dict[str, float]) -> str | No
     if rank() == 0:
         delete(parent)
     return error
+
+
+def push(run: Run) -> None:
+    """Upload `model` where the run asks for it. Collective. Raises `TrainingError` where the Hub does not take it."""
+    settings = run.plan.run.export
+    if (name := settings.push_to_hub) is not None:
+        address = on_some_ranks(rank() == 0, lambda: push_folder(run.folder.model, name, private=settings.hub_private))
+        say(f"uploaded to {address}")
 
 
 def put_in_place(run: Run) -> None:

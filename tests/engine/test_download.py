@@ -25,9 +25,10 @@ def fetch_here() -> dict[str, Any]:
 
     asked = []
 
-    def slow(repository: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> None:
+    def slow(repository: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((repository, revision, "*.safetensors" in allow_patterns and "*.bin" not in allow_patterns))
         time.sleep(1.5)
+        return "."
 
     kept = huggingface_hub.snapshot_download, download.is_offline_mode
     huggingface_hub.snapshot_download, download.is_offline_mode = slow, lambda: False

@@ -102,12 +102,19 @@ def load_cut_anew(engine: Any, folder: Path) -> None:
 
 def check_movable(config: dict[str, Any], folder: Path) -> None:
     """Raise `CheckpointError` for a config whose states this module cannot move."""
+    if reason := lies_elsewhere(config):
+        raise _stays(folder, reason)
+
+
+def lies_elsewhere(config: dict[str, Any]) -> str | None:
+    """What of a resolved DeepSpeed config keeps weights or states out of the checkpoint's files, if anything."""
     zero = config.get("zero_optimization", {})
     for what in ("param", "optimizer"):
         if zero.get(f"offload_{what}", {}).get("device") == "nvme":
-            raise _stays(folder, f"offload_{what} on nvme, whose states lie outside the checkpoint's files")
+            return f"offload_{what} on nvme, whose states lie outside the checkpoint's files"
     if zero.get("offload_optimizer", {}).get("ratio", 1) < 1 or zero.get("elastic_checkpoint"):
-        raise _stays(folder, "offload_optimizer.ratio or elastic_checkpoint, whose files leave states out")
+        return "offload_optimizer.ratio or elastic_checkpoint, whose files leave states out"
+    return None
 
 
 def _stays(folder: Path, reason: str) -> CheckpointError:
