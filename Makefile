@@ -81,6 +81,7 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.overhead $(SHORT) --tiny --pairs-per-step 8 --out runs/bench/overhead.json
 	$(VENV)/bin/python -m benchmarks.window $(SHORT) --tiny --quick-memory --out runs/bench/window.json
 	$(VENV)/bin/python -m benchmarks.strategies $(TINY) --out runs/bench/strategies.json
+	$(VENV)/bin/python -m benchmarks.objectives $(SHORT) --tiny --out runs/bench/objectives.json
 	$(VENV)/bin/python -m benchmarks.zero_configs $(TINY) --out runs/bench/zero_configs.json
 	$(VENV)/bin/python -m benchmarks.scaling $(SHORT) --rows 1000 10000 --out runs/bench/scaling.json
 	$(VENV)/bin/python -m benchmarks.vs_trl $(SHORT) --shapes 768+128 --strategies separate --pairs-per-step 8 \

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -22,8 +21,9 @@ from pydantic import (
 
 from dsdpo.config.data import DataConfig
 from dsdpo.config.durations import Duration, PositiveDuration
+from dsdpo.config.evaluation import EvaluationConfig, HeldOutMetric
 from dsdpo.config.lora import LoraConfig
-from dsdpo.config.loss import LOSSES, LossConfig, as_text_list, listed
+from dsdpo.config.loss import LOSSES, LossConfig, listed
 from dsdpo.config.reference import AUTO, STRATEGIES, ReferenceConfig
 from dsdpo.config.section import FolderText, PathText, Section
 
@@ -32,8 +32,6 @@ Scheduler = Literal[
 ]
 
 NonFinite = Literal["stop", "skip"]
-# A held-out metric as it stands in metrics.jsonl.
-HeldOutMetric = Annotated[str, Field(pattern=r"^eval/.+")]
 
 # transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
 POLYNOMIAL_END = 1e-7
@@ -164,36 +162,6 @@ class TrainConfig(Section):
     def _trains(self) -> TrainConfig:
         if self.max_steps == 0:
             raise ValueError("train.max_steps 0 would train nothing: give the number of steps, or -1 for all epochs")
-        return self
-
-
-class EvaluationConfig(Section):
-    """When the held-out pairs of data.eval are scored."""
-
-    every_steps: NonNegativeInt = 100
-    """Optimizer steps between evaluations; 0: only at the start and the end."""
-    at_start: bool = True
-    """Evaluate once before the first step."""
-    length_buckets: Annotated[list[PositiveInt], BeforeValidator(as_text_list)] = Field(default=[512, 1024, 2048])
-    """Tokens of prompt and longer response up to which metrics are given apart, ascending; []: not by length."""
-    patience: PositiveInt | None = None
-    """Evaluations in a row without a better metric after which training ends; null: it never ends early."""
-    metric: HeldOutMetric = "eval/loss"
-    """The held-out metric of patience; see checkpoint.best_metric for which way is better."""
-
-    @model_validator(mode="after")
-    def _is_sound(self) -> EvaluationConfig:
-        if self.length_buckets != sorted(set(self.length_buckets)):
-            raise ValueError(f"evaluation.length_buckets {self.length_buckets} must ascend, each value once")
-        if self.patience is not None and self.every_steps == 0:
-            raise ValueError(
-                f"evaluation.patience {self.patience} has no effect with evaluation.every_steps 0: set that above 0, "
-                "or leave patience out"
-            )
-        if self.patience is None and self.metric != "eval/loss":
-            raise ValueError(
-                f"evaluation.metric {self.metric} has no effect without evaluation.patience: set that, or leave it out"
-            )
         return self
 
 

@@ -54,7 +54,7 @@ def _question(names: list[str], shown: Callable[[str], str]) -> str:
 
 
 def _slips(key: str, valid: list[str]) -> list[str]:
-    """The settings that a slip or two of the fingers turn into this key: the same section first."""
+    """The settings that a slip or two of the fingers turn into this key: the same section first, then outer ones."""
     section, _, leaf = key.lower().rpartition(".")
     beside = [name for name in valid if name.rpartition(".")[0] == section]
     elsewhere = [] if leaf in _COMMON else valid
@@ -63,7 +63,7 @@ def _slips(key: str, valid: list[str]) -> list[str]:
         near = [(_distance(word, text), name) for name, text in candidates.items() if _near(word, text)]
         if near:
             best = min(near)[0]
-            return [name for distance, name in near if distance == best][:3]
+            return sorted((name for distance, name in near if distance == best), key=lambda name: name.count("."))[:3]
     return []
 
 

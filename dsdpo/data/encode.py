@@ -157,6 +157,14 @@ def encode_examples(examples: Sequence[dict[str, Any]], encoder: Encoder) -> lis
     return [result for result in results if result is not None]
 
 
+def encode_prompt(example: dict[str, Any], encoder: Encoder) -> list[int]:
+    """The ids of an example's prompt, where generation starts; its responses are only rendered. Raises BadRow."""
+    one = render(example, encoder.renderer)
+    [prompt] = _ids([one.prompt], encoder)
+    prompt = _opened(prompt, encoder) if one.plain else prompt
+    return _checked_room(_cut_prompt(prompt, 1, encoder), encoder)
+
+
 Parts = tuple[list[int], list[list[int]], bool]  # ids of prompt and responses, and whether rule 3 was needed
 
 
@@ -274,7 +282,7 @@ def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encod
             raise BadRow("empty_response", f"{response_name(index)} has no tokens of its own")
     if one.plain:
         notes += ["text_rows"] if encoder.tokenizer.chat_template is not None else []
-        prompt = prompt if tuple(prompt[: len(encoder.opening)]) == encoder.opening else [*encoder.opening, *prompt]
+        prompt = _opened(prompt, encoder)
     end = encoder.tokenizer.eos_token_id
     for index, whole in enumerate(one.wholes):
         note, add = _end(whole, responses[index], one.plain, encoder)
@@ -285,11 +293,10 @@ def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encod
     if not prompt:
         raise BadRow("empty_prompt", "prompt and responses share no first token")
     whole_prompt, prompt = prompt, _cut_prompt(prompt, max(map(len, responses)), encoder)
+    _checked_room(prompt, encoder)
     if len(prompt) < len(whole_prompt):
         notes.append("prompt_cut")
     room = encoder.max_length - len(prompt)
-    if room <= 0:
-        raise BadRow("prompt_too_long", f"the prompt has {len(prompt)} tokens, data.max_length is {encoder.max_length}")
     several = len(responses) > 1
     if several and all(response == responses[0] for response in responses[1:]):
         raise BadRow("equal_responses", "chosen and rejected have the same tokens")
@@ -311,6 +318,21 @@ def _finished(one: Rendered, parts: Parts, masks: list[list[bool] | None], encod
         tuple(dict.fromkeys(notes)),
         learned if any(mask is not None for mask in learned) else (),
     )
+
+
+def _opened(prompt: list[int], encoder: Encoder) -> list[int]:
+    """The ids of plain text behind what the tokenizer puts before it."""
+    begins = tuple(prompt[: len(encoder.opening)]) == encoder.opening
+    return prompt if begins else [*encoder.opening, *prompt]
+
+
+def _checked_room(prompt: list[int], encoder: Encoder) -> list[int]:
+    """The prompt. Raises BadRow where it leaves no room for a response, or has no tokens."""
+    if len(prompt) >= encoder.max_length:
+        raise BadRow("prompt_too_long", f"the prompt has {len(prompt)} tokens, data.max_length is {encoder.max_length}")
+    if not prompt:
+        raise BadRow("empty_prompt", "the prompt has no tokens")
+    return prompt
 
 
 def _cut_prompt(prompt: list[int], longest_response: int, encoder: Encoder) -> list[int]:

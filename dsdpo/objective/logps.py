@@ -22,6 +22,7 @@ from torch.autograd.graph import save_on_cpu
 from dsdpo.data.batch import Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
+from dsdpo.objective.decode import Decoding
 from dsdpo.objective.output_head import LogitTransform, base_lm, decoder_of, linear_heads, logit_transform
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.objective.types import CausalLM
@@ -178,14 +179,27 @@ class ResponseScorer(nn.Module):
             linear.__class__ = ChunkedHead
             vars(linear)["transform"] = transform
 
-    def forward(self, batch: PreferenceBatch, *, extras: tuple[str, ...] = (), own_logits: bool = False) -> Tensor:
+    def forward(
+        self,
+        batch: PreferenceBatch | None = None,
+        *,
+        extras: tuple[str, ...] = (),
+        own_logits: bool = False,
+        decoding: Decoding | None = None,
+    ) -> Tensor:
         """Summed log-prob of each response, (nB,) float32: response k of group i at k * B + i.
 
         With `extras`, a row of such sums for each after it, (1 + E, nB): "plain", the log-probs with every token
         counted once; "alignment" and "entropy", see `ChunkedHead`, without gradient.
 
         `own_logits` takes them from the logits of the model's own forward pass, all of them in memory: for checks.
+
+        With a `decoding` in place of a batch, it is the logits (B, V) of the next token of its prompts. That goes this
+        way since ZeRO-3 counts as one pass what begins at the module that the engine was made of.
         """
+        if decoding is not None:
+            return decoding.next_logits(self.lm)
+        assert batch is not None
         if own_logits:
             return self._sum(self._own_logps(batch), batch, self.token_weights)
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch, self.lm)}

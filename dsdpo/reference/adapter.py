@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class AdapterReference(Reference):
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         with scoring(self.policy), self._switch.use(self.adapter), self._gathers.recorded_apart():
             return score_batches(self.policy, batches, score_tokens=self.score_tokens)
+
+    @contextmanager
+    def answering(self) -> Iterator[TrainingEngine]:
+        with self._switch.use(self.adapter):
+            yield self.policy
 
     def model_for_flops(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, self.adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ class Reference(ABC):
     def model_for_flops(self) -> tuple[Any, str | None] | None:
         """The model that scores training pairs as training goes, and its adapter in use; None: nothing is computed."""
         return None
+
+    def answering(self) -> AbstractContextManager[InferenceEngine | None]:
+        """A block in which an engine, given by it, computes as the reference; None: no weights of it are there."""
+        return nullcontext(None)
 
     def after_step(self, step: int) -> None:  # noqa: B027 (a frozen reference has nothing to do)
         """Called after optimizer step number `step`, counted from 1; where a moving reference moves. Collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from dsdpo.config.reference import Separate
@@ -41,6 +42,9 @@ class SeparateReference(Reference):
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         return score_batches(self.engine, batches, score_tokens=self.score_tokens)
+
+    def answering(self) -> AbstractContextManager[InferenceEngine]:
+        return nullcontext(self.engine)
 
     def model_for_flops(self) -> tuple[Any, str | None]:
         return self.engine.module.lm, POLICY

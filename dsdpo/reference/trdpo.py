@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,9 @@ class MovingReference(Reference):
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         return self.inner.score(batches)
+
+    def answering(self) -> AbstractContextManager[InferenceEngine | None]:
+        return self.inner.answering()
 
     def model_for_flops(self) -> tuple[Any, str | None] | None:
         return self.inner.model_for_flops()

@@ -13,6 +13,7 @@ from dsdpo.run.run import Run
 from dsdpo.training.cadence import Progress, say_above_bar
 from dsdpo.training.evaluate import evaluate
 from dsdpo.training.patience import note_evaluation, out_of_patience
+from dsdpo.training.samples import lengths
 from dsdpo.training.step import train_step
 
 
@@ -32,6 +33,8 @@ def train_until_done(run: Run) -> str | None:
         for window, anchor in steps:
             learning_rate = run.policy.get_lr()[0]
             taken = take_step(run, window, anchor)
+            if due.sample(state.step):
+                log_samples(run)
             # At a sync the reference becomes what the policy is, or comes near it: held-out pairs are scored before.
             held_out = held_out_metrics(run) if due.evaluate(state.step) and reference.moves_after(state.step) else {}
             with perf.phase("sync"):
@@ -115,6 +118,9 @@ def evaluate_at_start(run: Run) -> None:
     if run.state.step == 0 and run.due.evaluate(0):
         log_evaluation(run, held_out_metrics(run, may_stop=True))
     run.stop.check_signals()
+    if run.state.step == 0 and run.due.sample(0):
+        log_samples(run)
+    run.stop.check_signals()
 
 
 def held_out_metrics(run: Run, *, may_stop: bool = False) -> dict[str, float]:
@@ -137,6 +143,21 @@ def log_evaluation(run: Run, metrics: dict[str, float]) -> None:
     say_above_bar(evaluation_line(run.state.step, metrics))
     note_evaluation(run.plan.run, run.state.means, metrics)
     run.callbacks.call("evaluate", run.folder, run.state.step, run.due.total_steps, metrics)
+
+
+def log_samples(run: Run) -> None:
+    """Have policy and reference answer the run's prompts, and write down what they say. Collective."""
+    assert run.sampler is not None
+    with run.perf.phase("samples"):
+        rows = run.sampler.rows(run.policy, run.reference, step=run.state.step)
+    found = lengths(rows)
+    run.tracker.log_samples(run.state.step, rows)
+    run.tracker.log(run.state.step, found)
+    say_above_bar(
+        f"samples after step {run.state.step}: {counted(len(rows), 'answer')} of "
+        f"{found['samples/policy_tokens']:.0f} tokens on average, {found['samples/policy_ended']:.0%} ended, "
+        f"in {run.folder.samples}"
+    )
 
 
 def evaluation_line(step: int, metrics: dict[str, float]) -> str:

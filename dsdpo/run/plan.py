@@ -20,6 +20,7 @@ from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName, longest_sequences
 from dsdpo.data.plan import pairs_after
 from dsdpo.data.prefetch import prefetch
+from dsdpo.data.prompts import Prompt
 from dsdpo.data.steps import BatchSource, StepBatches
 from dsdpo.data.tokenize import cache_folder
 from dsdpo.data.tokenizer import load_tokenizer
@@ -40,6 +41,7 @@ from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.inputs import check_inputs_stay
 from dsdpo.run.model_checks import check_model, check_pairs_fit, check_rank, check_tokenizers, check_whole_models
+from dsdpo.run.prompts import fitting_prompts, read_prompts
 from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import holder
 from dsdpo.training.cadence import Cadence
@@ -68,6 +70,7 @@ class Plan:
     layout: Layout
     run_file: str  # as errors name it
     hidden_size: int  # of the policy
+    prompts: tuple[Prompt, ...] = ()  # that the models answer as training goes
     start_step: int = 0  # where training starts, which a resumed run does not at 0
     start_pairs: int = 0  # pairs that have been trained on by then
 
@@ -144,6 +147,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     with all_or_none():
         if local_rank() == 0:
             check_whole_models(run, reference.model, layout=layout.name)
+    prompt_rows = read_prompts(run)
     run = with_date(run, tokenizer)
     # The smaller part first: its mistakes are not worth waiting for the larger one.
     evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model, layout.name) if run.data.eval else None
@@ -167,6 +171,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
         layout,
         str(run_file),
         hidden_size,
+        fitting_prompts(prompt_rows, run, tokenizer, train.pairs, model),
     )
 
 

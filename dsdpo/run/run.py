@@ -25,6 +25,7 @@ from dsdpo.training.metrics import Meter
 from dsdpo.training.nonfinite import NonfiniteSteps
 from dsdpo.training.perf import Perf, perf_of
 from dsdpo.training.profiler import StepProfiler
+from dsdpo.training.samples import Sampler
 from dsdpo.training.saver import Saver
 from dsdpo.training.step_loss import StepLoss
 from dsdpo.training.tracking import Tracker
@@ -41,6 +42,7 @@ class Run:
     loss: StepLoss
     groups: DeviceGroups  # of training pairs
     held_out: HeldOut
+    sampler: Sampler | None  # None: no samples are asked for
     hints: Hints
     state: TrainState  # moves on with every step
     due: Cadence
@@ -83,6 +85,7 @@ def build_run(
         ),
         groups=groups_of(plan),
         held_out=held_out_of(plan),
+        sampler=sampler_of(plan),
         hints=Hints(settings.loss, said=state.means),
         state=state,
         due=Cadence.of(settings, plan.total_steps),
@@ -123,3 +126,12 @@ def held_out_of(plan: Plan) -> HeldOut:
         first_pair_id=source.first_pair_id,
         reference_is_static=plan.reference.sync is None,
     )
+
+
+def sampler_of(plan: Plan) -> Sampler | None:
+    """What answers the run's fixed prompts, if it has any."""
+    settings = plan.run.evaluation.samples
+    if settings is None:
+        return None
+    still = plan.reference.sync is None
+    return Sampler(plan.prompts, settings, plan.tokenizer, seed=plan.run.train.seed, reference_is_static=still)

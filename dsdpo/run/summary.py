@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsdpo.config.run import RunConfig
-from dsdpo.console import counted
+from dsdpo.console import counted, every
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
 from dsdpo.engine.config_remarks import json_remarks
@@ -21,6 +21,7 @@ from dsdpo.run.datasets import describe_source
 from dsdpo.run.notes import run_notes
 from dsdpo.run.plan import Layout, Plan
 from dsdpo.run_folder import RunFolder
+from dsdpo.training.cadence import Cadence
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
@@ -38,6 +39,7 @@ def describe_plan(plan: Plan) -> str:
         *(("from", describe_source(source)) for source in plan.train.pairs.sources),
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
         *(("from", describe_source(source)) for source in (plan.evaluation.pairs.sources if plan.evaluation else ())),
+        *describe_samples(plan),
         ("steps", f"{plan.total_steps:,} of {counted(run.batch.pairs_per_step, 'pair')}, {ranks}"),
         (
             "first step",
@@ -48,6 +50,18 @@ def describe_plan(plan: Plan) -> str:
         *(("note", text) for text in remarks(plan)),
     ]
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def describe_samples(plan: Plan) -> list[tuple[str, str]]:
+    """Which prompts are answered as training goes, if any."""
+    settings = plan.run.evaluation.samples
+    if settings is None:
+        return []
+    how_often = Cadence.of(plan.run, plan.total_steps).sample_every
+    when = every(how_often, "step") if how_often else "at the end"
+    beside = " and reference" if plan.reference.has_weights and not plan.reference.before_training else ""
+    text = f"policy{beside} answer {counted(len(plan.prompts), 'prompt')} of {settings.prompts} {when}"
+    return [("samples", f"{text}, up to {counted(settings.max_new_tokens, 'token')} each")]
 
 
 def remarks(plan: Plan) -> list[str]:

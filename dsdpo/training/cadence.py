@@ -22,25 +22,36 @@ class Cadence:
     evaluate_every: int  # 0: only at the end
     evaluate_at_start: bool
     checkpoint_every: int  # 0: never
+    sample_every: int | None = None  # 0: only at the start and the end; None: never
 
     @classmethod
     def of(cls, run: RunConfig, total_steps: int) -> Cadence:
         """As the run says."""
+        samples, sample_every = run.evaluation.samples, None
+        if samples is not None:
+            sample_every = run.evaluation.every_steps if samples.every_steps is None else samples.every_steps
         return cls(
             total_steps=total_steps,
             log_every=run.tracking.every_steps,
             evaluate_every=run.evaluation.every_steps,
             evaluate_at_start=run.evaluation.at_start,
             checkpoint_every=run.checkpoint.every_steps,
+            sample_every=sample_every,
         )
 
     def log(self, step: int) -> bool:
         return step == 1 or step % self.log_every == 0 or step == self.total_steps
 
     def evaluate(self, step: int) -> bool:
+        return self._now_and_then(step, self.evaluate_every)
+
+    def sample(self, step: int) -> bool:
+        return self.sample_every is not None and self._now_and_then(step, self.sample_every)
+
+    def _now_and_then(self, step: int, every: int) -> bool:
         if step == 0:
             return self.evaluate_at_start
-        return step == self.total_steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
+        return step == self.total_steps or bool(every and step % every == 0)
 
     def checkpoint(self, step: int) -> bool:
         return bool(self.checkpoint_every) and (step % self.checkpoint_every == 0 or step == self.total_steps)

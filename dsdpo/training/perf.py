@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 MODEL_PHASES = ("reference", "forward_backward")
 PHASES = ("data", *MODEL_PHASES, "optimizer", "sync", "log", "other")  # of a step
-ASIDE = ("evaluate", "save")
+ASIDE = ("evaluate", "samples", "save")
 
 # Dense 16-bit matrix products in TFLOP/s, as the makers' data sheets have them, by words of CUDA's name of the device;
 # the first that fits counts.

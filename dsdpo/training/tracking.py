@@ -1,12 +1,13 @@
 """Where metrics go: `metrics.jsonl` in the run folder is the record, W&B a mirror that may fail.
 
-`pairs.jsonl` beside it has the pair ids of every step.
+`pairs.jsonl` beside it has the pair ids of every step, `samples.jsonl` what the models answer to fixed prompts.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Tracker:
         if self._active:
             self._record = JsonlWriter(folder.metrics)
             self._pairs = JsonlWriter(folder.pairs) if run.tracking.pairs else None
+            self._samples = JsonlWriter(folder.samples) if run.evaluation.samples else None
+            self._files = [file for file in (self._record, self._pairs, self._samples) if file is not None]
             if run.tracking.wandb is not None:
                 self._wandb = _start_wandb(run, folder, facts or {})
 
@@ -51,16 +54,30 @@ class Tracker:
         if not self._active:
             return
         self._record.write({"step": step, **metrics})
-        if self._wandb is not None:
-            try:
-                self._wandb.log(metrics, step=step)
-            except Exception as error:
-                self._give_up_on_wandb(error)
+        self._mirror(step, metrics)
 
     def log_pairs(self, step: int, pair_ids: np.ndarray) -> None:
         """The pairs (G,) of all ranks that a step used."""
         if self._active and self._pairs is not None:
             self._pairs.write({"step": step, "pair_ids": pair_ids.tolist()})
+
+    def log_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """What the models answered after a step: a line for each prompt, and a table of W&B."""
+        if not self._active or self._samples is None:
+            return
+        for row in rows:
+            self._samples.write(row)
+        if self._wandb is not None:
+            columns: list[str] = [name for name in ("step", "prompt", "policy", "reference") if name in rows[0]]
+            self._mirror(step, {"samples": _wandb_table(columns, [[row[name] for name in columns] for row in rows])})
+
+    def _mirror(self, step: int, values: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(values, step=step)
+        except Exception as error:
+            self._give_up_on_wandb(error)
 
     def evaluation_of(self, step: int) -> dict[str, float]:
         """The held-out metrics if they were taken after this very step, else nothing."""
@@ -69,17 +86,15 @@ class Tracker:
     def sync(self) -> None:
         """Have every row on the disk itself, before a checkpoint says that its step is done. Raises OSError."""
         if self._active:
-            self._record.sync()
-            if self._pairs is not None:
-                self._pairs.sync()
+            for file in self._files:
+                file.sync()
 
     def close(self) -> None:
         """Finish the records and the mirror."""
         if not self._active:
             return
-        self._record.close()
-        if self._pairs is not None:
-            self._pairs.close()
+        for file in self._files:
+            file.close()
         if self._wandb is not None:
             try:
                 offline, files = self._wandb.settings._offline, Path(self._wandb.settings.sync_dir)
@@ -92,6 +107,12 @@ class Tracker:
     def _give_up_on_wandb(self, error: Exception) -> None:
         log.warning("W&B failed (%s); training goes on and metrics.jsonl has every row", error)
         self._wandb = None
+
+
+def _wandb_table(columns: list[str], data: list[list[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=columns, data=data)
 
 
 def _start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Any:

@@ -69,6 +69,13 @@ def with_loss(name: str, content: str) -> dict[str, Any]:
     return {**found, "sections": {**found["sections"], "loss": {"type": name}}}
 
 
+def with_prompts(file: dict[str, str | bytes]) -> dict[str, Any]:
+    """The same for a run on good rows with samples of the prompts in this file."""
+    found = with_data(lines(ROW, ROW))
+    samples = {"evaluation": {"samples": {"prompts": next(iter(file))}}}
+    return {"sections": found["sections"] | samples, "files": found["files"] | file}
+
+
 ZERO_3 = {"zero_optimization": {"stage": 3}}
 NVME = '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp/nvme"}}}'
 RUN_FILE = [
@@ -106,6 +113,12 @@ RUN_FILE = [
         "option without effect",
         ("loss.label_smoothing 0.1 has no effect with loss.type hinge", "set loss.label_smoothing to 0"),
         {"loss": {"type": "hinge", "label_smoothing": 0.1}},
+    ),
+    Case("samples of nothing", ("evaluation.samples.prompts is missing",), {"evaluation": {"samples": {"n": 2}}}),
+    Case(
+        "greedy answers out of a part",
+        ("evaluation.samples.top_p 0.5 has no effect", "temperature above 0"),
+        {"evaluation": {"samples": {"prompts": "p.txt", "top_p": 0.5}}},
     ),
     Case("output folder not empty", ("output_dir", "is not empty", "--overwrite_output_dir true"), files={"out/a": ""}),
     Case("output folder is a file", ("output_dir", "out cannot be written", "choose another"), files={"out": ""}),
@@ -243,6 +256,21 @@ DATA = [
         {"data": {"train": "rows.jsonl", "eval": "gone.jsonl"}},
         {"rows.jsonl": lines(ROW)},
     ),
+    Case(
+        "missing file of prompts",
+        ("evaluation.samples.prompts: gone.txt does not exist",),
+        {"evaluation": {"samples": {"prompts": "gone.txt"}}},
+    ),
+    Case(
+        "a row of prompts without one",
+        ("evaluation.samples.prompts: p.jsonl:2: a field is missing", "the fields are: text"),
+        **with_prompts({"p.jsonl": lines({"prompt": "p"}, {"text": "t"})}),
+    ),
+    Case(
+        "no room for an answer",
+        ("evaluation.samples.max_new_tokens: 256 behind the", "p.txt:1", "takes 128 tokens"),
+        **with_prompts({"p.txt": QUESTION}),
+    ),
     Case("empty data file", ("rows.jsonl: is empty", "at least one preference pair"), **with_data("")),
     Case("binary junk", ("rows.jsonl: not text but binary data",), **with_data(bytes(range(256)) * 40)),
     Case(
@@ -306,8 +334,8 @@ def write(case: Case, folder: Path, inputs: Path) -> list[str]:
     model = inputs / "model"
     if case.model or case.change:
         model = Path(shutil.copytree(model, folder / "model"))
-        for name, content in case.model.items():
-            change_model(model, name, content)
+        for name, replacement in case.model.items():
+            change_model(model, name, replacement)
     run: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": str(inputs / "train.jsonl"), "max_length": 64, "cache_dir": str(folder / "cache")},
