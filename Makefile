@@ -3,6 +3,8 @@
 #                     ../shared, in about a minute
 # make test           every test; make test TESTS="tests/data -m real" runs a part (markers: pytest --markers)
 # make test-ranks     only the tests that start ranks
+# make test-cluster   tests on simulated hosts and a real Slurm: root, and Debian packages that it names if they are
+#                     not there; it installs nothing
 # make lint           ruff and mypy
 # make format         let ruff put right what it can
 # make check-lowest   make check and a run, on the oldest versions that pyproject.toml claims
@@ -21,7 +23,7 @@ QUICK := not ranks and not process and not real
 # One run through the whole program, with ranks, an evaluation, a checkpoint and an export.
 WHOLE_RUN := tests/commands/test_train.py tests/training/test_export.py tests/reference/test_adapter.py
 
-.PHONY: help quickstart check test test-ranks lint format check-lowest check-newest gpu bench clean
+.PHONY: help quickstart check test test-ranks test-cluster lint format check-lowest check-newest gpu bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -37,6 +39,9 @@ test: $(VENV)/installed
 
 test-ranks: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m ranks $(TESTS)
+
+test-cluster: $(VENV)/installed
+	DSDPO_TEST_CLUSTER=1 $(VENV)/bin/python -m pytest tests/cluster
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -32,9 +32,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_place: int | None = None  # among the processes of the node, where LOCAL_RANK has become the number of a device
+
+
 def local_rank() -> int:
     """This process among those of its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0")) if _place is None else _place
+
+
+def number_device(index: int) -> None:
+    """Let LOCAL_RANK, which DeepSpeed takes for the number of this process's device, be `index`."""
+    global _place
+    if index != local_rank():
+        _place = local_rank()
+        names = {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys()  # it wants both to be the same
+        os.environ.update(dict.fromkeys(names, str(index)))
 
 
 def node() -> int:

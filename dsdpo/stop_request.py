@@ -18,11 +18,12 @@ from dsdpo.errors import StoppedError, TrainingError
 from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import RunLock
 from dsdpo.stop_signals import noted_signal, seconds_listened
+from dsdpo.time_limit import TimeLimit
 
 T = TypeVar("T")
 
 STOPPED = 75  # exit code: saved and stopped early, to be started again with --resume auto (EX_TEMPFAIL)
-_FILE, _DEADLINE, _TAKEN = 1000, 1001, 1002  # codes beyond any signal number
+_TIME_LIMIT, _FILE, _DEADLINE, _TAKEN = 1000, 1001, 1002, 1003  # codes beyond any signal number
 
 
 class StopRequest:
@@ -35,6 +36,7 @@ class StopRequest:
         deadline: timedelta | None,
         device: torch.device,
         lock: RunLock | None = None,
+        time_limit: TimeLimit | None = None,
     ) -> None:
         """`deadline` counts from when signals began to be noted; without a `folder` there is no file to look for.
 
@@ -42,11 +44,13 @@ class StopRequest:
         """
         self._file = folder.stop_file if folder else None
         self._deadline_s = None if deadline is None else deadline.total_seconds()
-        self._device, self._lock = device, lock
+        self._device, self._lock, self._time_limit = device, lock, time_limit
 
     def reason(self) -> str | None:
         """Why to stop now, the same on every rank, or None. Collective."""
         code = noted_signal()
+        if self._time_limit is not None and self._time_limit.is_near():
+            code = max(code, _TIME_LIMIT)
         if self._deadline_s is not None and seconds_listened() > self._deadline_s:
             code = _DEADLINE
         if rank() == 0 and self._file is not None and self._file.exists():
@@ -74,6 +78,15 @@ class StopRequest:
             self.check()
             yield item
 
+    def saved(self, seconds: float) -> str | None:
+        """Take note of how long a save took; what to warn of, if anything."""
+        return None if self._time_limit is None else self._time_limit.saved(seconds)
+
+    @property
+    def save_s(self) -> float | None:
+        """How long a save takes; None if that does not matter."""
+        return None if self._time_limit is None else self._time_limit.save_s
+
     def _agreed(self, code: int) -> str | None:
         code = max_over_ranks(code, self._device)
         if code == 0:
@@ -85,12 +98,17 @@ class StopRequest:
             )
         if code == _FILE:
             return f"the file {self._file}"
+        if code == _TIME_LIMIT:
+            return "checkpoint.time_limit"
         return "checkpoint.deadline" if code == _DEADLINE else signal.Signals(code).name
 
 
-def record_stop(folder: RunFolder, *, reason: str, step: int) -> str:
-    """Write into the run's folder why and where it stopped, take the stop file away; what to tell the user."""
+def record_stop(folder: RunFolder, *, reason: str, step: int, save_s: float | None = None) -> str:
+    """Write into the run's folder why and where it stopped, take the stop file away; what to tell the user.
+
+    `save_s`, how long saving took, is what the next start reckons with.
+    """
     if rank() == 0:
         folder.stop_file.unlink(missing_ok=True)
-        write_json(folder.stopped, {"reason": reason, "step": step})
+        write_json(folder.stopped, {"reason": reason, "step": step} | ({"save_s": save_s} if save_s else {}))
     return f"stopped after step {step} by {reason}; everything is saved, go on with --resume auto"

@@ -14,6 +14,7 @@ from dsdpo.reference.precomputed import precompute
 from dsdpo.run.plan import plan_run
 from dsdpo.stop_request import STOPPED, StopRequest
 from dsdpo.stop_signals import noted_signals
+from dsdpo.time_limit import time_limit_of
 from dsdpo.training.lost_ranks import watched_ranks
 
 
@@ -22,7 +23,8 @@ def main(given: PrecomputeArguments) -> int:
     quiet_libraries(verbose=given.verbose)
     started = time.monotonic()
     plan = plan_run(given.run, run_file=given.run_file, writes_output=False)
-    stop = StopRequest(None, deadline=given.run.checkpoint.deadline, device=device())
+    limit = time_limit_of(given.run.checkpoint.time_limit, None)
+    stop = StopRequest(None, deadline=given.run.checkpoint.deadline, device=device(), time_limit=limit)
     try:
         with noted_signals(), watched_ranks(lost_after=given.run.distributed.lost_after):
             stop.check_signals()

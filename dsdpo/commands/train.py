@@ -14,9 +14,11 @@ from dsdpo.run.plan import Plan, plan_run
 from dsdpo.run.resume import state_of
 from dsdpo.run.run import Run, build_run
 from dsdpo.run.summary import describe_plan, describe_results
+from dsdpo.run_folder import RunFolder
 from dsdpo.stop_request import STOPPED, StopRequest, record_stop
 from dsdpo.stop_signals import noted_signals
 from dsdpo.training.callbacks import Callbacks
+from dsdpo.time_limit import time_limit_of
 from dsdpo.training.lost_ranks import watched_ranks
 
 
@@ -33,8 +35,10 @@ def main(given: TrainArguments) -> int:
 
 def train(plan: Plan, callbacks: Callbacks | None = None, *, quiet: bool = False) -> int:
     """Build both engines, train, evaluate, save and export; the exit code. Collective."""
+    limit = time_limit_of(plan.run.checkpoint.time_limit, RunFolder(plan.run.output_dir))
     with noted_signals(), opened_folder(plan) as (folder, checkpoint, lock):
-        stop = StopRequest(folder, deadline=plan.run.checkpoint.deadline, device=device(), lock=lock)
+        deadline = plan.run.checkpoint.deadline
+        stop = StopRequest(folder, deadline=deadline, device=device(), lock=lock, time_limit=limit)
         try:
             run = build_run(plan, folder, checkpoint, stop, callbacks)
             evaluate_at_start(run)
@@ -52,7 +56,7 @@ def finish(run: Run, reason: str | None, *, quiet: bool) -> int:
     run.saver.raise_if_lost()
     run.tracker.close()
     if reason is not None:
-        say(record_stop(run.folder, reason=reason, step=run.state.step))
+        say(record_stop(run.folder, reason=reason, step=run.state.step, save_s=run.stop.save_s))
         return STOPPED
     if rank() == 0 and not quiet:  # other nodes may not see its files
         say(describe_results(run.folder.path))

@@ -189,6 +189,18 @@ class CheckpointConfig(Section):
     """Resume although the reference is not the checkpoint's. Recorded in identity.json."""
     deadline: PositiveDuration | None = None
     """Time from the start, as HH:MM:SS, D-HH:MM:SS or seconds, after which to save and stop before the next step."""
+    time_limit: PositiveDuration | None = None
+    """Time from the start, written likewise, after which the process is ended from outside: the run stops early enough
+    to be saved by then, by how long steps and saves have taken. launch/slurm.sbatch gives what its job has left."""
+
+    @model_validator(mode="after")
+    def _has_time(self) -> CheckpointConfig:
+        if self.time_limit is not None and self.deadline is not None and self.deadline >= self.time_limit:
+            raise ValueError(
+                f"checkpoint.deadline {self.deadline} is not before checkpoint.time_limit {self.time_limit}, when the "
+                "process is ended: leave the deadline out, or give an earlier one"
+            )
+        return self
 
 
 class ExportConfig(Section):

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsdpo.accelerator import check_share
 from dsdpo.console import Launched, counted, launched
+from dsdpo.distributed import number_device
 from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
 from dsdpo.engine.quirks.timeouts import set_default_timeout
 from dsdpo.errors import ConfigError, TrainingError
@@ -38,8 +39,9 @@ def start_distributed(*, timeout_minutes: float) -> None:
     set_default_timeout(timeout)
     devices = get_accelerator().device_count() if get_accelerator().device_name() != "cpu" else 0
     check_share(who.local_size, devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    # Some launchers show each process its own device only.
-    get_accelerator().set_device(who.local_rank % devices if devices else who.local_rank)
+    index = who.local_rank % devices if devices else who.local_rank  # some launchers show each process its own only
+    number_device(index)
+    get_accelerator().set_device(index)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one node would otherwise each take every core and fight over them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // who.local_size))

@@ -34,6 +34,7 @@ from dsdpo.reference.run_plan import RunPlan
 from dsdpo.reference.store import SHARD_ROWS, ShardWriter, open_store, pair_keys, read_rows
 from dsdpo.run_folder import RunFolder
 from dsdpo.stop_request import StopRequest
+from dsdpo.time_limit import time_limit_of
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,9 @@ class PrecomputedReference(Reference):
 
     @classmethod
     def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
-        folder, deadline = RunFolder(plan.run.output_dir), plan.run.checkpoint.deadline
-        return precompute(plan, StopRequest(folder, deadline=deadline, device=device()))
+        folder, settings = RunFolder(plan.run.output_dir), plan.run.checkpoint
+        limit = time_limit_of(settings.time_limit, None)
+        return precompute(plan, StopRequest(folder, deadline=settings.deadline, device=device(), time_limit=limit))
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         # A filler pair, id -1, gets the last row: anything finite does for what weighs nothing.

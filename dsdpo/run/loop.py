@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 
 from dsdpo.console import counted
@@ -52,7 +53,7 @@ def train_until_done(run: Run) -> str | None:
             ended = reason is not None or out_of_patience(settings, state.means)
             if due.checkpoint(state.step) or run.saver.owed(state.step) or ended:
                 with perf.phase("save"):
-                    run.saver.save(last=ended or state.step == due.total_steps)
+                    save(run, last=ended or state.step == due.total_steps)
                 if run.saver.saved is not None:
                     metrics = run.tracker.evaluation_of(state.step)
                     run.callbacks.call(
@@ -62,6 +63,14 @@ def train_until_done(run: Run) -> str | None:
             if ended:
                 return reason
     return None
+
+
+def save(run: Run, *, last: bool) -> None:
+    """Save the run as it stands, and take note of how long that took. Collective."""
+    started = time.monotonic()
+    run.saver.save(last=last)
+    if warning := run.stop.saved(time.monotonic() - started):
+        say_above_bar(warning)
 
 
 def take_step(run: Run, window: StepBatches, anchor: list[PairLogps]) -> bool:

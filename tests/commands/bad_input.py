@@ -184,6 +184,11 @@ DEEPSPEED += [
         files={"ds.json": json.dumps({"checkpoint": {"writer": {"type": "FAST"}}, **ZERO_3})},
     ),
     Case(
+        "deadline after the end of the job's time",
+        ("checkpoint.deadline 1:00:00 is not before checkpoint.time_limit 0:30:00",),
+        options=("--checkpoint.deadline", "3600", "--checkpoint.time_limit", "30:00"),
+    ),
+    Case(
         "universal checkpoint",
         ("checkpoint.load_universal is true",),
         files={"ds.json": json.dumps({"checkpoint": {"load_universal": True}, **ZERO_3})},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dsdpo import distributed
 from dsdpo.console import Launched, is_main, launched, launched_rank
 from dsdpo.engine.start import adopt, first_host
 from dsdpo.errors import ConfigError
@@ -128,6 +129,19 @@ def test_port_that_is_none(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_first_host_of_a_node_list(names: str, first: str) -> None:
     assert first_host(names) == first
+
+
+def test_a_process_that_is_shown_its_own_gpu_alone_keeps_its_place_on_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed takes LOCAL_RANK for a device, of which there is only number 0 (srun --gpus-per-task 1)."""
+    monkeypatch.setattr(distributed, "_place", None)
+    for name, value in OMPI.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    distributed.number_device(1)
+    assert os.environ["LOCAL_RANK"] == "1"
+    distributed.number_device(0)
+    assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("0", "0")
+    assert distributed.local_rank() == 1
 
 
 GROUPS = """

@@ -65,8 +65,8 @@ def test_a_signal_to_one_rank_stops_both(inputs: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(Path(run["output_dir"]))] == [1, 2, 3, 4]
 
 
-def test_a_stop_file_and_a_deadline_stop_too(inputs: Path, tmp_path: Path) -> None:
-    run = settings(tmp_path, inputs)
+def test_a_stop_file_a_deadline_and_a_time_limit_stop_too(inputs: Path, tmp_path: Path) -> None:
+    run = settings(tmp_path, inputs, train={"max_steps": 6})
     resumed = {**run, "checkpoint": {"every_steps": 0, "resume": "auto"}}
     file = Path(run["output_dir"]) / "STOP"
     assert run_ranks(2, exit_code, resumed, file) == [STOPPED, STOPPED]
@@ -75,6 +75,13 @@ def test_a_stop_file_and_a_deadline_stop_too(inputs: Path, tmp_path: Path) -> No
     late = {**run, "checkpoint": {"every_steps": 0, "resume": "auto", "deadline": 0.001}}
     assert run_ranks(2, exit_code, late) == [STOPPED, STOPPED]
     assert stopped_record(run) == {"reason": "checkpoint.deadline", "step": 2}
+    short = {**run, "checkpoint": {"every_steps": 0, "resume": "auto", "time_limit": 250}}  # a save may take 2 x 120 s
+    assert run_ranks(2, exit_code, short) == [STOPPED, STOPPED]
+    record = stopped_record(run)
+    assert (record["reason"], record["step"]) == ("checkpoint.time_limit", 4)  # the step after the first look
+    assert 0 < record["save_s"] < 100
+    short["checkpoint"]["time_limit"] = 31 + 2 * 100 + 100  # enough, now that a save has been measured
+    assert run_ranks(2, exit_code, short) == [0, 0]
 
 
 def test_a_clock_that_jumps_stops_nothing_and_bends_no_metric(inputs: Path, tmp_path: Path) -> None:
