@@ -17,8 +17,8 @@ from dsdpo.run.summary import describe_plan, describe_results
 from dsdpo.run_folder import RunFolder
 from dsdpo.stop_request import STOPPED, StopRequest, record_stop
 from dsdpo.stop_signals import noted_signals
-from dsdpo.training.callbacks import Callbacks
 from dsdpo.time_limit import time_limit_of
+from dsdpo.training.callbacks import Callbacks
 from dsdpo.training.lost_ranks import watched_ranks
 
 
