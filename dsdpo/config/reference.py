@@ -183,7 +183,8 @@ class ReferenceConfig(Section):
     deepspeed: PathText | None = None
     """DeepSpeed JSON of the reference engine (stage 0 or 3); null: derived from the policy's."""
     score_tokens: PositiveInt = 32768
-    """Tokens in one scoring forward pass on one rank; a longer pair goes alone."""
+    """Tokens in one scoring forward pass on one rank; a longer pair goes alone. Ranks that share a row
+    (distributed.sequence_parallel) take as many times more in a pass."""
     look_ahead_steps: PositiveInt = 1
     """Optimizer steps whose pairs are scored together, never beyond a sync; pays if score_tokens holds them all."""
     sync_ref_model: bool = False

@@ -128,7 +128,8 @@ class BatchConfig(Section):
     """Pairs per optimizer step over all ranks together, whatever their number."""
     tokens_per_micro_batch: PositiveInt = 16384
     """Token budget of one forward/backward on one rank, as data.layout lays them out: packed, both responses and their
-    prompt once; padded, padding included. A longer pair goes alone."""
+    prompt once; padded, padding included. A longer pair goes alone. With distributed.sequence_parallel ranks share a
+    row, which then holds as many times the budget."""
     pairs_per_micro_batch: PositiveInt | None = None
     """Fixed number of pairs of one forward/backward on one rank, in place of the token budget."""
 
@@ -266,6 +267,8 @@ class DistributedConfig(Section):
     """Minutes a collective may wait for the other ranks before the run fails."""
     lost_after: PositiveDuration = timedelta(minutes=3)
     """Time without a sign of life, as HH:MM:SS or seconds, after which a rank is taken for lost and the others end."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share the tokens of each packed row, for pairs too long for one; divides ranks and attention heads."""
 
 
 class RunConfig(Section):
@@ -323,6 +326,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"reference.strategy {self.reference.strategy} leaves no reference to compare with, which loss.type "
                 f"{' + '.join(self.loss.types)} needs: choose another strategy, or set loss.type to {listed(without)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _row_can_be_split(self) -> RunConfig:
+        size = self.distributed.sequence_parallel
+        if size > 1 and self.data.layout == "padded":
+            raise ValueError(
+                f"distributed.sequence_parallel {size} splits packed rows, of which data.layout padded has none: set "
+                "data.layout to auto, or leave sequence_parallel out"
             )
         return self
 

@@ -43,6 +43,13 @@ class Packed:
     key_starts: Tensor  # (S + 1,) int32, first key of each sequence in `key_index`
     longest_query: int
     longest_key: int
+    scored: np.ndarray  # (N,) int64, the batch's `score_at` on the host, for a row that is split over ranks
+
+    @property
+    def num_tokens(self) -> int:
+        """T: tokens of the row."""
+        start, *sizes = self.spans[-1]
+        return start + sum(sizes)
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on `device`, copied without waiting where memory is pinned."""

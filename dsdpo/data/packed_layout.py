@@ -45,11 +45,12 @@ def collate_packed(groups: Sequence[Group]) -> PreferenceBatch:
             at += rests[index]
         spans.append((start, shared, *rests))
         start += shared + sum(rests)
+    flat = np.concatenate([part for parts in score_at for part in parts]).astype(np.int64, copy=False)
     return PreferenceBatch(
         input_ids=_int64(input_ids)[None],
         position_ids=_int64(position_ids)[None],
-        attention=packed(spans),
-        score_at=_int64([part for parts in score_at for part in parts]),
+        attention=packed(spans, flat),
+        score_at=torch.from_numpy(flat),
         **listed_responses(groups, learned),
     )
 
@@ -61,8 +62,8 @@ def common_beginning(first: np.ndarray, second: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def packed(spans: Sequence[Span]) -> Packed:
-    """What attention needs to know of groups that stand one after another."""
+def packed(spans: Sequence[Span], scored: np.ndarray) -> Packed:
+    """What attention needs to know of groups that stand one after another; `scored` as in `Packed`."""
     queries: list[int] = []
     keys: list[np.ndarray] = []
     for start, shared, first, *others in spans:
@@ -82,6 +83,7 @@ def packed(spans: Sequence[Span]) -> Packed:
         key_starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         longest_query=max(queries),
         longest_key=max(lengths),
+        scored=scored,
     )
 
 
@@ -111,10 +113,12 @@ def merge_packed(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
 def _joined(layouts: Sequence[Packed], tokens: Sequence[int]) -> Packed:
     """The layouts of rows of so many tokens, as the layout of these rows one after another."""
     spans: list[Span] = []
+    scored: list[np.ndarray] = []
     key_index, query_starts, key_starts = [], [layouts[0].query_starts[:1]], [layouts[0].key_starts[:1]]
     row = keys = 0
     for layout, length in zip(layouts, tokens, strict=True):
         spans += [(start + row, *rest) for start, *rest in layout.spans]
+        scored.append(layout.scored + row)
         key_index.append(layout.key_index + row)
         query_starts.append(layout.query_starts[1:] + row)
         key_starts.append(layout.key_starts[1:] + keys)
@@ -127,6 +131,7 @@ def _joined(layouts: Sequence[Packed], tokens: Sequence[int]) -> Packed:
         key_starts=torch.cat(key_starts),
         longest_query=max(layout.longest_query for layout in layouts),
         longest_key=max(layout.longest_key for layout in layouts),
+        scored=np.concatenate(scored),
     )
 
 

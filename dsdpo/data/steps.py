@@ -14,6 +14,7 @@ from dsdpo.data.binning import COSTS, LayoutName, MicroBatchBudget, longest_sequ
 from dsdpo.data.collate import collate
 from dsdpo.data.pairs import Group, Pairs
 from dsdpo.data.plan import plan_pass, plan_step, rank_costs
+from dsdpo.sequence_group import ALONE, SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class StepBatches:
     epoch: float  # data position after this step
     pair_ids: np.ndarray  # (pairs,) int64, of all ranks, in the epoch's order
     lengths: np.ndarray  # (pairs, 1 + n) int32, of all ranks: tokens of prompt and responses
-    loads: tuple[int, ...]  # by rank: tokens its pairs cost in their layout
-    padding: int  # of this rank: computed positions without a token of a pair, fillers included
+    loads: tuple[int, ...]  # of each share of the pairs: tokens that they cost in their layout
+    computed: int  # positions that this rank computes, fillers included
+    padding: int  # those of them without a token of a pair
+    counts: bool = True  # False where another rank of the sequence group counts these pairs
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class BatchSource:
     budget: MicroBatchBudget
     layout: LayoutName
     pad_token_id: int
-    rank: int
-    world_size: int
+    rank: int  # which share of the pairs this rank gets: its own, or that of its sequence group
+    world_size: int  # shares
+    sequence: SequenceGroup = ALONE  # the ranks that share the rows of this share
     first_pair_id: int = 0  # a run numbers the pairs of all its data sets through, so that an id names one pair
 
     def steps(
@@ -63,6 +67,7 @@ class BatchSource:
             # Fillers repeat a pair of the step itself: what another pair's log-probs are must not reach its gradient.
             spare = int(plan.pair_ids[np.argmin(longest_sequences(step_lengths))])
             batches = tuple(self.batch(ids, spare=spare) for ids in plan.micro_batches[self.rank])
+            computed, empty = positions(batches, self.sequence)
             yield StepBatches(
                 batches=batches,
                 pairs=len(plan.pair_ids),
@@ -71,7 +76,9 @@ class BatchSource:
                 pair_ids=plan.pair_ids + self.first_pair_id,
                 lengths=step_lengths,
                 loads=rank_costs(plan.micro_batches, lengths, layout=self.layout),
-                padding=sum(map(padding, batches)),
+                computed=computed,
+                padding=empty,
+                counts=self.sequence.counts,
             )
 
     def whole_pass(self, *, batches_per_window: int = 8) -> Iterator[tuple[PreferenceBatch, ...]]:
@@ -124,8 +131,14 @@ def shortened(group: Group, longest: int) -> Group:
     return replace(group, prompt=prompt, responses=responses, learned=())
 
 
-def padding(batch: PreferenceBatch) -> int:
-    """Positions that the model computes for no pair's sake; for a batch on the CPU."""
-    if (batch.pair_ids < 0).all():
-        return batch.num_tokens
-    return int((batch.attention.attention_mask == 0).sum()) if isinstance(batch.attention, Padded) else 0
+def positions(batches: Sequence[PreferenceBatch], group: SequenceGroup) -> tuple[int, int]:
+    """Positions of batches on the CPU that this rank computes, and those of them that it does for no pair's sake."""
+    computed = empty = 0
+    for batch in batches:
+        own, beyond = group.computed(batch.num_tokens)
+        computed += own
+        if (batch.pair_ids < 0).all():
+            empty += own
+        else:
+            empty += int((batch.attention.attention_mask == 0).sum()) if isinstance(batch.attention, Padded) else beyond
+    return computed, empty

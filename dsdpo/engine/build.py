@@ -25,6 +25,7 @@ from dsdpo.engine.start import start_distributed as start_distributed
 from dsdpo.engine.zero_config import offload_device
 from dsdpo.objective.logps import ResponseScorer
 from dsdpo.objective.token_weights import TokenWeights
+from dsdpo.sequence_group import SequenceGroup
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,11 @@ def build_policy(
     layout: LayoutName,
     second_adapter: bool = False,
     longest: int | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The training engine around a `ResponseScorer`, with a `second_adapter` for the reference if asked. Collective.
+
+    Its packed rows are split over the ranks of `sequence`.
 
     The optimizer is the JSON's own if it has one; else DeepSpeed's CPU Adam when optimizer states are offloaded, and
     torch's AdamW (fused where the device has it) when they are not.
@@ -61,7 +65,10 @@ def build_policy(
         # From here on only LoRA dropout draws at random: not the same mask on every rank.
         torch.manual_seed(run.train.seed + rank())
     model = ResponseScorer(
-        lm, activations_on_host=run.model.activation_offloading, token_weights=TokenWeights.of(run.loss)
+        lm,
+        activations_on_host=run.model.activation_offloading,
+        token_weights=TokenWeights.of(run.loss),
+        sequence=sequence,
     )
     groups = parameter_groups(model, run.optimizer.weight_decay)
 
@@ -87,6 +94,7 @@ def build_reference(
     layout: LayoutName,
     token_weights: TokenWeights | None = None,
     longest: int | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """An inference-only engine (no optimizer, no gradients) around a frozen `ResponseScorer`. Collective.
 
@@ -97,7 +105,7 @@ def build_reference(
     if model.lora is not None:
         with partitioned_loading(config):
             lm = add_adapter(lm, model, seed=0, trainable=False)
-    scorer = ResponseScorer(lm, token_weights=token_weights).requires_grad_(False)
+    scorer = ResponseScorer(lm, token_weights=token_weights, sequence=sequence).requires_grad_(False)
     engine = initialize(model=scorer, config=config)
     engine.eval()
     return engine

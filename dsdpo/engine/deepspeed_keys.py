@@ -111,7 +111,7 @@ AT_LEAST: dict[str, float] = {
 # Dotted key -> the one value that dsdpo can run with, and why.
 REQUIRED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (False, "dsdpo itself decides which micro-batches make a step"),
-    "sequence_parallel_size": (1, "dsdpo has no sequence parallelism"),
+    "sequence_parallel_size": (1, "dsdpo splits rows itself; use distributed.sequence_parallel of the run"),
     "gradient_allreduce_op": ("mean", "a sum would multiply the gradient by the number of ranks"),
     "optimizer.params.max_grad_norm": (None, "DeepSpeed refuses it; use gradient_clipping"),
     "compile.deepcompile": (False, "DeepSpeed refuses it with gradient accumulation owned by the caller"),

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from transformers.masking_utils import sdpa_mask
 
 from dsdpo.data.batch import Packed
 from dsdpo.errors import ConfigError
+from dsdpo.objective.sequence_parallel import own_heads, own_tokens, whole_row
+from dsdpo.sequence_group import SequenceGroup
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def attention(
     attention_mask: Tensor | None,
     *,
     packed: Packed | None = None,
+    sequence: SequenceGroup | None = None,
     varlen: bool = True,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -70,7 +73,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention (1, N, H, D) of query (1, H, N, D) over key and value (1, G, N, D), under transformers' argument names.
 
-    With `varlen`, CUDA takes one variable-length flash attention for all pairs where there is a kernel for it.
+    With `varlen`, CUDA takes one variable-length flash attention for all pairs where there is a kernel for it. With
+    `sequence`, N are this rank's tokens of the row, and attention over the whole row is shared by heads.
     """
     variant = Variant(scaling, dropout, sliding_window, softcap or None, s_aux)
     if packed is None:
@@ -87,10 +91,15 @@ def attention(
     unknown = [name for name in ("position_bias", "cache") if others.get(name) is not None]
     if unknown or others.get("is_causal") is False:
         raise ConfigError(f"{type(module).__name__} uses {unknown or 'is_causal=False'}: set data.layout to padded")
+    if sequence is not None:
+        query, key, value = whole_row(query, key, value, packed.num_tokens, sequence)
+        variant = replace(variant, sinks=own_heads(variant.sinks, sequence))
     kernel = varlen_kernel(query, variant) if varlen else None
     if kernel is not None:
-        return attend_at_once(query, key, value, packed, variant, kernel), None
-    return attend_by_pair(query, key, value, packed, variant), None
+        result = attend_at_once(query, key, value, packed, variant, kernel)
+    else:
+        result = attend_by_pair(query, key, value, packed, variant)
+    return result if sequence is None else own_tokens(result, sequence), None
 
 
 def attend_at_once(
@@ -153,7 +162,7 @@ def _short_pairs(packed: Packed, device: torch.device) -> ShortPairs:
     if not short:
         return ShortPairs(0, None, None)
     width = max(shared + max(rests) for _, shared, *rests in short)
-    order = np.empty(packed.spans[-1][0] + sum(packed.spans[-1][1:]), dtype=np.int64)
+    order = np.empty(packed.num_tokens, dtype=np.int64)
     at = 0
     for start, *parts in (span for span in packed.spans if not is_short(span[1], span[2:])):
         size = sum(parts)

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
-from dsdpo.data.batch import Padded, PreferenceBatch
+from dsdpo.data.batch import Packed, Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.decode import Decoding
 from dsdpo.objective.output_head import LogitTransform, base_lm, decoder_of, linear_heads, logit_transform
+from dsdpo.objective.sequence_parallel import own_part, sum_over_group
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.objective.types import CausalLM
+from dsdpo.sequence_group import SequenceGroup
 
 # Of float32 logits alive at once: large products suit a GPU, and what fits its caches suits a CPU, which takes no more
 # time for 16 MiB than for 256 and a fifth less where memory comes fresh from the system.
@@ -154,15 +156,22 @@ class ResponseScorer(nn.Module):
     decoder: Any
 
     def __init__(
-        self, lm: CausalLM, *, activations_on_host: bool = False, token_weights: TokenWeights | None = None
+        self,
+        lm: CausalLM,
+        *,
+        activations_on_host: bool = False,
+        token_weights: TokenWeights | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> None:
         """`activations_on_host`: what the layers keep for the backward pass goes to the host and comes back for it.
 
-        `token_weights`: how much each token counts in a response's sum; None: all alike.
+        `token_weights`: how much each token counts in a response's sum; None: all alike. `sequence`: the ranks over
+        which the tokens of packed rows are split.
         """
         super().__init__()
         self.lm = lm
         self.token_weights = token_weights
+        self.sequence = sequence if sequence is not None and sequence.size > 1 else None
         self.activations_on_host = activations_on_host
         head = lm.get_output_embeddings()
         for linear in linear_heads(head):
@@ -194,26 +203,36 @@ class ResponseScorer(nn.Module):
 
         `own_logits` takes them from the logits of the model's own forward pass, all of them in memory: for checks.
 
+        The tokens of a packed row are split over the ranks of `sequence`, which get the same batch and all return the
+        sums over the whole row: then collective in that group.
+
         With a `decoding` in place of a batch, it is the logits (B, V) of the next token of its prompts. That goes this
         way since ZeRO-3 counts as one pass what begins at the module that the engine was made of.
         """
         if decoding is not None:
             return decoding.next_logits(self.lm)
         assert batch is not None
+        weights = None if self.token_weights is None else self.token_weights(batch)
         if own_logits:
-            return self._sum(self._own_logps(batch), batch, self.token_weights)
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch, self.lm)}
+            return _sum(self._own_logps(batch), batch, weights).float()
+        group = self.sequence if isinstance(batch.attention, Packed) else None
+        part = batch
+        if group is not None:
+            part, mine = own_part(batch, group)
+            weights = None if weights is None else weights[mine]
+        inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids, "use_cache": False}
+        inputs |= attention_inputs(batch, self.lm, group)
         # Under gradient checkpointing these are the inputs of the blocks alone: what is within is recomputed.
         with save_on_cpu(pin_memory=True) if self.activations_on_host else nullcontext():
-            hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, batch.score_at)
+            hidden = self.decoder(**inputs).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, part.score_at)
         head, of_head = self.lm.get_output_embeddings(), tuple(name for name in extras if name != "plain")
-        if not extras:
-            return self._sum(head(hidden, batch.targets), batch, self.token_weights)
-        logps, *others = head(hidden, batch.targets, extras=of_head).view(1 + len(of_head), -1)
+        logps, *others = head(hidden, part.targets, extras=of_head).view(1 + len(of_head), -1)
         rows = {"plain": logps, **{name: row.detach() for name, row in zip(of_head, others, strict=True)}}
-        weighted = self._sum(logps, batch, self.token_weights)
-        return torch.stack([weighted, *(self._sum(rows[name], batch) for name in extras)])
+        sums = torch.stack([_sum(logps, part, weights), *(_sum(rows[name], part) for name in extras)])
+        if group is not None:
+            sums = sum_over_group(sums, group)
+        return sums.float() if extras else sums[0].float()
 
     def _own_logps(self, batch: PreferenceBatch) -> Tensor:
         """(N,) float32; the head computes logits of the N scored positions only."""
@@ -235,22 +254,24 @@ class ResponseScorer(nn.Module):
             logits = logits.index_select(0, batch.score_at)
         return logits.float().log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
 
-    def _sum(self, values: Tensor, batch: PreferenceBatch, weights: TokenWeights | None = None) -> Tensor:
-        # Added up in float32, 3,000 tokens of the same log-prob lose half a nat, and on CUDA their order is chance.
-        wide = values.double() if weights is None else values.double() * weights(batch)
-        summed = torch.zeros(batch.num_responses, dtype=torch.float64, device=values.device)
-        return summed.index_add(0, batch.response, wide).float()
+
+def _sum(values: Tensor, batch: PreferenceBatch, weights: Tensor | None = None) -> Tensor:
+    """(nB,) float64 sums of values (N,) of the batch's targets."""
+    # Added up in float32, 3,000 tokens of the same log-prob lose half a nat, and on CUDA their order is chance.
+    wide = values.double() if weights is None else values.double() * weights
+    summed = torch.zeros(batch.num_responses, dtype=torch.float64, device=values.device)
+    return summed.index_add(0, batch.response, wide)
 
 
-def attention_inputs(batch: PreferenceBatch, lm: CausalLM) -> dict[str, Any]:
-    """What a model's attention is told of a batch, as arguments of the model."""
+def attention_inputs(batch: PreferenceBatch, lm: CausalLM, group: SequenceGroup | None = None) -> dict[str, Any]:
+    """What a model's attention is told of a batch, whose row may be split, as arguments of the model."""
     if isinstance(batch.attention, Padded):
         return {"attention_mask": batch.attention.attention_mask}
     name = lm.config._attn_implementation
     assert name in NAMES.values(), f"attention {name} would let all pairs of a packed row see each other"
     # transformers takes a mask of four dimensions for one made by the caller and makes none; its content is not read.
     dummy = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
-    return {"attention_mask": dummy, "packed": batch.attention}
+    return {"attention_mask": dummy, "packed": batch.attention, **({} if group is None else {"sequence": group})}
 
 
 class ChunkedHead(nn.Linear):

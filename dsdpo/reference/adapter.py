@@ -43,7 +43,7 @@ class AdapterReference(Reference):
         assert policy is not None
         settings = plan.reference.settings
         assert isinstance(settings, Adapter)
-        own = cls(policy, score_tokens=settings.score_tokens)
+        own = cls(policy, score_tokens=settings.score_tokens * plan.sequence.size)
         own.identity = identify_reference(plan, policy.module, adapter=own.adapter)
         dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
         with own._switch.use(own.adapter):

@@ -108,6 +108,7 @@ def build_checked_reference(plan: RunPlan) -> tuple[InferenceEngine, Answers]:
         layout=plan.train.layout,
         token_weights=TokenWeights.of(plan.run.loss),
         longest=plan.longest,
+        sequence=plan.sequence,
     )
     dtype = computing_dtype(plan.reference_config, model.dtype)
     key = "reference.path" if plan.run.reference.path else "reference"

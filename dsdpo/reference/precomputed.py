@@ -100,7 +100,8 @@ def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = Non
     folder = open_store_on_ranks(plan.store_folder, identity)
     say(f"reference log-probs are kept in {folder}")
     rows_a_shard = shard_rows or SHARD_ROWS
-    job = ScoringJob(engine, settings.score_tokens, settings.audit_rows, shard_rows=rows_a_shard, stop=stop)
+    score_tokens = settings.score_tokens * plan.sequence.size
+    job = ScoringJob(engine, score_tokens, settings.audit_rows, shard_rows=rows_a_shard, stop=stop)
     tables = [filled.table for filled in fill_tables(plan, job, folder, dtype=identity.dtype)]
     during = used_memory()
     destroy_engine(engine)
@@ -191,7 +192,8 @@ def score_rows(
     windows = replace(windows, pairs=pairs, budget=MicroBatchBudget(tokens=job.score_tokens), first_pair_id=0)
     plan = plan_pass(pairs.lengths, world_size=windows.world_size, budget=windows.budget, layout=windows.layout)
     reason: str | None = None
-    writer = ShardWriter(folder, rank=rank(), shard_rows=job.shard_rows) if folder else None
+    keeps = windows.sequence.counts  # of the ranks that share a row, one keeps its pairs
+    writer = ShardWriter(folder, rank=rank(), shard_rows=job.shard_rows) if folder and keeps else None
     table = PairLogps.zeros(len(pairs))
     mininterval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
     bar = tqdm(
@@ -199,11 +201,12 @@ def score_rows(
     )
     with bar, closing(prefetch(((windows.batch(ids),) for ids in plan[windows.rank]), device())) as batches:
         for index, (ids, window) in enumerate(zip(plan[windows.rank], batches, strict=True)):
-            if writer is not None:
+            if folder is not None:
                 with all_or_none():  # a full disk on one node must not leave the others waiting in a gather
-                    writer.make_room(len(ids))
+                    if writer is not None:
+                        writer.make_room(len(ids))
             [logps] = score_batches(job.engine, window, score_tokens=job.score_tokens)
-            if ids:
+            if ids and keeps:
                 table.put(np.asarray(ids), logps)
                 if writer is not None:
                     writer.append(pair_keys(pairs, ids), logps.to("cpu"))

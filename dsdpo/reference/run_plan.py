@@ -12,6 +12,7 @@ from dsdpo.config.reference_plan import ReferencePlan
 from dsdpo.config.run import RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.steps import BatchSource, StepBatches
+from dsdpo.sequence_group import SequenceGroup
 
 
 class RunPlan(Protocol):
@@ -43,6 +44,10 @@ class RunPlan(Protocol):
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with one response, of all the run's data."""
+
+    @property
+    def sequence(self) -> SequenceGroup:
+        """The ranks that share this rank's rows."""
 
     @property
     def store_folder(self) -> Path:

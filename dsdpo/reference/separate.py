@@ -30,7 +30,7 @@ class SeparateReference(Reference):
         settings, model = plan.reference.settings, plan.reference.model
         assert isinstance(settings, Separate)
         engine, answers = build_checked_reference(plan)
-        reference: Reference = cls(engine, score_tokens=settings.score_tokens)
+        reference: Reference = cls(engine, score_tokens=settings.score_tokens * plan.sequence.size)
         reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
         if settings.sync is not None:
             merges = model.lora is None and plan.run.model.lora is not None

@@ -47,7 +47,8 @@ class SnapshotReference(Reference):
         assert policy is not None
         settings = plan.reference.settings
         assert isinstance(settings, Snapshot)
-        reference = cls(policy, plan, every=settings.sync.every, score_tokens=settings.score_tokens)
+        score_tokens = settings.score_tokens * plan.sequence.size
+        reference = cls(policy, plan, every=settings.sync.every, score_tokens=score_tokens)
         reference.identity = identify_reference(plan, policy.module, adapter=POLICY if plan.run.model.lora else None)
         return reference
 

@@ -25,10 +25,10 @@ from dsdpo.distributed import (
     node,
     on_some_ranks,
     rank,
-    world_size,
 )
 from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError, DataError
+from dsdpo.sequence_group import SequenceGroup
 from dsdpo.training.checkpoint import read_state
 from dsdpo.training.resume import find_checkpoint
 
@@ -42,6 +42,7 @@ def prepare_windows(
     tokenizer: Tokenizer,
     model: Any,
     layout: LayoutName,
+    sequence: SequenceGroup,
 ) -> BatchSource:
     """The token pairs of some sources, prepared by one rank of each node and opened by all. Collective."""
     prepare = partial(prepare_pairs, sources, tokenizer, data=run.data, seed=run.train.seed, default_split=split)
@@ -53,13 +54,15 @@ def prepare_windows(
         longest, key = run.data.max_length, SECTIONS[split]
         pairs = with_mismatched(pairs, longest, key=key) if run.loss.mismatched else with_nothing_beside(pairs)
     check_pairs(pairs, split, run, model)
+    tokens = run.batch.tokens_per_micro_batch * sequence.size
     return BatchSource(
         pairs=pairs,
-        budget=MicroBatchBudget(tokens=run.batch.tokens_per_micro_batch, pairs=run.batch.pairs_per_micro_batch),
+        budget=MicroBatchBudget(tokens=tokens, pairs=run.batch.pairs_per_micro_batch),
         layout=layout,
         pad_token_id=pad_id(tokenizer),
-        rank=rank(),
-        world_size=world_size(),
+        rank=sequence.number,
+        world_size=sequence.groups,
+        sequence=sequence,
     )
 
 

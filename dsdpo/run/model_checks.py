@@ -18,6 +18,7 @@ from dsdpo.engine.blank import check_model_fits
 from dsdpo.engine.lora import check_adapter_fits
 from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError
+from dsdpo.objective.sequence_parallel import refuse_heads
 
 CAUSAL = "dsdpo trains causal language models"
 
@@ -133,6 +134,14 @@ def check_rank(model: ModelConfig, hidden_size: int) -> None:
             f"model.lora.r: {model.lora.r} is more than the hidden size of {model.path}, {hidden_size}; set it to a "
             "rank such as 16"
         )
+
+
+def check_heads(models: dict[str, Any], size: int) -> None:
+    """Raise `ConfigError` unless `size` ranks can share the attention heads of each model; `models` by setting."""
+    for key, config in models.items():
+        heads = getattr(config.get_text_config(), "num_attention_heads", None)
+        if isinstance(heads, int):
+            refuse_heads(heads, size, f"{config.model_type} ({key})")
 
 
 def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: LayoutName) -> None:

@@ -59,6 +59,7 @@ def build_warm_policy(plan: Plan) -> tuple[Any, Answers]:
         layout=plan.layout.name,
         second_adapter=plan.reference.second_adapter,
         longest=plan.longest,
+        sequence=plan.sequence,
     )
     warm_up(policy, plan.train.largest_batch(device()))
     dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)

@@ -30,6 +30,11 @@ def run_notes(plan: Plan) -> Iterator[str]:
         )
     if not run.optimizer.learning_rate:
         yield "optimizer.learning_rate is 0: nothing is learned"
+    if plan.sequence.spans_nodes:
+        yield (
+            f"distributed.sequence_parallel {plan.sequence.size}: ranks that share a row are on several nodes, whose "
+            "network then carries every layer's exchange; a divisor of the ranks of a node would stay on it"
+        )
     yield from schedule_notes(plan)
     yield from source_notes(run)
     if plan.evaluation is not None and (shared := shared_pairs(plan.train.pairs, plan.evaluation.pairs)):

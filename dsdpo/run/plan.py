@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from dsdpo.config.load import check_deepspeed_files
 from dsdpo.config.reference_plan import ReferencePlan, plan_reference
 from dsdpo.config.run import RunConfig
-from dsdpo.console import launched
+from dsdpo.console import counted, launched
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName, longest_sequences
 from dsdpo.data.plan import pairs_after
@@ -40,10 +41,18 @@ from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import packed_refusal
 from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.inputs import check_inputs_stay
-from dsdpo.run.model_checks import check_model, check_pairs_fit, check_rank, check_tokenizers, check_whole_models
+from dsdpo.run.model_checks import (
+    check_heads,
+    check_model,
+    check_pairs_fit,
+    check_rank,
+    check_tokenizers,
+    check_whole_models,
+)
 from dsdpo.run.prompts import fitting_prompts, read_prompts
 from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import holder
+from dsdpo.sequence_group import ALONE, SequenceGroup, sequence_group
 from dsdpo.training.cadence import Cadence
 
 
@@ -71,6 +80,7 @@ class Plan:
     run_file: str  # as errors name it
     hidden_size: int  # of the policy
     prompts: tuple[Prompt, ...] = ()  # that the models answer as training goes
+    sequence: SequenceGroup = ALONE  # the ranks that share this rank's rows
     start_step: int = 0  # where training starts, which a resumed run does not at 0
     start_pairs: int = 0  # pairs that have been trained on by then
 
@@ -129,6 +139,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     if run.reference.path or run.reference.revision:
         models["reference.path"] = check_model(reference.model, key="reference.path")
     layout = choose_layout(run, models)
+    check_split(run, layout, models, ranks=launched().world_size)
     model = models["model.path"].get_text_config()
     check_adapter(run, trains_biases=not reference.shares_policy)
     if writes_output:
@@ -149,9 +160,11 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
             check_whole_models(run, reference.model, layout=layout.name)
     prompt_rows = read_prompts(run)
     run = with_date(run, tokenizer)
+    sequence = sequence_group(run.distributed.sequence_parallel)
     # The smaller part first: its mistakes are not worth waiting for the larger one.
-    evaluation = prepare_windows(run, run.data.eval, "test", tokenizer, model, layout.name) if run.data.eval else None
-    train = prepare_windows(run, run.data.train, "train", tokenizer, model, layout.name)
+    prepare = partial(prepare_windows, run, tokenizer=tokenizer, model=model, layout=layout.name, sequence=sequence)
+    evaluation = prepare(run.data.eval, "test") if run.data.eval else None
+    train = prepare(run.data.train, "train")
     check_pairs_fit(run, tokenizer, models, (train, evaluation))
     if evaluation is not None:
         evaluation = replace(evaluation, first_pair_id=len(train.pairs))
@@ -172,6 +185,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
         str(run_file),
         hidden_size,
         fitting_prompts(prompt_rows, run, tokenizer, train.pairs, model),
+        sequence,
     )
 
 
@@ -200,6 +214,25 @@ def choose_layout(run: RunConfig, models: dict[str, Any]) -> Layout:
         if refusal:
             return Layout("padded", refusal)
     return Layout("packed")
+
+
+def check_split(run: RunConfig, layout: Layout, models: dict[str, Any], *, ranks: int) -> None:
+    """Raise `ConfigError` unless rows can be split over as many ranks as the run asks for; `models` as above."""
+    size = run.distributed.sequence_parallel
+    if size == 1:
+        return
+    if ranks % size:
+        raise ConfigError(
+            f"distributed.sequence_parallel: {size} ranks are to share each row, but this run has "
+            f"{counted(ranks, 'rank')}: start a multiple of {size} (deepspeed --num_gpus {size}, torchrun "
+            f"--nproc_per_node {size}), or set it to a divisor of {ranks}"
+        )
+    if layout.why_padded:
+        raise ConfigError(
+            f"distributed.sequence_parallel: {size} ranks can share packed rows only, and {layout.why_padded}: leave "
+            "it out, or train another model"
+        )
+    check_heads(models, size)
 
 
 def store_folder(run: RunConfig) -> Path:

@@ -80,7 +80,7 @@ def build_run(
             settings.loss,
             total_steps=plan.total_steps,
             means=state.means,
-            score_tokens=settings.reference.score_tokens,
+            score_tokens=settings.reference.score_tokens * plan.sequence.size,
             entropy=settings.tracking.entropy,
         ),
         groups=groups_of(plan),
@@ -124,6 +124,7 @@ def held_out_of(plan: Plan) -> HeldOut:
     return HeldOut(
         groupings=groupings(source.pairs, settings.data.eval or (), settings.evaluation.length_buckets),
         first_pair_id=source.first_pair_id,
+        counts=plan.sequence.counts,
         reference_is_static=plan.reference.sync is None,
     )
 

@@ -30,7 +30,7 @@ def describe_plan(plan: Plan) -> str:
     """The plan of a run as a small table."""
     run = plan.run
     first = next(plan.training_windows(torch.device("cpu")))
-    ranks = counted(plan.train.world_size, "rank")
+    ranks = describe_ranks(plan)
     rows = [
         ("policy", f"{describe_policy(run)}, {describe_engine(plan.policy_config)}"),
         ("reference", describe_reference(plan)),
@@ -62,6 +62,13 @@ def describe_samples(plan: Plan) -> list[tuple[str, str]]:
     beside = " and reference" if plan.reference.has_weights and not plan.reference.before_training else ""
     text = f"policy{beside} answer {counted(len(plan.prompts), 'prompt')} of {settings.prompts} {when}"
     return [("samples", f"{text}, up to {counted(settings.max_new_tokens, 'token')} each")]
+
+
+def describe_ranks(plan: Plan) -> str:
+    """How many ranks there are, and which of them share rows."""
+    group = plan.sequence
+    ranks = counted(group.size * group.groups, "rank")
+    return ranks if group.size == 1 else f"{ranks}, each {group.size} of which share every row"
 
 
 def remarks(plan: Plan) -> list[str]:

@@ -38,6 +38,7 @@ class HeldOut:
 
     groupings: Sequence[Grouping] = ()
     first_pair_id: int = 0
+    counts: bool = True  # False where another rank of the sequence group counts the same pairs
     reference_is_static: bool = False  # then it is asked once
     anchor: list[list[PairLogps]] = field(default_factory=list)  # its answers, by window
 
@@ -67,7 +68,7 @@ def evaluate(
             for batch, reference_logps in zip(window, anchor, strict=True):
                 without_reference = isinstance(reference_logps, NoLogps)
                 rows.append(table_rows(batch, policy_scores(policy, batch, loss.extras), reference_logps))
-    table = gathered(rows)
+    table = gathered(rows, counts=held_out.counts)
     metrics = metrics_of(table, loss, step, without_reference=without_reference)
     for grouping in held_out.groupings:
         of = grouping.of[table["pair_id"].long().numpy() - held_out.first_pair_id]
@@ -100,10 +101,10 @@ def table_rows(batch: PreferenceBatch, scored: PolicyScores, reference: PairLogp
     return torch.cat([table, *(part.double() for part in wide)], dim=1)
 
 
-def gathered(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The rows of all ranks without fillers, by pair, as float64 columns on the CPU. Collective."""
+def gathered(rows: Sequence[Tensor], *, counts: bool = True) -> dict[str, Tensor]:
+    """The rows of all ranks that count, without fillers, by pair, as float64 columns on the CPU. Collective."""
     own = torch.cat(list(rows)).cpu().numpy() if rows else np.zeros((0, len(COLUMNS)))
-    table = np.concatenate(gather_objects(own[own[:, 0] >= 0]))
+    table = np.concatenate(gather_objects(own[(own[:, 0] >= 0) & counts]))
     table = table[np.argsort(table[:, 0], kind="stable")]
     columns = torch.from_numpy(np.ascontiguousarray(table.T))
     found = dict(zip(COLUMNS, columns, strict=False))

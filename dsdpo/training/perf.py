@@ -160,9 +160,9 @@ class Perf:
         self._steps += 1
         self._pairs += window.pairs
         self._tokens += window.tokens
-        self._computed += sum(batch.num_tokens for batch in window.batches)
+        self._computed += window.computed
         self._padding += window.padding
-        self._heaviest += max(window.loads)
+        self._heaviest += max(window.loads) * len(window.loads)
         self._load += sum(window.loads)
         self._flops += self._step_flops(window.lengths)
 
@@ -192,7 +192,7 @@ class Perf:
             "perf/overhead_share": 1.0 - sum(own[phase] for phase in MODEL_PHASES) / total,
             "perf/padding_share": own["padding"] / own["computed"],
             "perf/sharing_ratio": self._tokens / (own["computed"] * ranks),
-            "perf/imbalance": self._heaviest * ranks / self._load,
+            "perf/imbalance": self._heaviest / self._load,
             "time/step_s": total / self._steps,
             **{f"time/{phase}_s": own[phase] / self._steps for phase in PHASES},
             **{f"time/{phase}_s": own[phase] for phase in ASIDE if own[phase]},

@@ -51,7 +51,7 @@ def train_step(
             reference_logps = without_fillers(reference_logps, scored.logps, weight)
             output = loss.function(scored.logps, reference_logps, given(own, scored))
             policy.backward(marked((output.losses * weight).sum() * scale, output, weight), scale_wrt_gas=False)
-            apart = count_pairs(meter, output, scored, reference_logps, weight)
+            apart = count_pairs(meter, output, scored, reference_logps, weight * window.counts)
             for names, group in groups.of(batch.pair_ids) if groups else ():
                 for values, counted in apart:
                     meter.add_by_group(values, counted, group=group, names=names)

@@ -108,7 +108,7 @@ class StepLoss:
         total = torch.zeros((), dtype=torch.float64, device=outputs[0].losses.device)
         for batch, output in zip(window.batches, outputs, strict=True):
             both = (output.chosen_rewards + output.rejected_rewards).double()
-            total += torch.where(batch.pair_ids >= 0, both, 0.0).sum()
+            total += torch.where(batch.pair_ids >= 0, both, 0.0).sum() * window.counts
         if world_size() > 1:
             dist.all_reduce(total)
         self.means["rewards"] = self.means.get("rewards", 0.0) + float(total)
@@ -166,7 +166,7 @@ def of_step(window: StepBatches, logps: Sequence[PairLogps] = (), anchor: Sequen
     own = []
     for index, batch in enumerate(window.batches):
         own.append(places[torch.searchsorted(ids, batch.pair_ids).clamp(max=window.pairs - 1)])
-        real = (batch.pair_ids >= 0)[:, None]
+        real = (batch.pair_ids >= 0)[:, None] & window.counts
         table.index_add_(0, own[-1], torch.where(real, _row(batch, index, logps, anchor), 0.0))
     if world_size() > 1:
         dist.all_reduce(table)

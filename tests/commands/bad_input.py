@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ def with_prompts(file: dict[str, str | bytes]) -> dict[str, Any]:
     return {"sections": found["sections"] | samples, "files": found["files"] | file}
 
 
+def change_config(folder: Path, **settings: Any) -> None:
+    """Other values in the config.json of the case's model."""
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
 ZERO_3 = {"zero_optimization": {"stage": 3}}
 NVME = '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp/nvme"}}}'
 RUN_FILE = [
@@ -120,6 +127,17 @@ RUN_FILE = [
         ("evaluation.samples.top_p 0.5 has no effect", "temperature above 0"),
         {"evaluation": {"samples": {"prompts": "p.txt", "top_p": 0.5}}},
     ),
+    Case(
+        "rows split over more ranks than there are",
+        ("distributed.sequence_parallel: 2 ranks are to share each row", "has 1 rank", "--num_gpus 2"),
+        {"distributed": {"sequence_parallel": 2}},
+    ),
+    Case(
+        "padded rows to split",
+        ("distributed.sequence_parallel 2 splits packed rows", "set data.layout to auto"),
+        {"distributed": {"sequence_parallel": 2}, "data": {"layout": "padded"}},
+    ),
+    Case("no rank to a row", ("distributed.sequence_parallel is 0",), {"distributed": {"sequence_parallel": 0}}),
     Case("output folder not empty", ("output_dir", "is not empty", "--overwrite_output_dir true"), files={"out/a": ""}),
     Case("output folder is a file", ("output_dir", "out cannot be written", "choose another"), files={"out": ""}),
 ]
@@ -240,6 +258,18 @@ MODEL = [
         "no tokenizer",
         ("model.path", "no tokenizer", "model.tokenizer"),
         model={"tokenizer.json": None, "tokenizer_config.json": None},
+    ),
+    Case(
+        "heads that ranks cannot share",
+        ("2 ranks cannot share the 3 attention heads of llama (model.path)", "sizes that can: 3"),
+        {"distributed": {"sequence_parallel": 2}},
+        change=partial(change_config, num_attention_heads=3, num_key_value_heads=3, hidden_size=96),
+    ),
+    Case(
+        "rows of a state-space model to split",
+        ("2 ranks can share packed rows only, and mamba", "leave it out"),
+        {"distributed": {"sequence_parallel": 2}},
+        model={"config.json": json.dumps({"model_type": "mamba", "hidden_size": 64, "vocab_size": 97})},
     ),
     Case("unknown pad token", ("model.pad_token", "'<none>' is not a token"), {"model": {"pad_token": "<none>"}}),
 ]

@@ -72,7 +72,12 @@ def assert_same(left: PreferenceBatch, right: PreferenceBatch) -> None:
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     assert isinstance(left.attention, Packed)
     assert isinstance(right.attention, Packed)
+    for batch in (left, right):
+        assert isinstance(batch.attention, Packed)
+        assert batch.attention.scored.tolist() == batch.score_at.tolist()
     for name, value in vars(left.attention).items():
+        if name == "scored":  # in the order of the batch's responses
+            continue
         other = getattr(right.attention, name)
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
 

@@ -73,7 +73,7 @@ class Counting(Reference):
 
 def steps(count: int) -> list[StepBatches]:
     """Steps of 2 batches, of 1 and 3 pairs."""
-    source = StepBatches((), 4, 0, 0.0, np.zeros(4), np.zeros((4, 3)), (0,), 0)
+    source = StepBatches((), 4, 0, 0.0, np.zeros(4), np.zeros((4, 3)), (0,), 0, 0)
     return [replace(source, batches=(random_batch(1), random_batch(3))) for _ in range(count)]
 
 
