@@ -19,12 +19,14 @@ from dsdpo.stop_signals import noted_signals
 
 COMMANDS = {
     "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
+    "init": "write a run file, DeepSpeed JSONs and a start script to begin with: dsdpo init FOLDER",
     "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
     "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
     "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",
     "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
     "demo": "make a small model and data set, train on two ranks and show what happened",
     "plot": "draw the metrics of a run: dsdpo plot RUN_FOLDER",
+    "completion": "print a script that completes commands and settings: dsdpo completion bash",
 }
 BAD_INPUT = 2  # exit codes
 FAILED = 1
@@ -42,6 +44,9 @@ def entry() -> NoReturn:
         code = asked.code if isinstance(asked.code, int) else FAILED if asked.code else 0
     except KeyboardInterrupt:
         code, waits = INTERRUPTED, False
+    except BrokenPipeError:  # whoever read our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code, waits = FAILED, False
     except BaseException:
         traceback.print_exc()
         code, waits = FAILED, False  # the others may be waiting for this rank: they must see it go

@@ -92,7 +92,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (MINIMAL, {"data": {"train": [{"chosen": object()}]}}, "row 0 holds what JSON has no word for"),
     (MINIMAL, {"data": {"train": datasets.DatasetDict()}}, "is a DatasetDict: give a datasets.Dataset"),
     (MINIMAL, {"deepspeed": {"zero_optimization": object()}}, "deepspeed holds what JSON has no word for"),
-    (MINIMAL, {"loss.type": "mine"}, "dsdpo.register_loss"),
+    (MINIMAL, {"loss.type": "mine"}, "loss.type is 'mine': input should be 'sigmoid'"),
     (MINIMAL, {"loss": {"options": {"target": 1}}}, "loss.options.target: loss.type sigmoid is of dsdpo"),
 ]
 

@@ -25,7 +25,7 @@ from dsdpo.errors import ConfigError
 
 Row = dict[str, list[dict[str, str]]]
 
-RECIPE = Path("launch/recipes/demo.yaml")
+RECIPE = "launch/recipes/demo.yaml"
 INPUTS = Path("runs/demo-inputs")
 RUN_FOLDER = Path("runs/demo")
 NEXT = """
@@ -34,7 +34,7 @@ and the accuracy, which counts strictly larger rewards, is 0; guessing would giv
 
 Next: change a setting,   dsdpo demo --loss.beta 0.5
       draw a run again,   dsdpo plot {folder}
-      train on your data, dsdpo train YOUR.yaml --dry-run   (launch/recipes/ has whole runs to start from)"""
+      train on your data, dsdpo init FOLDER   writes a run file, DeepSpeed JSONs and a start script"""
 COLOURS = {
     "yellow": ["banana", "lemon", "canary", "sun"],
     "red": ["tomato", "cherry", "ruby", "rose"],
@@ -66,21 +66,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", type=int, help="processes to start; default: one a GPU (2 at most), 2 without GPU")
     parser.add_argument(
         "--output_dir",
-        type=lambda text: user_path(text).absolute(),  # the demo runs in the repository's folder
+        type=user_path,
         default=RUN_FOLDER,
         help=f"run folder; default: {RUN_FOLDER}",
     )
     parser.add_argument("--device", action=Device)
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
     arguments, overrides = parser.parse_known_args(argv)
-    root = Path(__file__).resolve().parents[2]
-    os.chdir(root)
-    if not RECIPE.is_file():
-        raise ConfigError(f"dsdpo demo needs {RECIPE} of the repository; run it from a clone")
-
     choose_accelerator(computes=True)
     quiet_libraries(verbose=arguments.verbose)
-    make_inputs(INPUTS)
+    try:
+        make_inputs(INPUTS)
+    except OSError as error:
+        raise ConfigError(
+            f"the demo writes its model and data to {INPUTS.absolute()}, which cannot be written ({error}): start it "
+            "in another folder"
+        ) from error
     if arguments.output_dir != RUN_FOLDER:
         overrides += ["--output_dir", str(arguments.output_dir)]
     command = launch_command(arguments.ranks) + overrides + ["--verbose"] * arguments.verbose
@@ -105,7 +106,7 @@ def launch_command(ranks: int | None) -> list[str]:
         port = free.getsockname()[1]
     command = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += [f"--master_port={port}", "--log_level=error", "--module"]
-    command += ["dsdpo", "train", str(RECIPE)]
+    command += ["dsdpo", "train", RECIPE]
     return command + (["--model.dtype", "bfloat16"] if gpus else [])
 
 

@@ -1,7 +1,8 @@
 """From RUN.yaml and the command line to a checked `RunConfig`, and back to YAML.
 
 Defaults < RUN.yaml < command line; environment variables set nothing. A relative path means the current working
-directory, as in Hugging Face and DeepSpeed; where nothing lies there, the folder of RUN.yaml is tried.
+directory, as in Hugging Face and DeepSpeed; where nothing lies there, the folder of RUN.yaml is tried, and then what
+comes with dsdpo (ds_configs/..., launch/recipes/...).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from dsdpo.accelerator import Device
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig, Section
+from dsdpo.config.shipped import shipped
 from dsdpo.config.unknown_keys import about_unknown, did_you_mean
 from dsdpo.config.yaml_file import read_yaml
 from dsdpo.errors import ConfigError
@@ -37,6 +39,9 @@ class RunParser(argparse.ArgumentParser):
         raise ConfigError(f"{COMMAND_LINE}: {message} (see {self.prog} --help)")
 
 
+LONG_CHOICE = 30  # characters of an option's choices beyond which they stand in its text
+
+
 class Help(argparse.HelpFormatter):
     """Help as wide as the terminal, 100 columns at most, with defaults written as in YAML."""
 
@@ -46,7 +51,19 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         yaml_words = {"None": "null", "True": "true", "False": "false"}
-        return re.sub(r"(?<=default: )(None|True|False)", lambda word: yaml_words[word[0]], action.help or "")
+        text = re.sub(r"(?<=default: )(None|True|False)", lambda word: yaml_words[word[0]], action.help or "")
+        choices = str(action.metavar or "")
+        if choices.startswith("{") and len(choices) > LONG_CHOICE:
+            text = f"One of {choices[1:-1].replace(',', ', ')}. {text}"
+        return text
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
+        if str(action.metavar or "").startswith("{") and len(str(action.metavar)) > LONG_CHOICE:
+            return lambda size: ("NAME",) * size
+        return super()._metavar_formatter(action, default_metavar)
+
+    def add_text(self, text: str | None) -> None:
+        super().add_text(re.sub(r"^default: null \(undefined\)\s*", "", text or "") or None)
 
 
 class _CommandLine(RunConfig, BaseSettings):  # type: ignore[misc]
@@ -62,11 +79,17 @@ def run_parser(prog: str, description: str) -> RunParser:
         allow_abbrev=False,
         formatter_class=Help,
     )
-    parser.add_argument("run", metavar="RUN.yaml", type=lambda text: Path(text).expanduser(), help="the run's settings")
+    parser.add_argument("run", metavar="RUN.yaml", type=run_path, help="the run's settings")
     parser.add_argument("--device", action=Device)
     # The deepspeed launcher passes this to every rank; the rank itself is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
+
+
+def run_path(text: str) -> Path:
+    """A run file as given, or where it came with dsdpo if there is none."""
+    path = Path(text).expanduser()
+    return path if path.exists() else shipped(path) or path
 
 
 def load_run(argv: list[str], parser: RunParser) -> tuple[RunConfig, argparse.Namespace]:
@@ -74,6 +97,7 @@ def load_run(argv: list[str], parser: RunParser) -> tuple[RunConfig, argparse.Na
 
     Prints the help made from the typed config and exits on --help. Raises `ConfigError` listing everything wrong.
     """
+    parser.add_argument("--help-section", metavar="NAME", help="show the settings of one section only, such as loss")
     options: CliSettingsSource[BaseSettings] = CliSettingsSource(
         _CommandLine,
         root_parser=parser,
@@ -82,6 +106,9 @@ def load_run(argv: list[str], parser: RunParser) -> tuple[RunConfig, argparse.Na
         cli_avoid_json=True,
         cli_use_class_docs_for_groups=True,
     )
+    if (section := asked_section(argv)) is not None:
+        print(section_help(parser, section))
+        raise SystemExit(0)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ConfigError("\n".join(_unknown_options(unknown)))
@@ -93,6 +120,39 @@ def load_run(argv: list[str], parser: RunParser) -> tuple[RunConfig, argparse.Na
     except SettingsError as error:  # a value that begins as JSON and is none
         raise ConfigError(f"{COMMAND_LINE}: {error}; check brackets and quotes") from None
     return check_run(read_yaml(flags.run), overrides, source=flags.run, folder=flags.run.parent), flags
+
+
+def asked_section(argv: list[str]) -> str | None:
+    """What --help-section is given on a command line; None where it is not there. Raises `ConfigError` for no name."""
+    for index, word in enumerate(argv):
+        if word.split("=")[0] == "--help-section":
+            name = word.partition("=")[2] or next(iter(argv[index + 1 :]), "")
+            if not name or name.startswith("-"):
+                raise ConfigError(f"{COMMAND_LINE}: --help-section needs a name: {', '.join(sections())}")
+            return name
+    return None
+
+
+def sections() -> list[str]:
+    """Dotted names of the sections of a run."""
+    return sorted({key.rpartition(".")[0] for key in dotted_keys()} - {""})
+
+
+def section_help(parser: argparse.ArgumentParser, name: str) -> str:
+    """The help of one section's settings. Raises `ConfigError` where there is no such section."""
+    if name not in sections():
+        raise ConfigError(
+            f"{COMMAND_LINE}: --help-section {name}: there is no such section{did_you_mean(name, sections())}; there "
+            f"are {', '.join(sections())}"
+        )
+    formatter = parser.formatter_class(prog=parser.prog)
+    for group in parser._action_groups:
+        if group.title in (f"{name} options", f"{name}") or str(group.title).startswith(f"{name}."):
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+    return formatter.format_help()
 
 
 def check_run(

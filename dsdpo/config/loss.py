@@ -222,10 +222,7 @@ class LossConfig(Section):
             raise ValueError("loss.type [] is empty: give the name of a loss or of several")
         for name in self.types:
             if name not in LOSSES:
-                raise ValueError(
-                    f"loss.type is {name!r}: input should be {listed(list(LOSSES))}, or a name that "
-                    "dsdpo.register_loss gave to a loss in this process"
-                )
+                raise ValueError(f"loss.type is {name!r}: input should be {listed(list(LOSSES))}")
         doubled = next((name for name in self.types if self.types.count(name) > 1), None)
         if doubled:
             raise ValueError(f"loss.type names {doubled} more than once: give it one weight in loss.weights")

@@ -10,18 +10,20 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from dsdpo.config.shipped import shipped
+
 NULLS = ("None", "null", "Null", "NULL", "~")
 LARGEST_INT = 2**63 - 1  # what a tensor can count to
 
 
 def _beside_run_file(path: str, info: ValidationInfo) -> str:
-    """The path as given if it exists from here, else the same path beside the run file, else as given."""
+    """The path as given if it exists from here, else beside the run file, else where it came with dsdpo, if at all."""
     path = os.path.expanduser(path)
     folder = (info.context or {}).get("folder")
-    if folder is None or os.path.exists(path):
+    if os.path.exists(path):
         return path
-    beside = os.path.join(folder, path)
-    return beside if os.path.exists(beside) else path
+    beside = path if folder is None else os.path.join(folder, path)
+    return beside if os.path.exists(beside) else str(shipped(path) or path)
 
 
 # A file or folder, or for models and data also a Hub id: so a path that is nowhere stays as it is.

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 DSDPO = [sys.executable, "-m", "dsdpo"]
 
@@ -33,11 +34,19 @@ def environment_of(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS} | changes
 
 
-def finish(command: list[str], *, limit_s: float, **environment: str) -> subprocess.CompletedProcess[str]:
+def finish(
+    command: list[str], *, limit_s: float, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """What a command said, if it ends before `limit_s`."""
     started = time.monotonic()
     answer = subprocess.run(
-        command, capture_output=True, text=True, timeout=limit_s, check=False, env=environment_of(**environment)
+        command,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
+        cwd=cwd,
+        env=environment_of(**environment),
     )
     print(f"{time.monotonic() - started:.1f} s, exit code {answer.returncode}")  # for pytest -s and failures
     print(answer.stdout, answer.stderr, sep="\n")

@@ -5,13 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+
+import pytest
+import yaml
 
 from dsdpo.commands.demo import COLOURS, QUESTIONS, make_inputs, make_rows
 from tests.commands.processes import DSDPO, finish
 from tests.runs import metrics
 
 LIMIT_S = 400
+ROOT = Path(__file__).parents[2]
 
 
 def test_inputs_are_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -49,11 +57,38 @@ def test_only_the_colour_tells_chosen_from_rejected() -> None:
     assert all(abs(chosen_counts[colour] / rejected_counts[colour] - 1) < 0.25 for colour in COLOURS)
 
 
-def test_demo_learns_and_shows_it(tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
-    answer = finish([*DSDPO, "demo", "--output_dir", str(folder)], limit_s=LIMIT_S)
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package as a wheel installs it, and nothing else of the repository."""
+    source, folder = tmp_path_factory.mktemp("source") / "dsdpo", tmp_path_factory.mktemp("installed")
+    source.mkdir()
+    for name in ("dsdpo", "ds_configs", "launch"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*wheel, str(source)], check=True, timeout=LIMIT_S)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_a_wheel_holds_what_the_repository_has(installed: Path) -> None:
+    for part in ("ds_configs", "launch"):
+        ours = sorted(path.relative_to(ROOT) for path in (ROOT / part).rglob("*") if path.is_file())
+        theirs = installed / "dsdpo" / "shipped"
+        assert ours == sorted(path.relative_to(theirs) for path in (theirs / part).rglob("*") if path.is_file())
+    assert (installed / "dsdpo" / "py.typed").is_file()
+
+
+def test_demo_from_a_wheel_in_an_empty_folder_learns_and_shows_it(installed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo"
+    answer = finish([*DSDPO, "demo"], limit_s=LIMIT_S, cwd=tmp_path, PYTHONPATH=str(installed))
     assert answer.returncode == 0
-    rows = metrics(folder)
+    shown = yaml.safe_load((folder / "config.yaml").read_text())
+    assert shown["deepspeed"] == str(installed / "dsdpo" / "shipped" / "ds_configs" / "zero3.json")
+    folder = Path("runs/demo")
+    rows = metrics(tmp_path / folder)
     held_out = [row for row in rows if "eval/loss" in row]
     assert abs(held_out[0]["eval/loss"] - 0.693147) < 1e-5
     assert held_out[-1]["eval/rewards/accuracies"] > 0.9
@@ -61,8 +96,8 @@ def test_demo_learns_and_shows_it(tmp_path: Path) -> None:
     assert re.search(r"rewards/accuracies +0\.\d+ +(0\.9\d+|1\.0000)", answer.stdout), "no table"
     said = re.search(r"^picture +(.+)$", answer.stdout, re.MULTILINE)
     assert said is not None
-    assert Path(said[1]).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / said[1]).read_bytes().startswith(b"\x89PNG")
     for shown in (f"model    {folder / 'model'}", f"metrics  {folder / 'metrics.jsonl'}", "Next:", f"plot {folder}"):
         assert shown in answer.stdout
-    assert (folder / "model" / "model.safetensors").is_file()
-    assert json.loads((folder / "deepspeed_reference.json").read_text())["zero_optimization"]["stage"] == 3
+    assert (tmp_path / folder / "model" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / folder / "deepspeed_reference.json").read_text())["zero_optimization"]["stage"] == 3
