@@ -12,22 +12,11 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from dsdpo.accelerator import choose_accelerator
-from dsdpo.commands.arguments import PARSERS
+from dsdpo.commands.arguments import COMMANDS, PARSERS
 from dsdpo.console import is_main, launched_rank
 from dsdpo.errors import DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
 
-COMMANDS = {
-    "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
-    "init": "write a run file, DeepSpeed JSONs and a start script to begin with: dsdpo init FOLDER",
-    "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
-    "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
-    "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",
-    "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
-    "demo": "make a small model and data set, train on two ranks and show what happened",
-    "plot": "draw the metrics of a run: dsdpo plot RUN_FOLDER",
-    "completion": "print a script that completes commands and settings: dsdpo completion bash",
-}
 BAD_INPUT = 2  # exit codes
 FAILED = 1
 INTERRUPTED = 130  # as a shell says it of SIGINT

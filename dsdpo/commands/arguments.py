@@ -1,4 +1,4 @@
-"""What each command that takes a run file is given on the command line, checked without importing torch."""
+"""The commands, and what those that take a run file are given on the command line, checked without importing torch."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ def new_folder(folder: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Path
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"--out: {folder} cannot be written: {existing} is no folder that this user may write to")
     return folder
+
+
+COMMANDS = {
+    "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
+    "init": "write a run file, DeepSpeed JSONs and a start script to begin with: dsdpo init FOLDER",
+    "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
+    "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
+    "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",
+    "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
+    "demo": "make a small model and data set, train on two ranks and show what happened",
+    "plot": "draw the metrics of a run: dsdpo plot RUN_FOLDER",
+    "completion": "print a script that completes commands and settings: dsdpo completion bash",
+}
 
 
 @dataclass(frozen=True)

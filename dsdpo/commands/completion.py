@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeGuard, get_args, get_origin
 
+from dsdpo.commands.arguments import COMMANDS
 from dsdpo.config.load import Help, RunParser, dotted_keys
 from dsdpo.config.loss import LOSSES
 from dsdpo.config.run import RunConfig
@@ -40,8 +41,6 @@ def main(argv: list[str]) -> int:
 
 def script(shell: str) -> str:
     """The completion script for a shell; zsh runs bash's."""
-    from dsdpo.__main__ import COMMANDS
-
     options = ["--dry-run", "--verbose", "--resume", "--help", "--help-section", *(f"--{key}" for key in settings())]
     if shell == "fish":
         lines = [f"complete -c dsdpo -n __fish_use_subcommand -f -a {name} -d '{text.split(':')[0]}'"

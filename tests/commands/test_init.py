@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsdpo.__main__ import COMMANDS, main
+from dsdpo.__main__ import main
+from dsdpo.commands.arguments import COMMANDS
 from dsdpo.commands.completion import choices, script, settings
 from dsdpo.config.load import dotted_keys, load_run, run_parser
 from dsdpo.config.loss import LOSSES
