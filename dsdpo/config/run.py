@@ -62,6 +62,9 @@ class ModelConfig(Section):
     """Folder or Hub id of another tokenizer; null: the model's own."""
     chat_template: PathText | None = None
     """Jinja file used as chat template; null: the tokenizer's own."""
+    router_aux_loss_coef: NonNegativeFloat | None = 0.0
+    """Mixtures of experts: weight of the load-balancing loss of a step's tokens; 0: none; null: the model's own, as TRL
+    has it. docs/models.md says why there is none by default."""
     pad_token: str | None = None
     """Token to pad with; null: the tokenizer's own, else its end of sequence, else id 0. Nothing attends to it."""
 

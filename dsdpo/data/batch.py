@@ -77,6 +77,7 @@ class PreferenceBatch:
     margin: Tensor | None = None  # (B,) float32, where the data says how much better the chosen response is
     weight: Tensor | None = None  # (B,) float32, where the data weighs its pairs
     scores: Tensor | None = None  # (B, n) float32, where the data rates responses: the higher, the better
+    counted: Tensor | None = None  # (R, T) bool: each token that scores a group's own responses, or leads to one, once
 
     @property
     def num_pairs(self) -> int:
@@ -110,6 +111,8 @@ def collate_padded(groups: Sequence[Group], *, pad_token_id: int) -> PreferenceB
     rows, width = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     input_ids = np.full((rows, width), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((rows, width), dtype=np.int64)
+    counted = np.zeros((rows, width), dtype=bool)
+    shared = [common_tokens(group) for group in groups]
     score_at = []
     for row, (prompt, response, places) in enumerate(zip(prompts, responses, learned, strict=True)):
         end = len(prompt) + len(response)
@@ -117,13 +120,35 @@ def collate_padded(groups: Sequence[Group], *, pad_token_id: int) -> PreferenceB
         input_ids[row, len(prompt) : end] = response
         attention_mask[row, :end] = 1
         score_at.append(row * width + len(prompt) - 1 + places)
+        index, number = divmod(row, len(groups))
+        if len(response) and is_own(groups[number], index):
+            counted[row, shared[number] if index else 0 : end - 1] = True
     return PreferenceBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.arange(width).repeat(rows, 1),
         attention=Padded(attention_mask=torch.from_numpy(attention_mask)),
         score_at=torch.from_numpy(np.concatenate(score_at)),
+        counted=torch.from_numpy(counted),
         **listed_responses(groups, learned),
     )
+
+
+def common_tokens(group: Group) -> int:
+    """Tokens that all of a group's sequences, without their last ones, begin with."""
+    whole = [np.concatenate([group.prompt, response])[:-1] for response in group.responses if len(response)]
+    return min((common_beginning(whole[0], other) for other in whole[1:]), default=len(whole[0]))
+
+
+def common_beginning(first: np.ndarray, second: np.ndarray) -> int:
+    """Number of equal tokens before the first that differs."""
+    length = min(len(first), len(second))
+    differs = first[:length] != second[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def is_own(group: Group, index: int) -> bool:
+    """False for the response that a rated completion has borrowed of another prompt."""
+    return group.scores is None or index < len(group.scores)
 
 
 def learned_places(groups: Sequence[Group]) -> list[np.ndarray]:
@@ -156,7 +181,8 @@ def listed_responses(groups: Sequence[Group], learned: Sequence[np.ndarray]) -> 
 
 def filler(batch: PreferenceBatch) -> PreferenceBatch:
     """The same batch, weighing nothing: its pair ids are -1."""
-    return replace(batch, pair_ids=torch.full_like(batch.pair_ids, FILLER_ID))
+    counted = None if batch.counted is None else torch.zeros_like(batch.counted)
+    return replace(batch, pair_ids=torch.full_like(batch.pair_ids, FILLER_ID), counted=counted)
 
 
 def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
@@ -178,12 +204,14 @@ def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
         response.append(moved(batch.response, size, before, total))
         before += size
     input_ids = _stacked([batch.input_ids for batch in batches], width, group_size)
+    counted = [batch.counted for batch in batches if batch.counted is not None]
     return PreferenceBatch(
         input_ids=input_ids,
         position_ids=torch.arange(width, device=input_ids.device).repeat(group_size * total, 1),
         attention=Padded(attention_mask=_stacked(masks, width, group_size)),
         score_at=torch.cat(score_at),
         response=torch.cat(response),
+        counted=_stacked(counted, width, group_size) if len(counted) == len(batches) else None,
         **joined_fields(batches),
     )
 

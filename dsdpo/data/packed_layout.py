@@ -11,12 +11,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsdpo.data.batch import Packed, PreferenceBatch, Span, joined_fields, learned_places, listed_responses, moved
+from dsdpo.data.batch import (
+    Packed,
+    PreferenceBatch,
+    Span,
+    common_tokens,
+    is_own,
+    joined_fields,
+    learned_places,
+    listed_responses,
+    moved,
+)
 from dsdpo.data.pairs import Group
 
 
@@ -25,21 +36,21 @@ def collate_packed(groups: Sequence[Group]) -> PreferenceBatch:
     size = len(groups[0].responses)
     input_ids: list[np.ndarray] = []
     position_ids: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
     score_at: list[list[np.ndarray]] = [[] for _ in range(size)]
     spans: list[Span] = []
     learned = learned_places(groups)
     start = 0
     for number, group in enumerate(groups):
         whole = [np.concatenate([group.prompt, response])[:-1] for response in group.responses if len(response)]
-        shared = len(whole[0])
-        for other in whole[1:]:
-            shared = min(shared, common_beginning(whole[0], other))
+        shared = common_tokens(group)
         rests = [len(ids) - shared for ids in whole] + [0] * (size - len(whole))
         at = start  # where the rest of the response stands, less what it shares
         for index, ids in enumerate(whole):
             new = ids if index == 0 else ids[shared:]
             input_ids.append(new)
             position_ids.append(np.arange(len(ids) - len(new), len(ids)))
+            counted.append(np.full(len(new), is_own(group, index)))
             places = len(group.prompt) - 1 + learned[index * len(groups) + number]
             score_at[index].append(start + places + (places >= shared) * (at - start))
             at += rests[index]
@@ -51,15 +62,9 @@ def collate_packed(groups: Sequence[Group]) -> PreferenceBatch:
         position_ids=_int64(position_ids)[None],
         attention=packed(spans, flat),
         score_at=torch.from_numpy(flat),
+        counted=torch.from_numpy(np.concatenate(counted))[None],
         **listed_responses(groups, learned),
     )
-
-
-def common_beginning(first: np.ndarray, second: np.ndarray) -> int:
-    """Number of equal tokens before the first that differs."""
-    length = min(len(first), len(second))
-    differs = first[:length] != second[:length]
-    return int(differs.argmax()) if differs.any() else length
 
 
 def packed(spans: Sequence[Span], scored: np.ndarray) -> Packed:
@@ -93,6 +98,7 @@ def merge_packed(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
         return batches[0]
     total = sum(batch.num_pairs for batch in batches)
     layouts, score_at, response = [], [], []
+    counted: list[Any] = [batch.counted for batch in batches]
     before = row = 0
     for batch in batches:
         assert isinstance(batch.attention, Packed)
@@ -106,6 +112,7 @@ def merge_packed(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
         attention=_joined(layouts, [batch.num_tokens for batch in batches]),
         score_at=torch.cat(score_at),
         response=torch.cat(response),
+        counted=None if any(part is None for part in counted) else torch.cat(counted, dim=1),
         **joined_fields(batches),
     )
 

@@ -24,6 +24,7 @@ from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.decode import Decoding
 from dsdpo.objective.output_head import LogitTransform, base_lm, decoder_of, linear_heads, logit_transform
+from dsdpo.objective.router import Routing, loads
 from dsdpo.objective.sequence_parallel import own_part, sum_over_group
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.objective.types import CausalLM
@@ -194,20 +195,23 @@ class ResponseScorer(nn.Module):
         *,
         extras: tuple[str, ...] = (),
         own_logits: bool = False,
+        routing: Routing | None = None,
         decoding: Decoding | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Summed log-prob of each response, (nB,) float32: response k of group i at k * B + i.
 
         With `extras`, a row of such sums for each after it, (1 + E, nB): "plain", the log-probs with every token
         counted once; "alignment" and "entropy", see `ChunkedHead`, without gradient.
+
+        With `routing`, it and how the routers have dealt out the tokens that this rank computes, see `router.loads`.
 
         `own_logits` takes them from the logits of the model's own forward pass, all of them in memory: for checks.
 
         The tokens of a packed row are split over the ranks of `sequence`, which get the same batch and all return the
         sums over the whole row: then collective in that group.
 
-        With a `decoding` in place of a batch, it is the logits (B, V) of the next token of its prompts. That goes this
-        way since ZeRO-3 counts as one pass what begins at the module that the engine was made of.
+        With a `decoding` in place of a batch: logits (B, V) of the next token of its prompts. ZeRO-3 counts as one pass
+        only what begins at the module that the engine was made of.
         """
         if decoding is not None:
             return decoding.next_logits(self.lm)
@@ -224,15 +228,16 @@ class ResponseScorer(nn.Module):
         inputs |= attention_inputs(batch, self.lm, group)
         # Under gradient checkpointing these are the inputs of the blocks alone: what is within is recomputed.
         with save_on_cpu(pin_memory=True) if self.activations_on_host else nullcontext():
-            hidden = self.decoder(**inputs).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, part.score_at)
+            output = self.decoder(**inputs, **({"output_router_logits": True} if routing else {}))
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, part.score_at)
         head, of_head = self.lm.get_output_embeddings(), tuple(name for name in extras if name != "plain")
         logps, *others = head(hidden, part.targets, extras=of_head).view(1 + len(of_head), -1)
         rows = {"plain": logps, **{name: row.detach() for name, row in zip(of_head, others, strict=True)}}
         sums = torch.stack([_sum(logps, part, weights), *(_sum(rows[name], part) for name in extras)])
         if group is not None:
             sums = sum_over_group(sums, group)
-        return sums.float() if extras else sums[0].float()
+        answer = sums.float() if extras else sums[0].float()
+        return (answer, loads(output.router_logits, part.counted, routing.top_k)) if routing else answer
 
     def _own_logps(self, batch: PreferenceBatch) -> Tensor:
         """(N,) float32; the head computes logits of the N scored positions only."""

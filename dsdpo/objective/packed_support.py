@@ -30,14 +30,20 @@ OTHER_MIXING = {
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
+def model_class(config: Any) -> Any:
+    """The causal language model of transformers' own for this Hugging Face configuration; None where there is none."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return None if isinstance(kind, tuple) else kind
+
+
 def packed_refusal(config: Any, attn_implementation: str = "auto") -> str | None:
     """Why a model of this Hugging Face configuration cannot take the packed layout, or None if it can."""
     name = config.model_type
     if attn_implementation not in NAMES:
         known = ", ".join(NAMES)
         return f"model.attn_implementation {attn_implementation} has no packed counterpart (those that have: {known})"
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None or isinstance(kind, tuple):
+    kind = model_class(config)
+    if kind is None:
         return f"{name} is not a causal language model of transformers' own"
     if type(config).sub_configs:
         return f"{name} is made of several models"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from dsdpo.config.loss import LossConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.objective.logps import PairLogps, last_responses, logps_of, token_counts
+from dsdpo.objective.router import Routing
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class PolicyScores:
     chosen: Tensor  # (B,) log-prob of chosen with every token counted once; with gradient
     likelihood: Tensor | None = None  # (B,) WPO: see `wpo_likelihood`
     entropy: Tensor | None = None  # (2B,) mean over a response's tokens, nats
+    loads: Tensor | None = None  # (2, experts), see `router.loads`; with gradient
 
 
 def extras_of(loss: LossConfig, *, entropy: bool = False) -> tuple[str, ...]:
@@ -30,9 +33,16 @@ def extras_of(loss: LossConfig, *, entropy: bool = False) -> tuple[str, ...]:
     return tuple(name for name, needed in wanted.items() if needed)
 
 
-def policy_scores(model: Callable[..., Tensor], batch: PreferenceBatch, extras: tuple[str, ...] = ()) -> PolicyScores:
+def policy_scores(
+    model: Callable[..., Any],
+    batch: PreferenceBatch,
+    extras: tuple[str, ...] = (),
+    routing: Routing | None = None,
+) -> PolicyScores:
     """One forward pass of the policy on pairs. Collective under ZeRO-3."""
-    answer = model(batch=batch, extras=extras) if extras else model(batch=batch)
+    asked = {"extras": extras, "routing": routing}
+    answer = model(batch=batch, **{name: value for name, value in asked.items() if value})
+    answer, loads = answer if routing else (answer, None)
     rows = answer.view(1 + len(extras), batch.group_size, batch.num_pairs)
     tokens = token_counts(batch).view(batch.group_size, -1)
     logps = logps_of(rows[0], tokens)
@@ -46,6 +56,7 @@ def policy_scores(model: Callable[..., Tensor], batch: PreferenceBatch, extras: 
         found["plain"][0] if "plain" in found else logps.chosen,
         wpo_likelihood(found["alignment"], tokens) if "alignment" in found else None,
         (found["entropy"] / tokens.clamp(min=1)).detach() if "entropy" in found else None,
+        loads,
     )
 
 

@@ -136,6 +136,7 @@ def own_part(batch: PreferenceBatch, group: SequenceGroup) -> tuple[PreferenceBa
     input_ids, position_ids = (
         pad(row, (0, beyond))[:, start : start + size] for row in (batch.input_ids, batch.position_ids)
     )
+    counted = None if batch.counted is None else pad(batch.counted, (0, beyond))[:, start : start + size]
     score_at, targets, response = (
         listed.index_select(0, mine) for listed in (batch.score_at - start, batch.targets, batch.response)
     )
@@ -146,6 +147,7 @@ def own_part(batch: PreferenceBatch, group: SequenceGroup) -> tuple[PreferenceBa
         score_at=score_at,
         targets=targets,
         response=response,
+        counted=counted,
     )
     return part, mine
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdpo.data.batch import PreferenceBatch
+from dsdpo.data.batch import PreferenceBatch, filler
 from dsdpo.data.collate import group_by_tokens, merge
 from dsdpo.data.steps import StepBatches
 from dsdpo.distributed import max_over_ranks
@@ -117,19 +117,25 @@ def build_checked_reference(plan: RunPlan) -> tuple[InferenceEngine, Answers]:
 
 @torch.no_grad()
 def score_batches(
-    model: Callable[..., Tensor], batches: Sequence[PreferenceBatch], *, score_tokens: int
+    model: Callable[..., Tensor],
+    batches: Sequence[PreferenceBatch],
+    *,
+    score_tokens: int,
+    ask: Callable[[Callable[..., Tensor], PreferenceBatch], PairLogps] = pair_logps,
 ) -> list[PairLogps]:
     """Log-probs of some batches, in as few forward passes of at most `score_tokens` tokens as it takes. Collective.
 
     Under ZeRO-3 each pass gathers all weights, so batches that fit one pass cost one gather per layer however many they
-    are. A rank with less to score repeats its last group, or ranks would hang in a gather.
+    are. A rank with less to score repeats its last group as fillers, or ranks would hang in a gather. `ask` makes the
+    passes.
     """
     groups = group_by_tokens(batches, score_tokens)
     passes = max_over_ranks(len(groups), batches[0].input_ids.device)
     scored: list[PairLogps] = []
     for index in range(passes):
         group = groups[min(index, len(groups) - 1)]
-        logps = pair_logps(model, merge(group))
+        batch = merge(group)
+        logps = ask(model, batch if index < len(groups) else filler(batch))
         if index < len(groups):
             scored += logps.split([batch.num_pairs for batch in group])
     return scored

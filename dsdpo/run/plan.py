@@ -38,7 +38,8 @@ from dsdpo.engine.zero_config import (
     resolve_reference_config,
 )
 from dsdpo.errors import ConfigError
-from dsdpo.objective.packed_support import packed_refusal
+from dsdpo.objective.packed_support import model_class, packed_refusal
+from dsdpo.objective.router import Routing, routing_of
 from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.inputs import check_inputs_stay
 from dsdpo.run.model_checks import (
@@ -81,6 +82,7 @@ class Plan:
     hidden_size: int  # of the policy
     prompts: tuple[Prompt, ...] = ()  # that the models answer as training goes
     sequence: SequenceGroup = ALONE  # the ranks that share this rank's rows
+    routing: Routing | None = None  # what is asked of the policy's routers; None: it has none
     start_step: int = 0  # where training starts, which a resumed run does not at 0
     start_pairs: int = 0  # pairs that have been trained on by then
 
@@ -133,23 +135,23 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
     on all ranks alike.
     """
-    launched()  # a process that does not know which of many it is can do nothing right
+    ranks = launched().world_size  # a process that does not know which of many it is can do nothing right
     reference = plan_reference(run)
     models = {"model.path": check_model(run.model, key="model.path")}
     if run.reference.path or run.reference.revision:
         models["reference.path"] = check_model(reference.model, key="reference.path")
     layout = choose_layout(run, models)
-    check_split(run, layout, models, ranks=launched().world_size)
+    check_split(run, layout, models, ranks=ranks)
     model = models["model.path"].get_text_config()
+    routing = routing_of(model_class(models["model.path"]), model, run.model.router_aux_loss_coef)
     check_adapter(run, trains_biases=not reference.shares_policy)
     if writes_output:
         check_output_folder(run)
         check_inputs_stay(run, run_file)
     if reference.before_training:
         check_store(store_folder(run))
-    hidden_size = int(model.hidden_size)
-    check_rank(run.model, hidden_size)
-    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=launched().world_size)
+    check_rank(run.model, hidden_size := int(model.hidden_size))
+    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=ranks)
     tokenizer = load_tokenizer(run.model)
     check_tokenizers(run, reference.model, tokenizer, models)
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
@@ -186,6 +188,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
         hidden_size,
         fitting_prompts(prompt_rows, run, tokenizer, train.pairs, model),
         sequence,
+        routing,
     )
 
 

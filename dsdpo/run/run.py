@@ -63,7 +63,8 @@ def build_run(
 
     Raises `StoppedError` if the run is asked to stop meanwhile.
     """
-    settings, meter, state = plan.run, Meter(), state_of(checkpoint)
+    settings, state = plan.run, state_of(checkpoint)
+    meter = Meter(top_k=plan.routing.top_k if plan.routing else 1)
     plan = resumed_plan(plan, state)
     stop.check_signals()
     policy, reference = build_policy_and_reference(plan)
@@ -82,6 +83,7 @@ def build_run(
             means=state.means,
             score_tokens=settings.reference.score_tokens * plan.sequence.size,
             entropy=settings.tracking.entropy,
+            routing=plan.routing,
         ),
         groups=groups_of(plan),
         held_out=held_out_of(plan),

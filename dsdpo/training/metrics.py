@@ -11,17 +11,21 @@ from torch import Tensor
 from dsdpo.distributed import world_size
 from dsdpo.objective.logps import NoLogps, PairLogps
 from dsdpo.objective.losses import LossOutput
+from dsdpo.objective.router import describe_loads
 from dsdpo.objective.scores import PolicyScores
 from dsdpo.training.groups import GROUPED
 
 BY_GROUP = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected")  # of rated completions
+LOADS = ("router/chosen/", "router/probability/")  # sums by expert
 SEPARATOR = "\n"  # between the names of sums that are kept together
 
 
 class Meter:
     """Weighted means over pairs of all ranks and micro-batches since the last reading."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, top_k: int = 1) -> None:
+        """`top_k`: experts that a token goes to, in a mixture of experts."""
+        self._top_k = top_k
         self._sums: dict[str, Tensor] = {}  # names -> (2,) or, of several, (n, 2) float64: sum, weight
 
     def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
@@ -40,6 +44,12 @@ class Meter:
         counts = member.sum(1, keepdim=True).expand_as(sums)
         keys = [f"{name}/{key}" for name in names for key in values]
         self._keep(keys, torch.stack([sums.flatten(), counts.flatten()], dim=1))
+
+    def add_loads(self, loads: Tensor) -> None:
+        """Take a batch's routing, (2, experts), see `router.loads`; read as `router/...`."""
+        sums = loads.detach().double().flatten()
+        names = [f"{prefix}{expert}" for prefix in LOADS for expert in range(loads.shape[1])]
+        self._keep(names, torch.stack([sums, torch.zeros_like(sums)], dim=1))
 
     def _keep(self, names: list[str], sums: Tensor) -> None:
         key = SEPARATOR.join(names)
@@ -68,8 +78,14 @@ class Meter:
         if world_size() > 1:
             dist.all_reduce(table)
         self._sums = {}
-        means = {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
-        return means | margins_of_means(means)
+        sums = dict(zip(names, table.tolist(), strict=True))
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        return means | margins_of_means(means) | self._routing(sums)
+
+    def _routing(self, sums: Mapping[str, list[float]]) -> dict[str, float]:
+        """What the routers' loads among the sums say."""
+        chosen, probability = ([sums[name][0] for name in sums if name.startswith(prefix)] for prefix in LOADS)
+        return describe_loads(chosen, probability, self._top_k) if sum(chosen) else {}
 
 
 def pair_metrics(output: LossOutput, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:

@@ -42,15 +42,18 @@ def train_step(
     scale = world_size() / window.pairs
     with phase("forward_backward"):
         only = None
-        if loss.needs_logps and len(window.batches) == 1:  # then this pass gives what one ahead would
-            only = policy_scores(policy, window.batches[0], loss.extras)
+        if loss.needs_pass and len(window.batches) == 1:  # then this pass gives what one ahead would
+            only = policy_scores(policy, window.batches[0], loss.extras, loss.routing)
         inputs = loss.ahead(policy, window, anchor, only, step=step)
         for batch, reference_logps, own in zip(window.batches, anchor, inputs, strict=True):
-            scored = only or policy_scores(policy, batch, loss.extras)
+            scored = only or policy_scores(policy, batch, loss.extras, loss.routing)
             weight = (batch.pair_ids >= 0).to(scored.logps.chosen.dtype)
             reference_logps = without_fillers(reference_logps, scored.logps, weight)
             output = loss.function(scored.logps, reference_logps, given(own, scored))
-            policy.backward(marked((output.losses * weight).sum() * scale, output, weight), scale_wrt_gas=False)
+            total = (output.losses * weight).sum() * scale + loss.balance(scored) * world_size()
+            policy.backward(marked(total, output, weight), scale_wrt_gas=False)
+            if scored.loads is not None:
+                meter.add_loads(scored.loads)
             apart = count_pairs(meter, output, scored, reference_logps, weight * window.counts)
             for names, group in groups.of(batch.pair_ids) if groups else ():
                 for values, counted in apart:

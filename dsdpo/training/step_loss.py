@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from dsdpo.engine.quirks.gather_trace import SecondOrder
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.objective.logps import PairLogps, token_counts
 from dsdpo.objective.losses import LossInputs, LossOutput, StepPairs, make_loss
-from dsdpo.objective.scores import PolicyScores, extras_of
+from dsdpo.objective.router import Routing, pull
+from dsdpo.objective.scores import PolicyScores, extras_of, policy_scores
 from dsdpo.reference.base import score_batches
 
 MOMENTUM = 0.9  # of beta-DPO's mean margin (Wu et al. 2024, arXiv 2407.08639, eq. 9)
@@ -30,7 +32,8 @@ class StepLoss:
 
     `aot`, `aot_unpaired`, `alpha_dpo`, `kto` and beta-DPO must know the policy's log-probs of all pairs of a step
     before the first backward pass. They come from a pass without gradient over the step's pairs, so that the loss is
-    that of the step however it is batched; where each rank has one micro-batch, from the training pass itself. BCO's
+    that of the step however it is batched; where each rank has one micro-batch, from the training pass itself. So does
+    the load-balancing loss of a mixture of experts, which must know how often each expert is chosen in the step. BCO's
     running mean is of earlier steps and costs a sum over ranks of two numbers.
     """
 
@@ -42,14 +45,22 @@ class StepLoss:
         means: dict[str, float] | None = None,
         score_tokens: int = 32768,
         entropy: bool = False,
+        routing: Routing | None = None,
     ) -> None:
-        """`means` is where the running means are kept, from step to step and in checkpoints."""
+        """`means` is where the running means are kept, from step to step and in checkpoints.
+
+        `routing`: what is asked of the policy's routers, if it is a mixture of experts.
+        """
         self.settings = loss
         self.function = make_loss(loss)
         self.means = {} if means is None else means
         self.extras = extras_of(loss, entropy=entropy)
         kinds = [LOSSES[name] for name in loss.types]
         self.needs_logps = loss.beta_dpo_alpha is not None or any(kind.step_logps for kind in kinds)
+        self.routing = routing
+        self.balances = routing is not None and routing.coefficient > 0.0
+        self.needs_pass = self.needs_logps or self.balances
+        self._pull: Tensor | None = None  # of the step's load-balancing loss, see `router.pull`
         self.needs_tokens = any(kind.step_tokens for kind in kinds)
         self._total_steps, self._score_tokens = total_steps, score_tokens
         self._gathers: SecondOrder | None = None
@@ -82,8 +93,11 @@ class StepLoss:
         `first` is the training pass over the only batch, where there is only one.
         """
         whole: list[StepPairs | None] = [None] * len(window.batches)
+        logps: list[PairLogps] = []
+        if self.needs_pass:
+            logps, chosen = self._pass_ahead(policy, window) if first is None else ([first.logps], first.loads)
+            self._note_loads(chosen)
         if self.needs_logps:
-            logps = self._pass_ahead(policy, window) if first is None else [first.logps]
             whole = list(of_step(window, logps, anchor))
         elif self.needs_tokens:
             whole = list(of_step(window))
@@ -114,6 +128,25 @@ class StepLoss:
         self.means["rewards"] = self.means.get("rewards", 0.0) + float(total)
         self.means["responses"] = self.means.get("responses", 0.0) + 2.0 * window.pairs
 
+    def balance(self, scored: PolicyScores) -> Tensor | float:
+        """A micro-batch's part of the step's weighted load-balancing loss, () with gradient; 0 where there is none."""
+        if not self.balances:
+            return 0.0
+        assert scored.loads is not None
+        assert self._pull is not None
+        return (self._pull * scored.loads[1]).sum()
+
+    def _note_loads(self, loads: Tensor | None) -> None:
+        """Take note of how often each expert is chosen in the step, from this rank's batches. Collective."""
+        if not self.balances:
+            return
+        assert self.routing is not None
+        assert loads is not None
+        chosen = loads[0].detach().clone()
+        if world_size() > 1:
+            dist.all_reduce(chosen)
+        self._pull = pull(chosen, self.routing)
+
     def _delta(self) -> float:
         """BCO's mean reward of both responses over all earlier steps."""
         return self.means.get("rewards", 0.0) / max(1.0, self.means.get("responses", 0.0))
@@ -131,13 +164,21 @@ class StepLoss:
         self.means["beta"] = max(LEAST_BETA, self.settings.beta * (1.0 + alpha * (mean - before)))
         return self.means["beta"]
 
-    def _pass_ahead(self, policy: TrainingEngine, window: StepBatches) -> list[PairLogps]:
-        """The policy's log-probs of this rank's batches, without gradient. Collective."""
+    def _pass_ahead(self, policy: TrainingEngine, window: StepBatches) -> tuple[list[PairLogps], Tensor | None]:
+        """The policy's log-probs of this rank's batches and its routers' loads, without gradient. Collective."""
+        loads: list[Tensor] = []
+
+        def ask(model: Any, batch: PreferenceBatch) -> PairLogps:
+            scored = policy_scores(model, batch, routing=self.routing if self.balances else None)
+            loads.extend([] if scored.loads is None else [scored.loads])
+            return scored.logps
+
         self._gathers = self._gathers or SecondOrder(policy)
         policy.eval()
         try:
             with self._gathers.recorded_apart():
-                return score_batches(policy, window.batches, score_tokens=self._score_tokens)
+                logps = score_batches(policy, window.batches, score_tokens=self._score_tokens, ask=ask)
+                return logps, torch.stack(loads).sum(0) if loads else None
         finally:
             policy.train()
 

@@ -271,6 +271,11 @@ MODEL = [
         {"distributed": {"sequence_parallel": 2}},
         model={"config.json": json.dumps({"model_type": "mamba", "hidden_size": 64, "vocab_size": 97})},
     ),
+    Case(
+        "load balancing without experts",
+        ("model.router_aux_loss_coef 0.01 has no effect", "llama is no mixture of experts", "set it to 0"),
+        {"model": {"router_aux_loss_coef": 0.01}},
+    ),
     Case("unknown pad token", ("model.pad_token", "'<none>' is not a token"), {"model": {"pad_token": "<none>"}}),
 ]
 UNFIT_MODEL = [

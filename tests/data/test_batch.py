@@ -33,7 +33,10 @@ def test_two_pairs_by_hand() -> None:
     assert batch.response.tolist() == [0, 0, 1, 2, 3, 3, 3]
     assert batch.pair_ids.tolist() == [7, 3]
     assert (batch.num_pairs, batch.num_tokens) == (2, 16)
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    # The prompts once, and of each response all but the last token.
+    assert batch.counted is not None
+    assert batch.counted.int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]]
+    tensors = [value for name, value in vars(batch).items() if isinstance(value, torch.Tensor) and name != "counted"]
     assert {tensor.dtype for tensor in [*tensors, batch.attention.attention_mask]} == {torch.int64}
 
 

@@ -104,7 +104,7 @@ def test_fillers_and_devices() -> None:
     assert isinstance(moved.attention, Packed)
     tensors = [value for part in (moved, moved.attention) for value in vars(part).values() if torch.is_tensor(value)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert len(tensors) == 9
+    assert len(tensors) == 10
     assert moved.attention.spans == spans_of(batch)
 
 
