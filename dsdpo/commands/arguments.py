@@ -48,6 +48,7 @@ def new_folder(folder: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Path
 COMMANDS = {
     "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
     "init": "write a run file, DeepSpeed JSONs and a start script to begin with: dsdpo init FOLDER",
+    "convert": "make a run file of another program's settings: dsdpo convert --from trl FILE",
     "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
     "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
     "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",

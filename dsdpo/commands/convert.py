@@ -1,0 +1,105 @@
+"""`dsdpo convert --from trl|axolotl|llamafactory|openrlhf FILE`: a run file from another program's settings.
+
+What has no counterpart is listed, with what to do. Settings may follow, as in `--data.train pairs.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsdpo.api import nested
+from dsdpo.atomic import write_text
+from dsdpo.config.conversion import Conversion
+from dsdpo.config.convert import PROGRAMS, convert, silent, value_of
+from dsdpo.config.load import Help, RunParser, check_run, dotted_keys
+from dsdpo.config.unknown_keys import about_unknown
+from dsdpo.console import counted
+from dsdpo.errors import ConfigError
+
+ORDER = ("model", "data", "loss", "reference", "optimizer", "batch", "train", "evaluation", "checkpoint", "export",
+         "tracking", "distributed", "deepspeed", "output_dir", "overwrite_output_dir")  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; the exit code."""
+    parser = RunParser(prog="dsdpo convert", description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("file", type=lambda text: Path(text).expanduser(), help="their YAML file, or a shell script")
+    parser.add_argument("--from", dest="program", choices=PROGRAMS, required=True, help="whose settings these are")
+    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), default=Path("run.yaml"),
+                        help="run file to write; default: run.yaml")  # fmt: skip
+    parser.add_argument("--gpus", type=int, default=8, help="processes of the run, for the size of a step; default: 8")
+    parser.add_argument("--force", action="store_true", help="overwrite the run file if it is there")
+    parser.add_argument("--json", action="store_true", help="print what became of each setting as JSON")
+    given, rest = parser.parse_known_args(argv)
+    if given.gpus < 1:
+        raise ConfigError(f"convert: --gpus is {given.gpus}: give 1 or more")
+    if given.out.exists() and not given.force:
+        raise ConfigError(f"convert: {given.out} is there already: give another --out, or --force")
+    found = convert(given.file, given.program, gpus=given.gpus)
+    overrides = nested(overrides_of(rest))
+    check_run(found.run, overrides, source=given.file, folder=given.file.parent)
+    write(given, found, overrides)
+    print(as_json(found) if given.json else described(given, found))
+    return 0
+
+
+def overrides_of(words: list[str]) -> dict[str, Any]:
+    """`--section.key value ...` as settings by dotted name. Raises `ConfigError`."""
+    found = {}
+    for option, value in zip(words[::2], [*words[1::2], None], strict=False):
+        name = option.removeprefix("--")
+        if not option.startswith("--") or name not in dotted_keys():
+            raise ConfigError(f"convert: {option} is not an option{about_unknown(name, dotted_keys())}")
+        if value is None:
+            raise ConfigError(f"convert: {option} needs a value")
+        found[name] = value_of(value)
+    return found
+
+
+def write(given: argparse.Namespace, found: Conversion, overrides: dict[str, Any]) -> None:
+    """Write the run file. Raises `ConfigError`."""
+    run = laid_over(found.run, overrides)
+    ordered = {key: run[key] for key in ORDER if key in run}
+    lines = [f"# Converted from {given.file.name} ({given.program}) by dsdpo convert. Without a counterpart:"]
+    lines += [f"#   {what}".replace("\n", " ") + f"    ({why})" for what, why in found.left] or ["#   nothing"]
+    text = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)
+    try:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(given.out, "\n".join(lines) + "\n" + text)
+    except OSError as error:
+        raise ConfigError(f"convert: {given.out} cannot be written ({error}): give another --out") from error
+
+
+def laid_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    return base | {
+        key: laid_over(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }
+
+
+def as_json(found: Conversion) -> str:
+    """What became of each setting, for programs."""
+    left = [{"theirs": what, "why": why} for what, why in found.left]
+    return json.dumps({"taken": [{"theirs": what, "ours": ours} for what, ours in found.taken], "left": left}, indent=2)
+
+
+def described(given: argparse.Namespace, found: Conversion) -> str:
+    """What became of each setting, and what to type next."""
+    width = min(40, max((len(what) for what, _ in found.taken), default=0))
+    lines = [f"{what:<{width}}  {ours}" for what, ours in found.taken]
+    if found.left:
+        lines += ["", f"without a counterpart ({counted(len(found.left), 'setting')}):"]
+        lines += [f"  {what}\n      {why}" for what, why in found.left]
+    if found.defaults:
+        values = ", ".join(f"{name} {value}" for name, value in found.defaults.items())
+        lines += ["", f"not in the file, as {given.program} has them by default (LoRA's only with LoRA): {values}"]
+    if left_out := silent(found.run):
+        lines += ["", f"not in the file, so dsdpo's own default: {', '.join(left_out)}"]
+    lines += ["", f"wrote {given.out}; check it with: dsdpo train {given.out} --dry-run"]
+    return "\n".join(lines)
