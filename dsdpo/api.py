@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.accelerator import choose_accelerator
-from dsdpo.config.load import check_deepspeed_files, check_run, dotted_keys, dump_yaml, read_yaml
+from dsdpo.config.load import check_deepspeed_files, check_run, dump_yaml, nested, read_yaml
 from dsdpo.config.run import RunConfig
-from dsdpo.config.unknown_keys import about_unknown
 from dsdpo.console import quiet_libraries, say
 from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
@@ -57,10 +56,10 @@ class Run:
             path = RunFolder(path).config if path.is_dir() else path
             content, source, folder = read_yaml(path), str(path), path.parent
         elif settings is None or isinstance(settings, Mapping):
-            content, source = nested(settings or {}), PYTHON
+            content, source = nested(settings or {}, PYTHON), PYTHON
         else:
             raise ConfigError(f"{PYTHON}: got a {type(settings).__name__}: give a run file, a run folder or a mapping")
-        given = nested(overrides)
+        given = nested(overrides, PYTHON)
         content, given = (in_files(each, _cache_dir(given, content)) for each in (content, given))
         checked = check_run(content, given, source=source, folder=folder, over=PYTHON)
         object.__setattr__(self, "settings", checked)
@@ -235,28 +234,6 @@ def _functions(name: str, given: Any) -> tuple[Any, ...]:
         if not callable(function):
             raise ConfigError(f"{name}: {function!r} cannot be called: give a function of one Event, or several")
     return functions
-
-
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with dotted names (`loss.beta`) put into their sections. Raises `ConfigError`."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"{PYTHON}: {name!r} is no name of a setting: give texts, such as 'loss.beta'")
-        *sections, last = name.split(".")
-        if sections and name not in dotted_keys():
-            raise ConfigError(f"{PYTHON}: {name} is not a setting{about_unknown(name, dotted_keys())}")
-        place = found
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"{PYTHON}: {name} and {section} are both given: give one of them")
-        if isinstance(value, Mapping):
-            value = {key: str(each) if isinstance(each, os.PathLike) else each for key, each in value.items()}
-            place[last] = {**place[last], **value} if isinstance(place.get(last), dict) else value
-        else:
-            place[last] = str(value) if isinstance(value, os.PathLike) else value
-    return found
 
 
 def _cache_dir(*levels: Mapping[str, Any]) -> Any:

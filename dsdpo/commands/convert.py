@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 
-from dsdpo.api import nested
 from dsdpo.atomic import write_text
 from dsdpo.config.conversion import Conversion
 from dsdpo.config.convert import PROGRAMS, convert, silent, value_of
-from dsdpo.config.load import Help, RunParser, check_run, dotted_keys
+from dsdpo.config.load import Help, RunParser, check_run, dotted_keys, nested
 from dsdpo.config.unknown_keys import about_unknown
 from dsdpo.console import counted
 from dsdpo.errors import ConfigError
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
     if given.out.exists() and not given.force:
         raise ConfigError(f"convert: {given.out} is there already: give another --out, or --force")
     found = convert(given.file, given.program, gpus=given.gpus)
-    overrides = nested(overrides_of(rest))
+    overrides = nested(overrides_of(rest), "command line")
     check_run(found.run, overrides, source=given.file, folder=given.file.parent)
     write(given, found, overrides)
     print(as_json(found) if given.json else described(given, found))

@@ -8,10 +8,11 @@ comes with dsdpo (ds_configs/..., launch/recipes/...).
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin
 
@@ -27,7 +28,7 @@ from dsdpo.config.unknown_keys import about_unknown, did_you_mean
 from dsdpo.config.yaml_file import read_yaml
 from dsdpo.errors import ConfigError
 
-__all__ = ["check_run", "did_you_mean", "dotted_keys", "dump_yaml", "load_run", "read_yaml", "run_parser"]
+__all__ = ["check_run", "did_you_mean", "dotted_keys", "dump_yaml", "load_run", "nested", "read_yaml", "run_parser"]
 
 COMMAND_LINE = "command line"
 
@@ -185,6 +186,28 @@ def check_deepspeed_files(run: RunConfig) -> None:
                 f"{key}: {what} {path} in {Path.cwd()} or beside the run file; give a DeepSpeed JSON such as "
                 "ds_configs/zero3.json"
             )
+
+
+def nested(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings with dotted names (`loss.beta`) put into their sections. Raises `ConfigError`, which names `where`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{where}: {name!r} is no name of a setting: give texts, such as 'loss.beta'")
+        *sections, last = name.split(".")
+        if sections and name not in dotted_keys():
+            raise ConfigError(f"{where}: {name} is not a setting{about_unknown(name, dotted_keys())}")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{where}: {name} and {section} are both given: give one of them")
+        if isinstance(value, Mapping):
+            value = {key: str(each) if isinstance(each, os.PathLike) else each for key, each in value.items()}
+            place[last] = {**place[last], **value} if isinstance(place.get(last), dict) else value
+        else:
+            place[last] = str(value) if isinstance(value, os.PathLike) else value
+    return found
 
 
 def dump_yaml(run: RunConfig) -> str:
