@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from dsdpo.__main__ import in_process_group, main
 from tests.commands.processes import DSDPO, finish, free_port, launcher
 from tests.runs import settings
 
@@ -152,9 +153,13 @@ def test_training_finds_what_was_scored(inputs: Path, tmp_path: Path) -> None:
         (["--shard-pairs", "0"], "--shard-pairs is 0"),
     ],
 )
-def test_contradictions(changes: list[str], said: str, inputs: Path, tmp_path: Path) -> None:
+def test_contradictions(
+    changes: list[str], said: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write_run(tmp_path, inputs)
-    answer = finish([*DSDPO, "precompute", str(run), *changes], limit_s=300)
-    assert answer.returncode == 2
-    assert said in answer.stderr
-    assert "Traceback" not in answer.stderr
+    capsys.readouterr()
+    assert main(["precompute", str(run), *changes]) == 2
+    assert not in_process_group()
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert "Traceback" not in errors

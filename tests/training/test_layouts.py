@@ -71,11 +71,12 @@ def held_out(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return open_pairs(prepare_pairs(data.train, tokenizer, data=data, seed=0, default_split="train"))
 
 
-@pytest.mark.parametrize(
-    "family", ["tiny-sft", "llama", "llama with LoRA", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"]
-)
+@pytest.mark.parametrize("family", ["tiny-sft", "llama with LoRA", "gemma2"])
 def test_real_pairs(family: str, held_out: Pairs, shared: Path) -> None:
-    """Log-probs and losses of all 500 held-out pairs; with tokens folded into a tiny vocabulary, gradients too."""
+    """Log-probs and losses of all 500 held-out pairs; with tokens folded into a tiny vocabulary, gradients too.
+
+    Real lengths: a trained model, an adapter, and caps with windows. All families: `tests/objective/test_attention.py`.
+    """
     trained = family == "tiny-sft"
     pairs = held_out if trained else replace(held_out, tokens=held_out.tokens % 94 + 3)
     found = {}
