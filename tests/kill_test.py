@@ -27,8 +27,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands.processes import launcher
-from tests.runs import demo_inputs, settings
+from tests.commands.processes import Forked, launcher
+from tests.ranks import stop_all
+from tests.runs import demo_inputs, settings, train_on
 
 LIMIT_S = 600  # for any one start to get where it is awaited
 When = Literal["save", "train", "start"]
@@ -89,9 +90,7 @@ def run_and_kill(folder: Path, kills: Sequence[Kill], *, steps: int) -> Report:
     }
     whole, killed = (settings(folder / name, inputs, **options) for name in ("whole", "killed"))
     report = Report()
-    assert start(whole, folder).finish(report) == 0
-    report.exit_codes.clear()
-    report.outputs.clear()
+    train_on(2, whole)  # what a launcher starts trains as these ranks do (tests/commands/test_train.py)
     for kill in kills:
         run = start(killed, folder)
         report.kills.append(asdict(kill) | run.interrupt(kill, Path(killed["output_dir"])))
@@ -124,7 +123,7 @@ def computed(folder: Path) -> list[dict[str, float]]:
 class Started:
     """A launcher with its ranks, what they print, and how far the run was before."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
 
     def interrupt(self, kill: Kill, folder: Path) -> dict[str, Any]:
@@ -235,6 +234,7 @@ def main() -> int:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="kill-test-"))
     folder.mkdir(parents=True, exist_ok=True)
     report = run_and_kill(folder, random_kills(arguments.kills, arguments.seed), steps=6 * arguments.kills)
+    stop_all()
     (folder / "report.json").write_text(json.dumps(report.summary(), indent=2) + "\n")
     for kill, step in zip(report.kills, [*report.resumed_from[1:], None], strict=False):
         print(f"SIGKILL of {kill['whom']} in {kill['when']}, saving {kill['saving'] or 'nothing'}: resumed from {step}")

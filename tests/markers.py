@@ -20,7 +20,7 @@ MARKERS = {
 }
 # Names that code mentions, as globals, attributes or imports.
 OURS = ("tests.", "benchmarks.")
-SIGNS = {"run_ranks": "ranks", "subprocess": "process", "multiprocessing": "process"}
+SIGNS = {"run_ranks": "ranks", "subprocess": "process", "multiprocessing": "process", "Forked": "process"}
 
 
 def markers_of(item: pytest.Item) -> set[str]:

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 TIMEOUT_S = 480
 ON_CUDA = os.environ.get("DS_ACCELERATOR") == "cuda"
-_context: Any = multiprocessing.get_context("spawn" if ON_CUDA else "forkserver")  # CUDA cannot be used after a fork
+context: Any = multiprocessing.get_context("spawn" if ON_CUDA else "forkserver")  # CUDA cannot be used after a fork
 if not ON_CUDA:
-    _context.set_forkserver_preload(["tests.preload"])
+    context.set_forkserver_preload(["tests.preload"])
 _groups: dict[int, list[tuple[Any, Connection]]] = {}
 Outcome = Literal["returned", "refused", "failed"]  # refused: by an error of dsdpo's own
 
@@ -79,8 +79,8 @@ def _start(world_size: int) -> list[tuple[Any, Connection]]:
     store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
     group = []
     for rank in range(world_size):
-        ours, theirs = _context.Pipe()
-        process = _context.Process(target=_serve, args=(rank, world_size, str(store), theirs), daemon=True)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, world_size, str(store), theirs), daemon=True)
         process.start()
         theirs.close()
         group.append((process, ours))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.commands.processes import DSDPO, free_port
+from tests.commands.processes import ENVIRONMENT, SLURM, start_ranks
 from tests.kill_test import Kill, Report, Started, count_rows, run_and_kill
 from tests.runs import settings
 
@@ -21,7 +19,7 @@ SECRET = "5ec2e7" * 8
 SECRETS = {"WANDB_API_KEY": SECRET[:40], "HF_TOKEN": f"hf_{SECRET}"}
 
 
-def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_killed_runs_resume_to_the_same_weights_and_metrics(tmp_path: Path) -> None:
     """A kill while saving, the death of one rank, a SIGTERM to one rank; `python -m tests.kill_test` does more."""
     kills = [
         Kill("save", "all", rows=3),
@@ -43,26 +41,13 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert report.same_metrics
 
 
-def start_ranks(run: dict[str, Any], folder: Path, *, slurm: bool = False) -> list[Started]:
+def start(run: dict[str, Any], folder: Path, *, names: tuple[str, ...] = ENVIRONMENT) -> list[Started]:
     """Two ranks with nothing above them, each told who it is by the environment, as srun or a script does it."""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    port = str(free_port())
-    started = []
-    for rank in range(2):
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if slurm else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        who = dict(zip(names, (str(rank), "2", str(rank)), strict=True))
-        who |= {"SLURM_NTASKS_PER_NODE": "2"} if slurm else {"LOCAL_WORLD_SIZE": "2"}
-        log = folder / f"rank-{rank}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*DSDPO, "train", str(path), "--resume", "auto"],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **SECRETS, **who, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            )
-        started.append(Started(process, log))
-    return started
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    ranks = start_ranks(["train", str(path), "--resume", "auto"], logs, names=names, **SECRETS)
+    return [Started(process, log) for process, log in zip(ranks, logs, strict=True)]
 
 
 @pytest.fixture
@@ -82,7 +67,7 @@ def test_ranks_without_a_launcher(run: dict[str, Any], tmp_path: Path) -> None:
     """All are signalled at once as by srun; then one is frozen; then the first one is killed."""
     folder, report = Path(run["output_dir"]), Report()
 
-    ranks = start_ranks(run, tmp_path, slurm=True)
+    ranks = start(run, tmp_path, names=SLURM)
     ranks[0].wait_until(lambda: count_rows(folder) >= 2)
     before = count_rows(folder)
     for rank in ranks:
@@ -93,7 +78,7 @@ def test_ranks_without_a_launcher(run: dict[str, Any], tmp_path: Path) -> None:
     assert before <= record["step"] <= before + 2, "the step under way, and one if it ended just then"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{record['step']:06d}"]
 
-    ranks = start_ranks(run, tmp_path)
+    ranks = start(run, tmp_path)
     ranks[0].wait_until(lambda: "resumed from" in ranks[0].log.read_text() and count_rows(folder) > record["step"])
     ranks[1].process.send_signal(signal.SIGSTOP)  # to a collective that only waits, like NCCL's, this is what death is
     assert ranks[0].finish(report) == LOST
@@ -103,7 +88,7 @@ def test_ranks_without_a_launcher(run: dict[str, Any], tmp_path: Path) -> None:
     assert "gave no sign of life for 10 s. Go on with --resume auto" in report.outputs[-1]
     assert f"resumed from {folder}/checkpoints/step-{record['step']:06d}" in report.outputs[-1]
 
-    ranks = start_ranks(run, tmp_path)
+    ranks = start(run, tmp_path)
     ranks[0].wait_until(lambda: "resumed from" in ranks[0].log.read_text() and count_rows(folder) > record["step"])
     ranks[0].process.kill()
     assert ranks[1].finish(report) == LOST

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 import yaml
 
 from dsdpo.__main__ import in_process_group, main
-from tests.commands.processes import DSDPO, finish, free_port, launcher
+from tests.commands.processes import DSDPO, Forked, finish, launcher, start_ranks
 from tests.runs import settings
 
 SHARD_PAIRS = 16
@@ -39,19 +37,10 @@ def write_run(folder: Path, inputs: Path, **sections: Any) -> Path:
     return folder / "run.yaml"
 
 
-def start_ranks(run: Path, world_size: int, log: Path) -> list[subprocess.Popen[bytes]]:
-    """`dsdpo precompute` on plain processes that find each other through the environment, as under any launcher."""
-    port = str(free_port())
-    processes = []
-    for rank in range(world_size):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        environment |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [*DSDPO, "precompute", str(run), "--verbose", "--shard-pairs", str(SHARD_PAIRS)]
-        with log.with_name(f"{log.name}-{rank}").open("wb") as out:
-            processes.append(
-                subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment})
-            )
-    return processes
+def start(run: Path, world_size: int, log: Path) -> list[Forked]:
+    """`dsdpo precompute` on some ranks, each with a log of its own."""
+    arguments = ["precompute", str(run), "--verbose", "--shard-pairs", str(SHARD_PAIRS)]
+    return start_ranks(arguments, [log.with_name(f"{log.name}-{rank}") for rank in range(world_size)])
 
 
 def shards(store: Path) -> Iterator[tuple[str, int]]:
@@ -72,7 +61,7 @@ def stored(store: Path) -> dict[bytes, list[float]]:
 def kill_somewhere(run: Path, log: Path, *, after_rows: int, rng: random.Random) -> int:
     """Start two ranks, kill -9 both somewhere after `after_rows` rows are stored; the pairs lost by it."""
     store = run.parent / "store"
-    processes = start_ranks(run, 2, log)
+    processes = start(run, 2, log)
     try:
         while sum(rows for _, rows in shards(store)) < after_rows:
             assert all(process.poll() is None for process in processes), log_text(log)
@@ -99,7 +88,7 @@ def log_text(log: Path) -> str:
 
 def test_killed_three_times_and_finished_by_one_rank(inputs: Path, tmp_path: Path) -> None:
     whole = write_run(tmp_path / "whole", inputs, reference={"store": str(tmp_path / "whole" / "store")})
-    for process in start_ranks(whole, 2, tmp_path / "log-whole"):
+    for process in start(whole, 2, tmp_path / "log-whole"):
         assert process.wait() == 0, log_text(tmp_path / "log-whole")
     expected = stored(tmp_path / "whole" / "store")
     assert len(expected) == PAIRS
@@ -115,7 +104,7 @@ def test_killed_three_times_and_finished_by_one_rank(inputs: Path, tmp_path: Pat
     assert lost <= 3 * 2 * SHARD_PAIRS, "a shard for each rank and kill"
     assert before < PAIRS, "there is something left to finish"
 
-    [last] = start_ranks(killed, 1, tmp_path / "log-last")
+    [last] = start(killed, 1, tmp_path / "log-last")
     assert last.wait() == 0, log_text(tmp_path / "log-last")
     said = (tmp_path / "log-last-0").read_text()
     assert f"{PAIRS} pairs, {before} known (16 scored again and found right), {PAIRS - before} scored" in said

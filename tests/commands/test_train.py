@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dsdpo.__main__ import main
 from dsdpo.config.load import dotted_keys, load_run, run_parser
 from dsdpo.config.run import RunConfig
-from tests.commands.processes import DSDPO, finish, free_port, launcher
+from tests.commands.processes import DSDPO, SLURM, finish, launcher, start_ranks
 from tests.commands.test_bad_input import command_here
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, settings, train_on, write_json
@@ -223,21 +222,14 @@ def test_verbose_brings_the_libraries_back(inputs: Path, tmp_path: Path) -> None
 def test_slurm_starts_ranks_by_its_own_variables(inputs: Path, tmp_path: Path) -> None:
     """Two processes with what srun sets and nothing else."""
     run = settings(tmp_path, inputs)
-    path, port = run_file(tmp_path, run), str(free_port())
-    ranks = []
-    for rank in ("0", "1"):
-        slurm = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-        environment = {**os.environ, **slurm, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with (tmp_path / f"{rank}.log").open("w") as log:
-            ranks.append(
-                subprocess.Popen([*DSDPO, "train", path], env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    ranks = start_ranks(["train", run_file(tmp_path, run)], logs, names=SLURM)
     try:
         codes = [process.wait(timeout=LIMIT_S) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    said = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+    said = [log.read_text() for log in logs]
     assert codes == [0, 0], said
     assert "2 ranks" in said[0]
     assert said[1] == ""
