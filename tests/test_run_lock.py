@@ -40,14 +40,14 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def test_a_live_run_keeps_its_folder(other: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_the_folder_of_a_live_run_is_refused(other: subprocess.Popen[str], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     assert str(other.pid) in str(holder(folder))
     with pytest.raises(ConfigError, match=f"in use by process {other.pid} on .*choose another folder"):
         RunLock(folder).acquire()
 
 
-def test_a_dead_runs_folder_is_taken_at_once(other: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_the_folder_of_a_dead_run_is_taken_over(other: subprocess.Popen[str], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     other.send_signal(signal.SIGKILL)
     time.sleep(0.5)  # a zombie until its parent looks
@@ -61,7 +61,7 @@ def test_a_dead_runs_folder_is_taken_at_once(other: subprocess.Popen[str], tmp_p
     assert not folder.path.exists(), "nothing was written into it"
 
 
-def test_a_number_given_out_again_is_another_process(tmp_path: Path) -> None:
+def test_a_reused_pid_is_another_process(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     first = RunLock(folder)
     first.acquire()
@@ -74,7 +74,7 @@ def test_a_number_given_out_again_is_another_process(tmp_path: Path) -> None:
     second.release()
 
 
-def test_another_machines_run_is_known_by_its_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its clock says; and a holder that was taken for dead learns that it has lost the folder."""
     monkeypatch.setattr(run_lock, "BEAT_S", 0.2)
     monkeypatch.setattr(run_lock, "SILENT_S", 2.0)
@@ -99,7 +99,7 @@ def test_another_machines_run_is_known_by_its_signs_of_life(tmp_path: Path, monk
     second.release()
 
 
-def test_a_file_that_is_no_lock_is_not_in_the_way_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_lock_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "SILENT_S", 0.5)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()

@@ -111,7 +111,7 @@ def test_under_the_deepspeed_launcher(name: str, inputs: Path, tmp_path: Path) -
     assert "terminate called" not in said
 
 
-def test_mistake_that_only_another_rank_sees_is_told(inputs: Path, tmp_path: Path) -> None:
+def test_an_error_on_another_rank_only_is_reported_by_it(inputs: Path, tmp_path: Path) -> None:
     """Rank 1 on a node without the run file: rank 0 waits for it in vain, so rank 1 speaks."""
     command = [*DSDPO, "train", str(tmp_path / "nowhere.yaml")]
     answer = finish(command, limit_s=HANG_S, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")

@@ -48,7 +48,7 @@ def test_help_ends_with_0_and_imports_no_torch() -> None:
     assert answer.stdout.endswith("False\n")
 
 
-def test_rank_0_ends_last_and_nobody_waits_for_long() -> None:
+def test_rank_0_ends_last_within_the_time_limit() -> None:
     assert run_ranks(2, part_here) == [True, True]
 
 

@@ -86,7 +86,7 @@ def test_an_answer_names_settings_that_exist_or_says_there_is_none() -> None:
         ("data.type", ""),
     ],
 )
-def test_only_slips_of_the_fingers_are_guessed_at(key: str, answer: str) -> None:
+def test_only_misspellings_get_a_suggestion(key: str, answer: str) -> None:
     assert about_unknown(key, [name for name in KEYS if name != "loss.rpo_alpha"]) == answer
 
 

@@ -46,7 +46,7 @@ def run(**sections: Any) -> RunConfig:
         ({"export": {"which": "best"}}, ["export.which best", "keep_best"]),
     ],
 )
-def test_what_goes_by_nothing_is_refused(sections: dict[str, Any], expected: list[str]) -> None:
+def test_contradictory_evaluation_settings_are_refused(sections: dict[str, Any], expected: list[str]) -> None:
     with pytest.raises(ValidationError) as refused:
         run(**sections)
     for text in expected:

@@ -205,7 +205,7 @@ DURATIONS = {
 
 
 @pytest.mark.parametrize("text", DURATIONS)
-def test_a_length_of_time_is_the_same_in_yaml_quoted_or_not_and_on_the_command_line(text):
+def test_durations_are_read_alike_from_yaml_and_the_command_line(text):
     in_yaml = load(GOOD + f"checkpoint: {{deadline: {text}}}\n")[0]
     quoted = load(GOOD + f"checkpoint: {{deadline: '{text}'}}\n")[0]
     option = load(GOOD, "--checkpoint.deadline", text)[0]
@@ -216,7 +216,7 @@ def test_a_length_of_time_is_the_same_in_yaml_quoted_or_not_and_on_the_command_l
 @pytest.mark.parametrize(
     "text", ["0", "-5", "-00:10:00", "1:90", "1:60:00", "1-25", "soon", "2h", "nan", "1e300", "true", "''"]
 )
-def test_what_is_no_length_of_time_is_refused(text):
+def test_invalid_durations_are_refused(text):
     for key in ("checkpoint.deadline", "distributed.lost_after"):
         section, name = key.split(".")
         assert f"run.yaml: {key} is " in refusal(GOOD + f"{section}: {{{name}: {text or chr(39) * 2}}}\n")
@@ -241,7 +241,7 @@ def test_what_is_no_length_of_time_is_refused(text):
         ("", ["--data.eval=null"], "data.eval", None),
     ],
 )
-def test_values_mean_what_they_say(text, options, key, value):
+def test_yaml_1_1_traps_are_read_as_written(text, options, key, value):
     run, _ = load(GOOD.replace("train: some/data", "train: some/data, eval: held/out") + text + "\n", *options)
     for name in key.split("."):
         run = getattr(run, name)
@@ -289,7 +289,7 @@ def test_a_home_folder_is_found_in_every_path(monkeypatch):
         ),
     ],
 )
-def test_whoever_gave_the_value_is_blamed(text, options, begins, mentions):
+def test_errors_name_the_source_of_the_value(text, options, begins, mentions):
     message = refusal(GOOD.replace("loss:   # all defaults\n", "") + text + "\n", *options)
     assert message.startswith(begins)
     assert mentions in message
@@ -317,13 +317,13 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=range(10),
 )
-def test_hostile_yaml_is_refused_at_once(text, mentions):
+def test_malicious_and_invalid_yaml_is_refused_quickly(text, mentions):
     started = time.process_time()
     assert mentions in refusal(text)
     assert time.process_time() - started < 3
 
 
-def test_what_is_no_file_is_refused_and_not_waited_for(folder):
+def test_pipes_and_devices_are_refused_without_reading(folder):
     os.mkfifo(folder / "pipe.yaml")
     with pytest.raises(ConfigError, match=r"pipe\.yaml: .*a pipe"):
         load_run(["pipe.yaml"], run_parser("dsdpo train", "Train."))

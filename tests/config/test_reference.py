@@ -77,7 +77,7 @@ def test_a_reference_is_not_loaded_for_a_loss_without_one() -> None:
         plan(loss="robust", strategy="none")
 
 
-def test_whose_weights() -> None:
+def test_path_and_adapter_of_the_reference() -> None:
     assert plan().model.path == "policy"
     assert plan(path="other", revision="v2").model.path == "other"
     continued = plan({"path": "first"}, strategy="separate").model.lora

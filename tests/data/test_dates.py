@@ -54,6 +54,6 @@ def test_first_day_stands_on_later_days(tmp_path: Path) -> None:
     assert settled_date(data(tmp_path), letter_tokenizer()) is None
 
 
-def test_date_of_the_setting_is_a_day() -> None:
+def test_invalid_dates_are_refused() -> None:
     with pytest.raises(ValueError, match="give a date as YYYY-MM-DD"):
         DataConfig.model_validate({"train": "d", "date": "tomorrow"})

@@ -123,7 +123,7 @@ def test_every_layout_has_its_test() -> None:
 @pytest.mark.parametrize(
     "name", ["shp.jsonl", "pku_saferlhf.jsonl", "helpsteer3.jsonl", "arena_human_preference.jsonl"]
 )
-def test_columns_that_say_which_came_first_need_the_label_beside_them(name: str) -> None:
+def test_first_and_second_response_columns_need_a_label_column(name: str) -> None:
     columns = {ours: theirs for ours, theirs in SETS[name][0]["columns"].items() if ours != "preferred"}
     with pytest.raises(DataError, match="which response came first, not which is better") as caught:
         examples_of(FORMATS / name, {"columns": columns})
@@ -244,7 +244,7 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_nothing_of_a_row_is_lost_and_the_prompt_stands_once(case: str) -> None:
+def test_rows_are_read_whole_with_the_prompt_once(case: str) -> None:
     row, example = READ[case]
     assert to_examples(row, RowRules()) == [example]
 

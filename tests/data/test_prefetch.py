@@ -72,7 +72,7 @@ def test_an_error_comes_out_as_it_is_after_the_windows_before_it() -> None:
 
 
 @pytest.mark.parametrize("way", ["close", "drop", "error in the reader"])
-def test_the_thread_ends_with_its_reader(way: str) -> None:
+def test_the_prefetch_thread_ends_with_its_reader(way: str) -> None:
     log: list[int] = []
     ahead = prefetch(windows(1000, log), CPU)
     next(ahead)
@@ -88,7 +88,7 @@ def test_the_thread_ends_with_its_reader(way: str) -> None:
     assert len(log) <= 4
 
 
-def test_the_process_can_end_in_the_middle() -> None:
+def test_the_process_can_exit_while_prefetching() -> None:
     """Whether the reader is forgotten in a global, or the thread is stuck in its source for ever."""
     program = """
 import threading, torch

@@ -250,7 +250,7 @@ def test_second_run_opens_what_the_first_made(tmp_path: Path) -> None:
     assert before == {name: (folder / name).stat().st_mtime_ns for name in FILES}
 
 
-def test_whatever_decides_the_ids_makes_new_pairs(tmp_path: Path) -> None:
+def test_the_cache_key_covers_all_that_decides_token_ids(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
     made = {prepared(tmp_path, path).digest}
     prepared(tmp_path, path, max_length=49)

@@ -42,7 +42,7 @@ def compare() -> tuple[list[bool], list[bool]]:
     )
 
 
-def test_cpu_adam_goes_on_as_if_it_had_never_been_away() -> None:
+def test_cpu_adam_resumes_bit_for_bit() -> None:
     counted, not_counted = run_ranks(1, compare)[0]
     assert all(counted)
     assert not any(not_counted), "DeepSpeed has come to do this itself: count_through can go"

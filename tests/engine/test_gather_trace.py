@@ -87,7 +87,7 @@ def test_each_step_gathers_the_same(kind: str, inputs: Path, tmp_path: Path) -> 
     assert [row["gathered"] for row in other_rank] == [row["gathered"] for row in ours]
 
 
-def test_one_order_for_both_loses_it_every_step(inputs: Path, tmp_path: Path) -> None:
+def test_one_gather_order_for_both_is_invalidated_every_step(inputs: Path, tmp_path: Path) -> None:
     """What the second order is for: the same steps, the same losses, and without it far more gathers, mostly late."""
     run = run_for(tmp_path, inputs, {"r": 4})
     [ours, _] = run_ranks(2, count_steps, run, True)

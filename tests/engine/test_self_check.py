@@ -104,7 +104,7 @@ def prefetching(run: dict[str, Any]) -> list[tuple[bool, int]]:
     return found
 
 
-def test_the_look_leaves_the_record_of_gathers_whole(inputs: Path, tmp_path: Path) -> None:
+def test_self_check_keeps_the_gather_trace(inputs: Path, tmp_path: Path) -> None:
     for (policy_spoilt, _), (reference_spoilt, _) in run_ranks(2, prefetching, settings(tmp_path, inputs)):
         assert not policy_spoilt
         assert not reference_spoilt

@@ -65,7 +65,7 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_
         ({"WORLD_SIZE": "1"}, Launched("nobody", 0, 1, 0, 1)),
     ],
 )
-def test_who_this_process_is(variables: dict[str, str], expected: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_is_read_from_each_launchers_variables(variables: dict[str, str], expected: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched() == expected
@@ -86,7 +86,7 @@ def test_who_this_process_is(variables: dict[str, str], expected: Launched, monk
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, ("SLURM_NTASKS", "srun")),
     ],
 )
-def test_half_a_word_is_refused(
+def test_incomplete_launcher_variables_are_refused(
     variables: dict[str, str], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -116,7 +116,7 @@ def test_mpi_on_several_nodes_without_an_address_is_told_what_to_set(monkeypatch
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "http"])
-def test_port_that_is_none(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_master_port_is_refused(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ConfigError, match="MASTER_PORT is"):

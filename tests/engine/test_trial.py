@@ -111,6 +111,6 @@ def test_one_json_for_both_engines_gives_the_reference_what_it_can_use(tmp_path:
 
 
 @pytest.mark.parametrize("key", ["torch_autocast", "data_types"])
-def test_block_that_is_no_block_is_refused_in_a_reference_too(key: str) -> None:
+def test_a_block_that_is_no_object_is_refused_in_a_reference_too(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} is 3, but it takes a block"):
         reference({key: 3, "zero_optimization": {"stage": 3}})

@@ -193,7 +193,7 @@ def test_a_model_without_the_attention_is_never_silently_wrong() -> None:
         lm(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
-def test_generation_is_as_before() -> None:
+def test_generation_equals_eager_attention() -> None:
     prompt = torch.tensor([[0, 5, 9], [4, 6, 8]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     for name in ("llama", "mistral-window", "gemma2-window-softcap"):
@@ -309,7 +309,7 @@ def test_torch_has_the_function_that_is_called() -> None:
         (torch.bfloat16, 64, {"dropout": 0.1}, (8, 0), "dropout"),
     ],
 )
-def test_what_no_kernel_can_compute_is_named(dtype, head_size, variant, capability, reason) -> None:
+def test_reasons_why_a_flash_kernel_cannot_be_used(dtype, head_size, variant, capability, reason) -> None:
     nothing = {"scale": None, "dropout": 0.0, "window": None, "softcap": None, "sinks": None}
     said = module.no_kernel_for(dtype, head_size, module.Variant(**nothing | variant), capability)
     assert (said is None) if reason is None else reason in said

@@ -95,7 +95,7 @@ def test_what_cannot_be_followed_is_refused(around: Any, words: str) -> None:
         ResponseScorer(own_code(around))
 
 
-def test_a_model_that_leaves_nothing_changed_behind() -> None:
+def test_finding_the_logit_transform_changes_no_output() -> None:
     lm = tiny_lm("gemma2")
     ids = torch.tensor([[5, 6, 7]])
     before = lm(input_ids=ids).logits

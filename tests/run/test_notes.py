@@ -16,7 +16,7 @@ def notes_here(runs: list[dict[str, Any]]) -> list[list[str]]:
     return [list(run_notes(planned(run))) for run in runs]
 
 
-def test_a_plan_that_cannot_be_meant_gets_a_line(inputs: Path, tmp_path: Path) -> None:
+def test_suspicious_settings_are_noted_in_the_plan(inputs: Path, tmp_path: Path) -> None:
     rows = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
     few, shared = tmp_path / "few.jsonl", tmp_path / "shared.jsonl"
     few.write_text("".join(rows[:10]))

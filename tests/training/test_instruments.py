@@ -13,7 +13,7 @@ from dsdpo.training.perf import PHASES
 from tests.runs import metrics, settings, train_on
 
 
-def test_a_profile_has_the_phases_and_the_first_step_is_learned_by_heart(inputs: Path, tmp_path: Path) -> None:
+def test_profile_has_the_phases_and_overfit_first_step_repeats_the_first_step(inputs: Path, tmp_path: Path) -> None:
     moves = {"sync_ref_model": True, "ref_model_sync_steps": 6, "ref_model_mixup_alpha": 1.0}
     run = settings(
         tmp_path,

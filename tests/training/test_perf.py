@@ -19,7 +19,7 @@ from tests.runs import metrics, settings, train_here
 PEAK = 0.5  # TFLOP/s, made up
 
 
-def test_what_stands_between_two_phases_counts_to_the_second() -> None:
+def test_time_between_two_phases_counts_to_the_second() -> None:
     readings = iter([10.0, 12.0, 12.5, 17.0, 20.0, 21.0])
     laps = Laps(lambda: next(readings))
     for phase in ("data", "reference", "data"):
@@ -31,7 +31,7 @@ def test_what_stands_between_two_phases_counts_to_the_second() -> None:
 
 
 @pytest.mark.gpu
-def test_a_device_counts_its_own_time() -> None:
+def test_phases_are_timed_on_the_device() -> None:
     """A phase that only queues work has the work's time, and the wait for it has none."""
     matrix = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
@@ -105,7 +105,7 @@ def train_and_count(run: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("micro_batches", "layout"), [(1, "padded"), (4, "auto"), (8, "auto")])
-def test_a_run_says_where_it_stands(micro_batches: int, layout: str, inputs: Path, tmp_path: Path) -> None:
+def test_a_run_logs_throughput_memory_and_communication(micro_batches: int, layout: str, inputs: Path, tmp_path: Path) -> None:
     run = settings(
         tmp_path,
         inputs,

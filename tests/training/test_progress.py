@@ -28,7 +28,7 @@ def test_the_bar_fits_into_80_columns(total: int, shown: str) -> None:
     assert len(line) <= 80
 
 
-def test_one_is_singular() -> None:
+def test_counts_in_singular_and_plural() -> None:
     assert [counted(number, "rank") for number in (0, 1, 2, 1728)] == ["0 ranks", "1 rank", "2 ranks", "1,728 ranks"]
     assert counted(2, "process", "processes") == "2 processes"
     assert [every(number, "step") for number in (1, 100)] == ["every step", "every 100 steps"]

@@ -60,7 +60,7 @@ def test_a_last_save_that_fails_still_exports_the_model(inputs: Path, tmp_path: 
         assert load_file(disk / "run" / "model" / "model.safetensors")
 
 
-def test_an_export_that_finds_no_room_leaves_the_old_model_and_loses_nothing(inputs: Path, tmp_path: Path) -> None:
+def test_a_failed_export_keeps_the_old_model_and_the_new_weights(inputs: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=20_000) as disk:
         settings = {"train": {"max_steps": 2}, "overwrite_output_dir": True, "optimizer": {"learning_rate": 1e-2}}
         run = run_on(disk, tmp_path, inputs, every_steps=0, save_attempts=2, save_pause=0) | settings

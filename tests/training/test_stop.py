@@ -84,7 +84,7 @@ def test_a_stop_file_a_deadline_and_a_time_limit_stop_too(inputs: Path, tmp_path
     assert run_ranks(2, exit_code, short) == [0, 0]
 
 
-def test_a_clock_that_jumps_stops_nothing_and_bends_no_metric(inputs: Path, tmp_path: Path) -> None:
+def test_changes_of_the_system_clock_affect_neither_deadline_nor_metrics(inputs: Path, tmp_path: Path) -> None:
     """The time of day is set a day back and a year ahead, again and again, during a run with an hour to go."""
     run = settings(tmp_path, inputs, checkpoint={"every_steps": 2, "deadline": 3600})
     assert run_ranks(2, exit_code_while_the_clock_jumps, run) == [0, 0]
