@@ -33,7 +33,7 @@ def launcher(ranks: int = 2) -> list[str]:
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
 # What starting a process group in the test process itself leaves behind: a command would take it for its launcher's.
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = (*ENVIRONMENT, "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment_of(**changes: str) -> dict[str, str]:

@@ -65,7 +65,9 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_
         ({"WORLD_SIZE": "1"}, Launched("nobody", 0, 1, 0, 1)),
     ],
 )
-def test_rank_is_read_from_each_launchers_variables(variables: dict[str, str], expected: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_is_read_from_each_launchers_variables(
+    variables: dict[str, str], expected: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched() == expected
