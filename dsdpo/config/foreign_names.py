@@ -20,6 +20,7 @@ _TABLE = {
     "flash_attn flash_attention flash_attn_2 use_flash_attention_2 attn_impl attention sdp_attention "
     "xformers_attention eager_attention": "use model.attn_implementation, e.g. sdpa or flash_attention_2",
     "activation_checkpointing gradient_checkpoint disable_gradient_checkpointing": "use model.gradient_checkpointing",
+    "tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp sequence_tiled_compute": "use model.mlp_tile_tokens",
     "gradient_checkpointing_kwargs activation_checkpointing_kwargs gradient_checkpointing_use_reentrant "
     "use_reentrant_gc": _NONE + "checkpointing is non-reentrant; model.gradient_checkpointing switches it",
     "tokenizer_name tokenizer_name_or_path tokenizer_config tokenizer_path": "use model.tokenizer",

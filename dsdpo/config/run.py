@@ -52,6 +52,9 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: about a third more compute for far less memory."""
     activation_offloading: bool = False
     """Keep what gradient checkpointing does not recompute, each block's input, in pinned host memory."""
+    mlp_tile_tokens: PositiveInt | None = None
+    """Tokens of a row that a layer's MLP computes at a time, so that no other inner activations are in memory; costs
+    one more pass through the MLPs. null: the whole row."""
     lora: LoraConfig | None = None
     """Train an adapter in place of all weights: peft.LoraConfig's fields, or {path: adapter folder}."""
     trust_remote_code: bool = False

@@ -20,6 +20,7 @@ from dsdpo.engine.blank import attention_name, key_mapping, quiet_loading, refus
 from dsdpo.engine.rope import fix_rope_factors
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
+from dsdpo.objective.tiles import compute_in_tiles, mlps_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -59,6 +60,8 @@ def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: LayoutName, l
     if longest is not None:
         fix_rope_factors(lm, longest)
     mark_moe_leaves(lm)
+    if model.mlp_tile_tokens is not None:
+        tile_mlps(lm, model.mlp_tile_tokens)
     return lm
 
 
@@ -98,6 +101,16 @@ def mark_moe_leaves(lm: nn.Module) -> None:
     blocks = {type(module) for module in lm.modules() if "experts" in dict(module.named_children())}
     if blocks:
         deepspeed.utils.set_z3_leaf_modules(lm, list(blocks))
+
+
+def tile_mlps(lm: nn.Module, tokens: int) -> None:
+    """Compute the layers' MLPs `tokens` tokens at a time.
+
+    ZeRO-3 gathers each MLP whole, once for all its tiles: ranks whose rows differ in length have other numbers of them.
+    """
+    for mlp in mlps_of(lm):
+        compute_in_tiles(mlp, tokens)
+        deepspeed.utils.set_z3_leaf_module(mlp, True)
 
 
 def refuse_on_device(model: ModelConfig) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,6 +39,7 @@ NAMES = {"auto": "dsdpo", "sdpa": "dsdpo_sdpa", "flash_attention_2": "dsdpo", "f
 
 SHORT = 64  # tokens; sequences up to here are computed together
 ROWS = 1024  # queries that one explicit mask covers: bounds its size
+KEPT_SCORES = 4096  # queries of a sequence up to which explicit scores are kept for the backward pass
 # torch's kernel for CPUs passes over hidden keys only where there are 512 in a row: blocks of queries that end at their
 # last visible key take a third less time at 512 keys, a seventh less at 900, no less beyond.
 ROWS_ON_CPU, KEYS_IN_BLOCKS_ON_CPU = 128, 1024
@@ -198,7 +200,13 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> list
         first = 0 if window is None else max(0, end - count + 1 - window)
         block = query[:, :, start : start + count], key[:, :, first:end], value[:, :, first:end]
         mask = _band(query, count, end - first, window)
-        blocks.append(_sdpa(*block, variant, attn_mask=mask) if plain else _explicit(*block, mask, variant))
+        if plain:
+            blocks.append(_sdpa(*block, variant, attn_mask=mask))
+        elif queries > KEPT_SCORES and torch.is_grad_enabled():
+            # The scores of all blocks together are the square of the row: each block's are made again when needed.
+            blocks.append(checkpoint(_explicit, *block, mask, variant, use_reentrant=False))
+        else:
+            blocks.append(_explicit(*block, mask, variant))
     return blocks
 
 

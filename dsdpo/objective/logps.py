@@ -22,17 +22,15 @@ from torch.autograd.graph import save_on_cpu
 from dsdpo.data.batch import Packed, Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
+from dsdpo.objective.chunked_head import ChunkedHead
 from dsdpo.objective.decode import Decoding
-from dsdpo.objective.output_head import LogitTransform, base_lm, decoder_of, linear_heads, logit_transform
+from dsdpo.objective.output_head import base_lm, decoder_of, linear_heads, logit_transform
 from dsdpo.objective.router import Routing, loads
 from dsdpo.objective.sequence_parallel import own_part, sum_over_group
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.objective.types import CausalLM
 from dsdpo.sequence_group import SequenceGroup
 
-# Of float32 logits alive at once: large products suit a GPU, and what fits its caches suits a CPU, which takes no more
-# time for 16 MiB than for 256 and a fifth less where memory comes fresh from the system.
-CHUNK_BYTES, CHUNK_BYTES_ON_CPU = 256 * 2**20, 16 * 2**20
 LOGPS_VERSION = 2  # raise it when the same weights and tokens come to give other log-probs: stored ones become unusable
 
 # What other batches, layouts, kernels and machines may make of the same log-prob, per nat and response token.
@@ -277,122 +275,3 @@ def attention_inputs(batch: PreferenceBatch, lm: CausalLM, group: SequenceGroup 
     # transformers takes a mask of four dimensions for one made by the caller and makes none; its content is not read.
     dummy = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     return {"attention_mask": dummy, "packed": batch.attention, **({} if group is None else {"sequence": group})}
-
-
-class ChunkedHead(nn.Linear):
-    """An output head that can return log-probs of given targets; without targets it is the `nn.Linear` it was."""
-
-    transform: LogitTransform
-    only_at: Tensor | None = None  # (N,) flat positions; set for passes that need the logits of no others
-
-    def forward(
-        self,
-        hidden: Tensor,
-        targets: Tensor | None = None,
-        chunk: int | None = None,
-        extras: tuple[str, ...] = (),
-    ) -> Tensor:
-        """Log-prob (N,) float32 of `targets` (N,) after `hidden` (N, H), in chunks of `chunk` tokens.
-
-        With `extras`, a row for each after it, (1 + E, N), whose gradient is not taken: "alignment", the log-prob less
-        log Σ_v p(v)² (WPO); "entropy" of the distribution over the vocabulary, nats.
-        """
-        if targets is None:
-            if self.only_at is not None:
-                hidden = hidden.flatten(0, 1).index_select(0, self.only_at)[None]
-            return super().forward(hidden)
-        live = CHUNK_BYTES_ON_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
-        chunk = chunk or max(1, live // (4 * self.out_features))
-        transform = self.transform
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if transform.hidden_scale != 1.0:
-            hidden = hidden * transform.hidden_scale
-        if transform.vocabulary is not None:
-            weight, bias = weight[: transform.vocabulary], None if bias is None else bias[: transform.vocabulary]
-        return _ChunkedLogp.apply(hidden, weight, bias, targets, transform, chunk, extras)
-
-
-class _ChunkedLogp(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: LogitTransform,
-        chunk: int,
-        extras: tuple[str, ...],
-    ) -> Tensor:
-        rows = torch.empty(1 + len(extras), len(hidden), dtype=torch.float32, device=hidden.device)
-        logps = rows[0]
-        normalizer = torch.empty_like(logps)
-        for at in _slices(len(hidden), chunk):
-            logits = _logits(hidden[at], weight, bias, transform)
-            normalizer[at] = logits.logsumexp(-1)
-            logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - normalizer[at]
-            for row, name in enumerate(extras, start=1):
-                rows[row, at] = _extra(name, logits, logps[at], normalizer[at])
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
-        ctx.transform, ctx.chunk = transform, chunk
-        device = hidden.device.type
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return rows if extras else logps
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # Logits must be made again as they were, and autograd runs a backward outside of autocast.
-        enabled, dtype = ctx.autocast
-        with torch.autocast(grad.device.type, dtype=dtype, enabled=enabled):
-            return _ChunkedLogp._backward(ctx, grad)
-
-    @staticmethod
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
-        grad = grad if grad.dim() == 1 else grad[0]
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Sums over chunks stay in float32: adding chunk products in bfloat16 drifts with their number.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for at in _slices(len(hidden), ctx.chunk):
-            logits = _logits(hidden[at], weight, bias, ctx.transform)
-            delta = torch.exp(logits - normalizer[at, None]).mul_(-grad[at, None])
-            delta.scatter_add_(-1, targets[at, None], grad[at, None])
-            delta = ctx.transform.backward(delta, logits)
-            del logits
-            if grad_bias is not None:
-                grad_bias += delta.sum(0)
-            delta = delta.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[at] = delta @ weight
-            if grad_weight is not None:
-                grad_weight += delta.t() @ hidden[at]
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    logits = hidden @ weight.t()
-    if bias is not None:
-        logits = logits + bias
-    return transform(logits.float())
-
-
-def _extra(name: str, logits: Tensor, logps: Tensor, normalizer: Tensor) -> Tensor:
-    """(n,) of `ChunkedHead`'s extras for the logits (n, V) of a chunk."""
-    if name == "alignment":
-        return logps - ((2.0 * logits).logsumexp(-1) - 2.0 * normalizer)
-    return normalizer - (torch.exp(logits - normalizer[:, None]) * logits).sum(-1)
-
-
-def _slices(length: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]

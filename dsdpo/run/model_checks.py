@@ -19,6 +19,7 @@ from dsdpo.engine.lora import check_adapter_fits
 from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError
 from dsdpo.objective.sequence_parallel import refuse_heads
+from dsdpo.objective.tiles import mlps_of
 
 CAUSAL = "dsdpo trains causal language models"
 
@@ -154,6 +155,8 @@ def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: Layout
     if (reference.path, reference.revision) != (run.model.path, run.model.revision):
         check_model_fits(reference, layout=layout, key="reference.path" if run.reference.path else "reference.revision")
     check_adapter_fits(lm, run.model)
+    if run.model.mlp_tile_tokens is not None:
+        mlps_of(lm)
 
 
 def check_tokenizers(run: RunConfig, reference: ModelConfig, tokenizer: Any, models: dict[str, Any]) -> None:

@@ -265,6 +265,7 @@ MODEL = [
         {"distributed": {"sequence_parallel": 2}},
         change=partial(change_config, num_attention_heads=3, num_key_value_heads=3, hidden_size=96),
     ),
+    Case("tiles of no token", ("model.mlp_tile_tokens is 0",), {"model": {"mlp_tile_tokens": 0}}),
     Case(
         "rows of a state-space model to split",
         ("2 ranks can share packed rows only, and mamba", "leave it out"),

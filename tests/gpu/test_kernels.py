@@ -17,7 +17,9 @@ from dsdpo.data.packed_layout import collate_packed
 from dsdpo.data.prefetch import pinned, prefetch
 from dsdpo.objective import attention as module
 from dsdpo.objective.attention import Kernel, Variant, attend_at_once, attend_by_pair, no_kernel_for
-from dsdpo.objective.logps import ChunkedHead, LogitTransform, ResponseScorer, response_logps
+from dsdpo.objective.chunked_head import ChunkedHead
+from dsdpo.objective.logps import ResponseScorer, response_logps
+from dsdpo.objective.output_head import LogitTransform
 from dsdpo.training.perf import DeviceLaps
 from tests.gpu.support import DEVICE, ON_CUDA, distance
 from tests.tiny import random_pairs, tiny_lm

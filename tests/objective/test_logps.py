@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsdpo.data.batch import collate_padded
 from dsdpo.data.pairs import Group
 from dsdpo.errors import ConfigError
-from dsdpo.objective import logps as module
-from dsdpo.objective.logps import ChunkedHead, LogitTransform, PairLogps, ResponseScorer, pair_logps
+from dsdpo.objective import chunked_head as module
+from dsdpo.objective.chunked_head import ChunkedHead
+from dsdpo.objective.logps import PairLogps, ResponseScorer, pair_logps
+from dsdpo.objective.output_head import LogitTransform
 from tests.tiny import plain_logps, random_batch, random_pairs, tiny_lm
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "cohere", "granite", "mixtral"]
@@ -86,14 +88,14 @@ def test_a_frozen_head_gets_no_weight_gradient() -> None:
 class LargestTensor(TorchDispatchMode):
     """Notes the largest number of elements with the vocabulary as a dimension that any operation returns."""
 
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.vocab, self.elements = vocab, 0
+        self.vocab, self.dtype, self.elements = vocab, dtype, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and self.vocab in tensor.shape:
+            if isinstance(tensor, torch.Tensor) and self.vocab in tensor.shape and self.dtype in (None, tensor.dtype):
                 self.elements = max(self.elements, tensor.numel())
         return result
 
@@ -165,3 +167,28 @@ def test_head_under_autocast_is_as_exact_as_autograd() -> None:
     own, autograd = (float((gradient(chunked, True) - exact).norm() / exact.norm()) for chunked in (True, False))
     assert own <= 1.1 * autograd
     assert autograd > 1e-3, "no rounding here to compare"
+
+
+def test_no_float32_gradient_of_a_whole_16_bit_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sums are made a block of the vocabulary at a time, and are those of the whole."""
+    vocab, width = 500, 32
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, width, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).bfloat16().requires_grad_()
+    bias = torch.randn(vocab, generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(vocab, (64,), generator=generator)
+    transform = LogitTransform(scale=0.5, softcap=3.0)
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        logps = module._ChunkedLogp.apply(hidden, weight, bias, targets, transform, 16, ())
+        with LargestTensor(width, torch.float32) as seen:
+            found = torch.autograd.grad(logps.sum(), [hidden, weight, bias])
+        return [part.float() for part in found], seen.elements
+
+    whole, size = gradients()
+    assert size == vocab * width
+    monkeypatch.setattr(module, "SUM_BYTES", 4 * width * 150)
+    blocks, size = gradients()
+    assert size == 150 * width
+    for part, expected in zip(blocks, whole, strict=True):
+        assert (part - expected).norm() < 3e-3 * expected.norm()

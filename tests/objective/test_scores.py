@@ -10,7 +10,7 @@ from dsdpo.data.batch import collate_padded
 from dsdpo.data.collate import merge
 from dsdpo.data.packed_layout import collate_packed
 from dsdpo.data.pairs import Group
-from dsdpo.objective import logps as module
+from dsdpo.objective import chunked_head as module
 from dsdpo.objective.logps import ResponseScorer, pair_logps
 from dsdpo.objective.scores import extras_of, policy_scores
 from dsdpo.objective.token_weights import TokenWeights

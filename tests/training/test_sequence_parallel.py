@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"beta_dpo_alpha": 0.5},
     },
 }
+TILED = {"mlp_tile_tokens": 16, "gradient_checkpointing": True}
 COMPUTED = ("loss", "rewards/margins", "logps/", "lengths/", "nll/", "reference/", "pairs")
 
 
@@ -72,7 +73,8 @@ def test_split_rows_train_like_split_pairs(case: str, inputs: Path, tmp_path: Pa
     for split in (1, 2):
         # Each store of log-probs its own, or the second run would take the first one's.
         own = {"data": {"eval": str(inputs / "few.jsonl"), "cache_dir": str(tmp_path / f"cache{split}")}}
-        rows[split] = train_on(2, run_of(tmp_path / f"split{split}", inputs, split, **own, **CASES[case]))
+        tiles = {"model": TILED} if case == "separate-zero3" and split == 2 else {}
+        rows[split] = train_on(2, run_of(tmp_path / f"split{split}", inputs, split, **own, **tiles, **CASES[case]))
     assert_same(rows[2], rows[1])
     assert any(abs(row.get("rewards/margins", 0.0)) > 1e-3 for row in rows[1]), "nothing was learned"
     first, second = rows[1][0], rows[2][0]
@@ -83,7 +85,8 @@ def test_split_rows_train_like_split_pairs(case: str, inputs: Path, tmp_path: Pa
 
 
 def test_resumed_bit_for_bit_and_with_rows_split_otherwise(inputs: Path, tmp_path: Path) -> None:
-    """As it was on two ranks; then on four, two of which share a row; then on two that share none.
+    """As it was on two ranks; then on four, two of which share a row; then on two that share none, with MLPs in tiles,
+    of which rows of different lengths have different numbers.
 
     A row of metrics has the second and the third step, so that what was counted up to the checkpoint between them is
     taken along.
@@ -106,6 +109,6 @@ def test_resumed_bit_for_bit_and_with_rows_split_otherwise(inputs: Path, tmp_pat
     assert all(torch.equal(found[name], expected_weights[name]) for name in expected_weights)
     done = folder / "checkpoints" / "step-000002"
     for index, (ranks, split) in enumerate([(4, 2), (2, 1)], start=1):
-        other = run_of(tmp_path / str(index), inputs, split, **case)
+        other = run_of(tmp_path / str(index), inputs, split, **case, **({"model": TILED} if split == 1 else {}))
         shutil.copytree(done, Path(other["output_dir"]) / "checkpoints" / done.name)
         assert_same(train_on(ranks, other), expected[1:])
