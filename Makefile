@@ -3,6 +3,7 @@
 #                     ../shared, in about a minute
 # make test           every test; make test TESTS="tests/data -m real" runs a part (markers: pytest --markers)
 # make test-ranks     only the tests that start ranks
+# make test-nightly   what make test leaves out: benchmarks as whole programs
 # make test-cluster   tests on simulated hosts and a real Slurm: root, and Debian packages that it names if they are
 #                     not there; it installs nothing
 # make lint           ruff and mypy
@@ -23,7 +24,7 @@ QUICK := not ranks and not process and not real
 # One run through the whole program, with ranks, an evaluation, a checkpoint and an export.
 WHOLE_RUN := tests/commands/test_train.py tests/training/test_export.py tests/reference/test_adapter.py
 
-.PHONY: help quickstart check test test-ranks test-cluster lint format check-lowest check-newest gpu bench clean
+.PHONY: help quickstart check test test-ranks test-nightly test-cluster lint format check-lowest check-newest gpu bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -39,6 +40,9 @@ test: $(VENV)/installed
 
 test-ranks: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m ranks $(TESTS)
+
+test-nightly: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m nightly $(TESTS)
 
 test-cluster: $(VENV)/installed
 	DSDPO_TEST_CLUSTER=1 $(VENV)/bin/python -m pytest tests/cluster

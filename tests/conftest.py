@@ -23,11 +23,19 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by what it uses, so that `-m "not ranks and not process"` is the quick half."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test by what it uses, so that `-m "not ranks and not process"` is the quick half.
+
+    Those marked `nightly` are left out unless `-m` speaks of them.
+    """
     for item in items:
         for name in sorted(markers_of(item)):
             item.add_marker(name)
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        if nightly:
+            config.hook.pytest_deselected(items=nightly)
+            items[:] = [item for item in items if item not in nightly]
 
 
 def pytest_configure(config: pytest.Config) -> None:

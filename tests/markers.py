@@ -1,6 +1,6 @@
 """Which markers a test gets: what its own code, its fixtures and the helpers of tests/ and benchmarks/ reach for.
 
-Nobody has to remember to mark a test. Only `gpu` stands on a test by hand.
+Nobody has to remember to mark a test. Only `gpu` and `nightly` stand on a test by hand.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ MARKERS = {
     "process": "starts another program",
     "real": "needs the data, models and trajectories of ../shared",
     "gpu": "needs an accelerator",
+    "nightly": "seldom says something new for its time: only make test-nightly runs it",
 }
 # Names that code mentions, as globals, attributes or imports.
 OURS = ("tests.", "benchmarks.")
@@ -24,7 +25,7 @@ SIGNS = {"run_ranks": "ranks", "subprocess": "process", "multiprocessing": "proc
 
 
 def markers_of(item: pytest.Item) -> set[str]:
-    """The markers of one test; `gpu` stands on it by hand."""
+    """The markers of one test; `gpu` and `nightly` stand on it by hand."""
     if not isinstance(item, pytest.Function):
         return set()
     fixtures = item._fixtureinfo.name2fixturedefs  # pytest has no public way to ask for them

@@ -54,6 +54,7 @@ def test_micro_batches_of_four_are_dealt_in_turn() -> None:
     assert dealt == (((0, 1, 2, 3), (8, 9, 10, 11)), ((4, 5, 6, 7), (12, 13, 14, 15)))
 
 
+@pytest.mark.nightly
 def test_precompute_is_timed_against_its_forwards(tmp_path: Path) -> None:
     options = ("--tiny", "--pairs", "64", "--rounds", "2", "--ranks", "1")
     result = run_benchmark("precompute", tmp_path / "precompute.json", *options)
@@ -65,6 +66,7 @@ def test_precompute_is_timed_against_its_forwards(tmp_path: Path) -> None:
         assert all(clock > 0 for times in passes.values() for clock in times.values())
 
 
+@pytest.mark.nightly
 def test_the_bare_loop_takes_the_steps_of_the_run(tmp_path: Path) -> None:
     options = ("--tiny", "--ranks", "1", "--rounds", "2", "--steps", "2", "--pairs-per-step", "8")
     result = run_benchmark("overhead", tmp_path / "overhead.json", *options)
