@@ -110,6 +110,12 @@ def _whole_number(names: Sequence[str]) -> int | None:
     return None
 
 
+def restarts_ranks() -> bool:
+    """Whether torchrun starts the ranks again when one of them ends with another exit code than 0."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "")
+    return restarts.isdecimal() and int(restarts) > 0
+
+
 def is_main() -> bool:
     """True on the process that speaks; known from the launcher's environment before any process group exists."""
     return launched_rank() == "0"

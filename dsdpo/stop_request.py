@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from dsdpo.atomic import write_json
+from dsdpo.console import restarts_ranks
 from dsdpo.distributed import max_over_ranks, rank
 from dsdpo.errors import StoppedError, TrainingError
 from dsdpo.run_folder import RunFolder
@@ -101,6 +102,15 @@ class StopRequest:
         if code == _TIME_LIMIT:
             return "checkpoint.time_limit"
         return "checkpoint.deadline" if code == _DEADLINE else signal.Signals(code).name
+
+
+def stop_code(reason: str) -> int:
+    """The exit code of a run that stopped early by `reason`: 75, for whoever starts it again.
+
+    Where torchrun would start the ranks again at once, that is right after SIGTERM, which it sends when nodes come or
+    go; a run that was asked to stop ends with 0 there.
+    """
+    return 0 if restarts_ranks() and reason != signal.SIGTERM.name else STOPPED
 
 
 def record_stop(folder: RunFolder, *, reason: str, step: int, save_s: float | None = None) -> str:

@@ -12,7 +12,7 @@ from dsdpo.engine.quirks.compiled_ops import prepare_ops
 from dsdpo.errors import StoppedError
 from dsdpo.reference.precomputed import precompute
 from dsdpo.run.plan import plan_run
-from dsdpo.stop_request import STOPPED, StopRequest
+from dsdpo.stop_request import StopRequest, stop_code
 from dsdpo.stop_signals import noted_signals
 from dsdpo.time_limit import time_limit_of
 from dsdpo.training.lost_ranks import watched_ranks
@@ -33,6 +33,6 @@ def main(given: PrecomputeArguments) -> int:
             precompute(plan, stop, shard_rows=given.shard_pairs)
     except StoppedError as stopped:
         say(f"stopped by {stopped}; what was scored is stored, go on with the same command")
-        return STOPPED
+        return stop_code(str(stopped))
     say(f"done in {time.monotonic() - started:.0f} s; dsdpo train with the same settings takes it from there")
     return 0

@@ -15,7 +15,7 @@ from dsdpo.run.resume import state_of
 from dsdpo.run.run import Run, build_run
 from dsdpo.run.summary import describe_plan, describe_results
 from dsdpo.run_folder import RunFolder
-from dsdpo.stop_request import STOPPED, StopRequest, record_stop
+from dsdpo.stop_request import StopRequest, record_stop, stop_code
 from dsdpo.stop_signals import noted_signals
 from dsdpo.time_limit import time_limit_of
 from dsdpo.training.callbacks import Callbacks
@@ -44,7 +44,7 @@ def train(plan: Plan, callbacks: Callbacks | None = None, *, quiet: bool = False
             evaluate_at_start(run)
         except StoppedError as stopped:
             say(record_stop(folder, reason=str(stopped), step=state_of(checkpoint).step))
-            return STOPPED
+            return stop_code(str(stopped))
         reason = train_until_done(run)
         return finish(run, reason, quiet=quiet)
 
@@ -57,7 +57,7 @@ def finish(run: Run, reason: str | None, *, quiet: bool) -> int:
     run.tracker.close()
     if reason is not None:
         say(record_stop(run.folder, reason=reason, step=run.state.step, save_s=run.stop.save_s))
-        return STOPPED
+        return stop_code(reason)
     if rank() == 0 and not quiet:  # other nodes may not see its files
         say(describe_results(run.folder.path))
     return 0

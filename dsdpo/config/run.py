@@ -275,6 +275,9 @@ class DistributedConfig(Section):
     """Time without a sign of life, as HH:MM:SS or seconds, after which a rank is taken for lost and the others end."""
     sequence_parallel: PositiveInt = 1
     """Ranks that share the tokens of each packed row, for pairs too long for one; divides ranks and attention heads."""
+    min_ranks: PositiveInt = 1
+    """Fewest ranks to train with. With fewer, a run under torchrun elastic waits for nodes to join, any other is
+    refused."""
 
 
 class RunConfig(Section):

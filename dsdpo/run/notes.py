@@ -11,6 +11,7 @@ from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig
 from dsdpo.console import counted
 from dsdpo.data.pairs import Pairs
+from dsdpo.engine.elastic import shares_store
 from dsdpo.reference.store import pair_keys
 from dsdpo.run.plan import Plan
 
@@ -34,6 +35,11 @@ def run_notes(plan: Plan) -> Iterator[str]:
         yield (
             f"distributed.sequence_parallel {plan.sequence.size}: ranks that share a row are on several nodes, whose "
             "network then carries every layer's exchange; a divisor of the ranks of a node would stay on it"
+        )
+    if shares_store():
+        yield (
+            "torchrun keeps the ranks' store where its first node was at the start, with all that is in it: when nodes "
+            "go or come, ranks may not meet again. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node"
         )
     yield from schedule_notes(plan)
     yield from source_notes(run)

@@ -29,6 +29,7 @@ from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import all_or_none, local_rank, world_size
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.build import start_distributed
+from dsdpo.engine.elastic import check_ranks
 from dsdpo.engine.load import refuse_on_device
 from dsdpo.engine.trial import check_with_deepspeed
 from dsdpo.engine.zero_config import (
@@ -135,7 +136,8 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
     on all ranks alike.
     """
-    ranks = launched().world_size  # a process that does not know which of many it is can do nothing right
+    who = launched()  # a process that does not know which of many it is can do nothing right
+    ranks = check_ranks(run.distributed.min_ranks, who, timeout_minutes=run.distributed.timeout_minutes)
     reference = plan_reference(run)
     models = {"model.path": check_model(run.model, key="model.path")}
     if run.reference.path or run.reference.revision:

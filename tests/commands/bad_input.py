@@ -202,6 +202,11 @@ DEEPSPEED += [
         files={"ds.json": json.dumps({"checkpoint": {"writer": {"type": "FAST"}}, **ZERO_3})},
     ),
     Case(
+        "fewer ranks than asked for",
+        ("1 rank started, of at least 3 (distributed.min_ranks)",),
+        sections={"distributed": {"min_ranks": 3}},
+    ),
+    Case(
         "deadline after the end of the job's time",
         ("checkpoint.deadline 1:00:00 is not before checkpoint.time_limit 0:30:00",),
         options=("--checkpoint.deadline", "3600", "--checkpoint.time_limit", "30:00"),
