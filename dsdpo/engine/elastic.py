@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+from dsdpo.config.run import DistributedConfig
 from dsdpo.console import Launched, counted, restarts_ranks
 from dsdpo.errors import ConfigError, TrainingError
 from dsdpo.stop_signals import noted_signal
@@ -13,12 +14,13 @@ from dsdpo.stop_signals import noted_signal
 LOOK_S = 0.5
 
 
-def check_ranks(least: int, who: Launched, *, timeout_minutes: float) -> int:
+def check_ranks(settings: DistributedConfig, who: Launched) -> int:
     """The number of ranks, if there are as many as `distributed.min_ranks`.
 
     Otherwise, where torchrun starts all ranks anew as soon as another node joins, wait for it to do so. Raises
-    `TrainingError` when that happens or `timeout_minutes` are over, and `ConfigError` where nobody would.
+    `TrainingError` when that happens or `distributed.timeout_minutes` are over, and `ConfigError` where nobody would.
     """
+    least, timeout_minutes = settings.min_ranks, settings.timeout_minutes
     if who.world_size >= least:
         return who.world_size
     lacking = f"{counted(who.world_size, 'rank')} started, of at least {least} (distributed.min_ranks)"

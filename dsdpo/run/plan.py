@@ -136,8 +136,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     `run_file` is named where the run and a DeepSpeed JSON contradict each other. Raises `ConfigError` or `DataError`,
     on all ranks alike.
     """
-    who = launched()  # a process that does not know which of many it is can do nothing right
-    ranks = check_ranks(run.distributed.min_ranks, who, timeout_minutes=run.distributed.timeout_minutes)
+    ranks = check_ranks(run.distributed, launched())  # who does not know which of many it is can do nothing right
     reference = plan_reference(run)
     models = {"model.path": check_model(run.model, key="model.path")}
     if run.reference.path or run.reference.revision:

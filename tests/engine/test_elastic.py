@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from dsdpo.config.run import DistributedConfig
 from dsdpo.console import Launched
 from dsdpo.engine.elastic import check_ranks, shares_store
 from dsdpo.errors import ConfigError, TrainingError
@@ -25,9 +26,9 @@ def restarting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_few_ranks_are_refused_where_nobody_starts_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
-    assert check_ranks(2, TWO, timeout_minutes=1) == 2
+    assert check_ranks(DistributedConfig(min_ranks=2, timeout_minutes=1), TWO) == 2
     with pytest.raises(ConfigError, match=r"2 ranks started, of at least 3 \(distributed.min_ranks\)"):
-        check_ranks(3, TWO, timeout_minutes=1)
+        check_ranks(DistributedConfig(min_ranks=3, timeout_minutes=1), TWO)
 
 
 def test_too_few_ranks_wait_until_torchrun_ends_them(restarting: None, capfd: pytest.CaptureFixture[str]) -> None:
@@ -35,13 +36,13 @@ def test_too_few_ranks_wait_until_torchrun_ends_them(restarting: None, capfd: py
         agent = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
         agent.start()
         with pytest.raises(TrainingError, match="ended while waiting"):
-            check_ranks(3, TWO, timeout_minutes=5)
+            check_ranks(DistributedConfig(min_ranks=3, timeout_minutes=5), TWO)
     assert "waiting for more nodes to join" in capfd.readouterr().err
 
 
 def test_too_few_ranks_do_not_wait_for_ever(restarting: None) -> None:
     with pytest.raises(TrainingError, match=r"no node joined for 0\.001 minutes"):
-        check_ranks(3, TWO, timeout_minutes=0.001)
+        check_ranks(DistributedConfig(min_ranks=3, timeout_minutes=0.001), TWO)
 
 
 def test_stop_that_torchrun_would_undo_ends_with_0(monkeypatch: pytest.MonkeyPatch, restarting: None) -> None:
