@@ -19,7 +19,7 @@ from dsdpo.errors import ConfigError
 
 def plain_parser(prog: str, description: str | None) -> RunParser:
     """A parser for a command without settings of its own; `description` is its module's docstring."""
-    text = (description or "").split(": ", 1)[-1]
+    text = (description or "").split(": ", 1)[-1].split("\n\n")[0]
     parser = RunParser(prog=prog, description=text[:1].upper() + text[1:], allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=SUPPRESS)  # the launcher's
     return parser
@@ -51,10 +51,13 @@ COMMANDS = {
     "convert": "make a run file of another program's settings: dsdpo convert --from trl FILE",
     "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
     "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
+    "inspect": "a run's pairs as they are trained on: dsdpo inspect RUN.yaml",
+    "evaluate": "held-out metrics of a trained policy: dsdpo evaluate RUN|MODEL --data FILE",
+    "score": "log-probs, rewards and margins of pairs as a table: dsdpo score RUN|MODEL --data FILE --out F.parquet",
     "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",
     "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
     "demo": "make a small model and data set, train on two ranks and show what happened",
-    "plot": "draw the metrics of a run: dsdpo plot RUN_FOLDER",
+    "plot": "draw the metrics of runs: dsdpo plot RUN ...",
     "completion": "print a script that completes commands and settings: dsdpo completion bash",
 }
 

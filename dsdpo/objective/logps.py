@@ -193,6 +193,7 @@ class ResponseScorer(nn.Module):
         *,
         extras: tuple[str, ...] = (),
         own_logits: bool = False,
+        per_token: bool = False,
         routing: Routing | None = None,
         decoding: Decoding | None = None,
     ) -> Any:
@@ -200,11 +201,10 @@ class ResponseScorer(nn.Module):
 
         With `extras`, a row of such sums for each after it, (1 + E, nB): "plain", the log-probs with every token
         counted once; "alignment" and "entropy", see `ChunkedHead`, without gradient.
-
         With `routing`, it and how the routers have dealt out the tokens that this rank computes, see `router.loads`.
 
         `own_logits` takes them from the logits of the model's own forward pass, all of them in memory: for checks.
-
+        `per_token` gives the log-prob of each of `batch.targets`, (N,), in place of sums; not over a `sequence`.
         The tokens of a packed row are split over the ranks of `sequence`, which get the same batch and all return the
         sums over the whole row: then collective in that group.
 
@@ -229,6 +229,8 @@ class ResponseScorer(nn.Module):
             output = self.decoder(**inputs, **({"output_router_logits": True} if routing else {}))
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, part.score_at)
         head, of_head = self.lm.get_output_embeddings(), tuple(name for name in extras if name != "plain")
+        if per_token:
+            return head(hidden, part.targets)
         logps, *others = head(hidden, part.targets, extras=of_head).view(1 + len(of_head), -1)
         rows = {"plain": logps, **{name: row.detach() for name, row in zip(of_head, others, strict=True)}}
         sums = torch.stack([_sum(logps, part, weights), *(_sum(rows[name], part) for name in extras)])

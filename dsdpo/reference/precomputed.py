@@ -46,7 +46,7 @@ class PrecomputedReference(Reference):
         """One table for each data set, in the order in which the run numbers their pairs."""
         self.identity = identity
         # On the device, 24 bytes a pair: looking up on the host would wait for the device at every batch.
-        self._table = PairLogps.cat(tables).to(device())
+        self.table = PairLogps.cat(tables).to(device())
 
     @classmethod
     def build(cls, plan: RunPlan, policy: TrainingEngine | None) -> Reference:
@@ -56,7 +56,7 @@ class PrecomputedReference(Reference):
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         # A filler pair, id -1, gets the last row: anything finite does for what weighs nothing.
-        return [self._table.take(batch.pair_ids) for batch in batches]
+        return [self.table.take(batch.pair_ids) for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,12 @@ class Filled:
         return f"{counted(len(self.table), 'pair')}, {known:,} known{audit}, {self.scored:,} scored{speed}"
 
 
-def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = None) -> PrecomputedReference:
+def precompute(
+    plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = None, whose: str = "reference"
+) -> PrecomputedReference:
     """Score all pairs of the run with the reference engine, which is destroyed afterwards. Collective.
 
+    `whose` is what lines call the model: any model may stand in the plan as its reference.
     Raises `StoppedError` if it is to stop before all is scored; what has been is stored then.
     """
     settings, model = plan.reference.settings, plan.reference.model
@@ -98,18 +101,18 @@ def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = Non
     engine, answers = build_checked_reference(plan)
     identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
     folder = open_store_on_ranks(plan.store_folder, identity)
-    say(f"reference log-probs are kept in {folder}")
+    say(f"{whose} log-probs are kept in {folder}")
     rows_a_shard = shard_rows or SHARD_ROWS
     score_tokens = settings.score_tokens * plan.sequence.size
     job = ScoringJob(engine, score_tokens, settings.audit_rows, shard_rows=rows_a_shard, stop=stop)
-    tables = [filled.table for filled in fill_tables(plan, job, folder, dtype=identity.dtype)]
+    tables = [filled.table for filled in fill_tables(plan, job, folder, dtype=identity.dtype, whose=whose)]
     during = used_memory()
     destroy_engine(engine)
     del engine, job
     after = used_memory()
     for place in before:
         say(
-            f"reference engine on rank 0: {(during[place] - before[place]) / 2**20:.0f} MiB of {place} memory while "
+            f"{whose} engine on rank 0: {(during[place] - before[place]) / 2**20:.0f} MiB of {place} memory while "
             f"scoring, {(after[place] - before[place]) / 2**20:.0f} MiB after"
         )
     reference = PrecomputedReference(tables, identity)
@@ -117,14 +120,14 @@ def precompute(plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = Non
     return reference
 
 
-def fill_tables(plan: RunPlan, job: ScoringJob, folder: Path, *, dtype: str) -> list[Filled]:
+def fill_tables(plan: RunPlan, job: ScoringJob, folder: Path, *, dtype: str, whose: str = "reference") -> list[Filled]:
     """The log-probs of training pairs, then of held-out pairs. Collective."""
     filled = []
     for name, windows in (("train", plan.train), ("held-out", plan.evaluation)):
         if windows is not None:
             seed = plan.run.train.seed
-            filled.append(fill_table(job, windows, folder, dtype=dtype, seed=seed, name=name))
-            say(f"reference on {name} data: {filled[-1].describe()}")
+            filled.append(fill_table(job, windows, folder, dtype=dtype, seed=seed, name=name, whose=whose))
+            say(f"{whose} on {name} data: {filled[-1].describe()}")
     return filled
 
 
@@ -139,7 +142,16 @@ def open_store_on_ranks(store: Path, identity: ReferenceIdentity) -> Path:
     return folder
 
 
-def fill_table(job: ScoringJob, windows: BatchSource, folder: Path, *, dtype: str, seed: int, name: str) -> Filled:
+def fill_table(
+    job: ScoringJob,
+    windows: BatchSource,
+    folder: Path,
+    *,
+    dtype: str,
+    seed: int,
+    name: str,
+    whose: str = "reference",
+) -> Filled:
     """Log-probs of every pair of a data set, from the store or else scored now and stored. Collective.
 
     Raises CacheError where stored rows are not what the engine gives.
@@ -163,7 +175,7 @@ def fill_table(job: ScoringJob, windows: BatchSource, folder: Path, *, dtype: st
         with all_or_none():
             check_audit(table.take(audit), again, origins=pairs.origins[audit], dtype=dtype, folder=folder)
     if len(missing):
-        table.put(missing, score_rows(job, windows, missing, label=f"reference on {name} data", folder=folder))
+        table.put(missing, score_rows(job, windows, missing, label=f"{whose} on {name} data", folder=folder))
     return Filled(table.take(first), len(missing), len(audit), time.monotonic() - started)
 
 

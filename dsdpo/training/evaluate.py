@@ -14,7 +14,7 @@ from torch import Tensor
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.distributed import gather_objects
 from dsdpo.engine.scoring_mode import scoring
-from dsdpo.engine.types import TrainingEngine
+from dsdpo.engine.types import InferenceEngine
 from dsdpo.objective.logps import ListLogps, NoLogps, PairLogps
 from dsdpo.objective.losses import LossInputs, LossOutput
 from dsdpo.objective.scores import PolicyScores, policy_scores
@@ -44,7 +44,7 @@ class HeldOut:
 
 
 def evaluate(
-    policy: TrainingEngine,
+    policy: InferenceEngine,
     reference: Reference,
     loss: StepLoss,
     windows: Iterable[Sequence[PreferenceBatch]],

@@ -1,0 +1,230 @@
+"""Scores of pairs under a policy and a reference: a table with a row for each pair, and what it says in sum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dsdpo.atomic import replacing
+from dsdpo.config.data import SourceConfig
+from dsdpo.config.run import ModelConfig
+from dsdpo.console import say
+from dsdpo.data.condition import SCORES, Condition
+from dsdpo.data.dropped_rows import BadRow
+from dsdpo.data.formats import look_up
+from dsdpo.data.sources import find_sources, read_rows
+from dsdpo.distributed import gather_objects, rank
+from dsdpo.engine.build import device
+from dsdpo.engine.download import fetch_model
+from dsdpo.engine.quirks.compiled_ops import prepare_ops
+from dsdpo.engine.quirks.destroy import destroy_engine
+from dsdpo.engine.scoring_mode import scoring
+from dsdpo.errors import ConfigError, DataError
+from dsdpo.objective.logps import NoLogps, PairLogps
+from dsdpo.objective.losses import make_loss
+from dsdpo.reference.base import build_checked_reference
+from dsdpo.reference.precomputed import precompute
+from dsdpo.run.judge import Judged, as_precomputed, plan_judging
+from dsdpo.run.plan import Plan
+from dsdpo.stop_request import StopRequest
+from dsdpo.training.step_loss import StepLoss
+
+Table = dict[str, Any]  # column name -> (n,) array, or a list of n lists
+SIDES = ("chosen", "rejected")
+
+
+def score_judged(
+    what: Judged, sources: Sequence[SourceConfig], *, run_file: str, stop: StopRequest, tokens: bool = False
+) -> tuple[Table, Plan]:
+    """Every pair's log-probs, rewards and margin, in the order of the rows, on all ranks alike. Collective.
+
+    Log-probs come from the store of precomputed ones and are kept there. With `tokens`, also the id and log-prob of
+    each learned token, on rank 0. Raises `ConfigError` or `DataError` before a model loads, `StoppedError` when it is
+    to stop: what has been scored is stored.
+    """
+    if what.run.loss.rows != "pairs":
+        raise ConfigError(
+            f"dsdpo score takes losses of pairs, and loss.type is {' + '.join(what.run.loss.types)}: add --loss.type "
+            "sigmoid for rewards of chosen and rejected, or use dsdpo evaluate"
+        )
+    if what.reference == what.policy:
+        raise ConfigError(
+            f"{run_file}: policy and reference are both {what.policy.path}, so that all margins would be 0: name a "
+            "trained run, or another --reference"
+        )
+    plan = plan_judging(what, list(sources), strategy="precomputed", run_file=run_file)
+    prepare_ops(plan.policy_config, plan.reference_config)
+    policy = _scored(plan, what.policy, stop, "policy")
+    pairs = len(plan.train.pairs)
+    reference: PairLogps = NoLogps.zeros(pairs)
+    if what.reference is not None:
+        reference = _scored(plan, what.reference, stop, "reference")
+    table = make_table(plan, policy, reference, step=max(1, what.step))
+    if tokens:
+        table |= token_columns(plan, what.policy, "")
+        table |= {} if what.reference is None else token_columns(plan, what.reference, "reference_")
+    return table, plan
+
+
+def _scored(plan: Plan, model: ModelConfig, stop: StopRequest, whose: str) -> PairLogps:
+    fetch_model(model)
+    return precompute(as_precomputed(plan, model), stop, whose=whose).table.to("cpu")
+
+
+def make_table(plan: Plan, policy: PairLogps, reference: PairLogps, *, step: int) -> Table:
+    """The columns of SCORES; loss and rewards are the run's loss's, and a pair is right if its margin is above 0."""
+    pairs, settings = plan.train.pairs, plan.run.loss
+    inputs = StepLoss(settings, total_steps=step).held_out(step)
+    columns: dict[str, Any] = {"chosen": policy.chosen}
+    for name, values in (("margin", pairs.margins), ("weight", pairs.weights)):
+        columns[name] = None if values is None else torch.from_numpy(np.array(values))
+    output = make_loss(settings)(policy, reference, replace(inputs, **columns))
+    names = [source.path for source in pairs.sources]
+    ours, theirs = policy.numpy(), reference.numpy()
+    rewards = [values.detach().float().numpy() for values in (output.chosen_rewards, output.rejected_rewards)]
+    absent = np.full(len(pairs), np.nan, dtype=np.float32)
+    anchored = not isinstance(reference, NoLogps)
+    return dict(
+        zip(
+            SCORES,
+            (
+                np.array(names, dtype=object)[pairs.origins[:, 0]],
+                np.array(pairs.origins[:, 1]),
+                np.array(pairs.lengths[:, 0]),
+                ours["chosen_tokens"],
+                ours["rejected_tokens"],
+                ours["chosen"],
+                ours["rejected"],
+                theirs["chosen"] if anchored else absent,
+                theirs["rejected"] if anchored else absent,
+                *rewards,
+                rewards[0] - rewards[1],
+                rewards[0] > rewards[1],
+                output.losses.detach().float().numpy(),
+            ),
+            strict=True,
+        )
+    )
+
+
+def token_columns(plan: Plan, model: ModelConfig, prefix: str) -> Table:
+    """Log-prob of every learned token of both responses, and without a prefix its id; empty but on rank 0. Collective.
+
+    A pass of its own over all pairs: they are not stored.
+    """
+    engine, _ = build_checked_reference(as_precomputed(plan, model))
+    found: dict[int, list[np.ndarray]] = {}
+    answers: Any = engine
+    with scoring(engine):
+        for window in plan.train.whole_pass():
+            for batch in (each.to(device()) for each in window):
+                logps = answers(batch=batch, per_token=True).float().cpu().numpy()
+                ids, of = batch.targets.cpu().numpy(), batch.response.cpu().numpy()
+                rows = {}
+                for place, pair in enumerate(batch.pair_ids.tolist()):
+                    if pair >= 0:
+                        own = [of == place, of == batch.num_pairs + place]
+                        rows[pair] = [part[mask] for part in (logps, ids) for mask in own]
+                for part in gather_objects(rows):
+                    found |= part if rank() == 0 else {}
+    destroy_engine(engine)
+    if rank() != 0:
+        return {}
+    columns = {f"{prefix}{side}_token_logps": [found[i][k].tolist() for i in range(len(plan.train.pairs))]
+               for k, side in enumerate(SIDES)}  # fmt: skip
+    if not prefix:
+        columns |= {f"{side}_token_ids": [found[i][2 + k].tolist() for i in range(len(plan.train.pairs))]
+                    for k, side in enumerate(SIDES)}  # fmt: skip
+    return columns
+
+
+def write_table(table: Table, path: Path, kept: np.ndarray, *, facts: dict[str, Any]) -> None:
+    """Write the rows that are `kept` (n,) as Parquet, with `facts` in its metadata. Raises `ConfigError`."""
+    places = np.flatnonzero(kept)
+    content = pa.table({name: _column(values, places) for name, values in table.items()})
+    content = content.replace_schema_metadata({"dsdpo": json.dumps(facts)})
+    try:
+        with replacing(path) as file:
+            pq.write_table(content, file)
+    except OSError as error:
+        raise ConfigError(f"--out: {path} cannot be written: {error}") from error
+
+
+def _column(values: Any, places: np.ndarray) -> Any:
+    return [values[place] for place in places] if isinstance(values, list) else pa.array(values[places])
+
+
+def summary(table: Table, kept: np.ndarray | None = None) -> str:
+    """What the scores say in sum, in a few lines."""
+    margins, right = table["margin"], table["right"]
+    low, middle, high = np.percentile(margins, [5, 50, 95])
+    lines = [
+        f"{len(right):,} pairs, {right.mean():.1%} right, {(margins == 0).mean():.1%} tied",
+        f"margin: mean {margins.mean():.4f}, 5% below {low:.4f}, half below {middle:.4f}, 5% above {high:.4f}",
+        f"rewards: chosen {table['chosen_reward'].mean():.4f}, rejected {table['rejected_reward'].mean():.4f}",
+    ]
+    if kept is not None:
+        lines.append(f"kept {kept.sum():,} of {len(kept):,}")
+    return "\n".join(lines)
+
+
+def original_rows(sources: Sequence[SourceConfig], plan: Plan) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Source, number and content of every row of the pairs' files, as it stands there."""
+    for index, source in enumerate(find_sources(sources, "train", plan.run.data)):
+        for number, (_, row) in enumerate(read_rows(source)):
+            if isinstance(row, dict):
+                yield index, number, row
+
+
+def write_rows(sources: Sequence[SourceConfig], plan: Plan, kept: np.ndarray, path: Path) -> int:
+    """Write the original rows of the pairs that are kept as JSON Lines, each once; how many. Raises `ConfigError`."""
+    wanted = {(int(source), int(row)) for source, row in plan.train.pairs.origins[kept]}
+    count = 0
+    try:
+        with replacing(path) as file:
+            for source, number, row in original_rows(sources, plan):
+                if (source, number) in wanted:
+                    file.write((json.dumps(row, ensure_ascii=False, default=str) + "\n").encode())
+                    count += 1
+    except OSError as error:
+        raise ConfigError(f"--rows: {path} cannot be written: {error}") from error
+    return count
+
+
+def values_of(sources: Sequence[SourceConfig], plan: Plan, column: str) -> np.ndarray:
+    """(n,) text: what each pair's row has in a column of its own file. Raises `DataError` where a row has none."""
+    found = {}
+    for source, number, row in original_rows(sources, plan):
+        value = look_up(row, column)
+        if value is not None and not isinstance(value, BadRow):
+            found[source, number] = str(value)
+    try:
+        return np.array([found[int(s), int(r)] for s, r in plan.train.pairs.origins], dtype=object)
+    except KeyError as error:
+        source, row = error.args[0]
+        raise DataError(f"--by: row {row} of {sources[source].path} has no {column}") from None
+
+
+def keep_rows(table: Table, condition: Condition | None) -> np.ndarray:
+    """(n,) bool: the pairs that a condition on the columns keeps, all without one."""
+    arrays = {name: values for name, values in table.items() if not isinstance(values, list)}
+    return np.ones(len(table["row"]), dtype=bool) if condition is None else condition.holds(arrays)
+
+
+def say_groups(table: Table, groups: np.ndarray) -> dict[str, float]:
+    """Say the share of right pairs by group; the shares. A tie counts as half, as guessing would."""
+    wins = table["right"] + 0.5 * (table["margin"] == 0)
+    shares = {}
+    for name in sorted(set(groups)):
+        those = groups == name
+        shares[name] = float(wins[those].mean())
+        say(f"  {name:<28}{shares[name]:>8.1%}{int(those.sum()):>8,} pairs")
+    return shares

@@ -1,0 +1,180 @@
+"""`dsdpo evaluate` and `dsdpo score` of a trained run: training's own numbers, in sum and pair by pair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dsdpo.__main__ import main
+from tests.ranks import run_ranks
+from tests.runs import metrics, settings, train_on
+
+
+@pytest.fixture(scope="module")
+def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a LoRA run of two steps, evaluated and saved after each."""
+    spec = settings(
+        tmp_path_factory.mktemp("trained"),
+        inputs,
+        model={"lora": {"r": 4}},
+        reference_zero=None,
+        data={"eval": str(inputs / "few.jsonl")},
+        optimizer={"learning_rate": 2e-2},
+        train={"max_steps": 2},
+        evaluation={"every_steps": 1},
+        checkpoint={"every_steps": 1},
+    )
+    train_on(2, spec)
+    return Path(spec["output_dir"])
+
+
+def command_here(argv: list[str]) -> str:
+    """What a command says that ends well, in a process of a pool, whose process group it leaves alone."""
+    with redirect_stdout(StringIO()) as said:
+        assert import_module(f"dsdpo.commands.{argv[0]}").main(argv[1:]) == 0
+    return said.getvalue()
+
+
+def said_by(*argv: object, ranks: int = 1) -> str:
+    """What a command says that ends well."""
+    return str(run_ranks(ranks, command_here, list(map(str, argv)))[0])
+
+
+def tables_here(argv: list[str]) -> list[dict[str, Any]]:
+    """The tables of numbers by pair that metrics are computed of when a command evaluates."""
+    import dsdpo.training.evaluate as module
+
+    tables, original = [], module.metrics_of
+
+    def kept(table: dict[str, Any], *arguments: Any, **options: Any) -> dict[str, float]:
+        tables.append({name: values.numpy() for name, values in table.items()})
+        return original(table, *arguments, **options)
+
+    module.metrics_of = kept
+    try:
+        command_here(argv)
+    finally:
+        module.metrics_of = original
+    return tables
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """A command's one message, with which it ends, exit code 2."""
+
+    def ends(*argv: object) -> str:
+        capsys.readouterr()
+        assert main(list(map(str, argv))) == 2
+        said = capsys.readouterr().err
+        assert said.count("dsdpo: ") == 1
+        assert "Traceback" not in said
+        return said
+
+    return ends
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    return [row for row in metrics(run) if "eval/loss" in row]
+
+
+@pytest.mark.parametrize("checkpoint", [None, "1"])
+def test_evaluation_afterwards_is_that_of_training(checkpoint: str | None, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    chosen = [] if checkpoint is None else ["--checkpoint", checkpoint]
+    said_by("evaluate", run, *chosen, "--out", out)
+    found, expected = json.loads(out.read_text()), evaluations(run)[2 if checkpoint is None else 1]
+    assert found["step"] == expected["step"]
+    assert abs(expected["eval/rewards/margins"]) > 1e-4, "nothing was learned"
+    for name, value in expected.items():
+        if name.startswith("eval/"):
+            assert found["metrics"][name] == pytest.approx(value, abs=2e-5, rel=1e-5), name
+
+
+def test_scores_are_the_evaluations_own_values_pair_by_pair(run: Path, inputs: Path, tmp_path: Path) -> None:
+    few, out = inputs / "few.jsonl", tmp_path / "out.parquet"
+    [tables] = run_ranks(1, tables_here, ["evaluate", str(run), "--data", str(few)])
+    said_by("score", run, "--data", few, "--out", out, "--tokens")
+    found, table = pq.read_table(out).to_pydict(), tables[0]
+    names = {"chosen": "chosen_logp", "rejected": "rejected_logp", "reference_chosen": "reference_chosen_logp",
+             "reference_rejected": "reference_rejected_logp"}  # fmt: skip
+    for theirs, ours in names.items():
+        np.testing.assert_allclose(found[ours], table[theirs], rtol=0, atol=2e-5)
+    rewards = 0.1 * (table["chosen"] - table["reference_chosen"] - table["rejected"] + table["reference_rejected"])
+    np.testing.assert_allclose(found["margin"], rewards, rtol=0, atol=1e-5)
+    assert found["right"] == [margin > 0 for margin in found["margin"]]
+    assert found["row"] == list(range(6))
+    sums = [sum(tokens) for tokens in found["chosen_token_logps"]]
+    np.testing.assert_allclose(sums, found["chosen_logp"], rtol=0, atol=1e-4)
+    assert [len(ids) for ids in found["rejected_token_ids"]] == found["rejected_tokens"]
+
+
+def test_scores_of_two_ranks_go_on_from_the_store_and_filter_rows(run: Path, inputs: Path, tmp_path: Path) -> None:
+    rows = (inputs / "test.jsonl").read_text().splitlines()[:12]
+    data, alone, both, kept = (tmp_path / name for name in ("rows.jsonl", "one.parquet", "two.parquet", "kept.jsonl"))
+    marked = [{**json.loads(row), "kind": f"k{number % 3}"} for number, row in enumerate(rows)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in marked[:8]))
+    said_by("score", run, "--data", data, "--out", alone)
+    data.write_text("".join(json.dumps(row) + "\n" for row in marked))
+    argv = ["score", run, "--data", data, "--out", both, "--rows", kept, "--keep", "margin > 0", "--by", "kind"]
+    said = said_by(*argv, ranks=2)
+    assert "12 pairs, 8 known" in said
+    assert "k1" in said
+    two, one = pq.read_table(both).to_pydict(), pq.read_table(alone).to_pydict()
+    expected = [json.dumps(marked[row]) for row in two["row"]]
+    assert kept.read_text().splitlines() == expected
+    assert 0 < len(expected) < 12
+    same = dict(zip(one["row"], one["margin"], strict=True))
+    assert all(same[row] == margin for row, margin in zip(two["row"], two["margin"], strict=True) if row in same)
+
+
+def test_models_are_scored_without_a_run(inputs: Path, run: Path, tmp_path: Path, refused: Refused) -> None:
+    model, few = str(inputs / "model"), str(inputs / "few.jsonl")
+    out = tmp_path / "out.parquet"
+    merged = tmp_path / "merged"
+    said_by("merge", run / "model", model, "--out", merged, "--dtype", "float32")
+    own = ["--data.cache_dir", str(inputs / "cache"), "--model.dtype", "float32", "--data.max_length", "64"]
+    said_by("score", merged, "--reference", model, "--data", few, "--out", out, *own)
+    expected = evaluations(run)[-1]["eval/rewards/margins"]
+    assert np.mean(pq.read_table(out).to_pydict()["margin"]) == pytest.approx(expected, abs=2e-5)
+    assert "both" in refused("score", model, "--reference", model, "--data", few, "--out", out, *own)
+    assert "--reference is missing" in refused("score", model, "--data", few, "--out", out)
+    assert "--data is missing" in refused("score", model, "--reference", model, "--out", out)
+
+
+def test_reward_bench_sections() -> None:
+    from dsdpo.run.reward_bench import section_scores
+
+    found = section_scores({"math-prm": 0.5, "hep-go": 1.0, "mt-bench-hard": 0.25})
+    assert found == {"Chat Hard": 0.25, "Reasoning": pytest.approx((984 * 0.5 + 164 * 1.0) / (984 + 164))}
+
+
+def test_what_score_refuses(run: Path, inputs: Path, tmp_path: Path, refused: Refused) -> None:
+    few, out = inputs / "few.jsonl", tmp_path / "out.parquet"
+    start = ("score", run, "--data", few, "--out")
+    assert "is no .parquet file" in refused(*start, tmp_path / "out.csv")
+    assert "there is no folder" in refused(*start, tmp_path / "nowhere" / "out.parquet")
+    assert "has no column size" in refused(*start, out, "--keep", "size > 1")
+    assert "is read; choose another" in refused(*start, out, "--rows", few)
+    assert "--by: row 0" in refused(*start, out, "--by", "kind")
+    assert "--out" in refused("score", run, "--data", few)
+    assert "does not exist" in refused("score", run, "--data", tmp_path / "no.jsonl", "--out", out)
+    assert "is no JSON" in refused(*start, out, "--columns", "{")
+    assert "--data or --columns" in refused(*start, out, "--columns", '{"better": "x"}')
+    assert "is not an option" in refused(*start, out, "--bla", "1")
+    assert "there is last, best" in refused(*start, out, "--checkpoint", "9")
+    assert "takes losses of pairs" in refused(*start, out, "--loss.type", "kto")
+    assert "RUN|MODEL" in refused("score", "--out", out)
+    assert "cannot be loaded" in refused("score", "no/model", "--reference", "x", "--data", few, "--out", out)
+    assert "--out: there is no folder" in refused("evaluate", run, "--out", tmp_path / "no" / "f")
