@@ -11,8 +11,8 @@ case "${1:-}" in
 esac
 hostfile=${HOSTFILE:-hostfile}
 [ -f "$hostfile" ] || { echo "no $hostfile: copy launch/hostfile.example and name your machines in it" >&2; exit 2; }
-# deepspeed reads each of these; a blank line or a comment in one stops the launcher with a traceback.
-for file in "${DS_ENV_FILE:-.deepspeed_env}" "$HOME/.deepspeed_env"; do
+# deepspeed reads both; a blank line or a comment in one stops the launcher with a traceback.
+for file in "${DS_ENV_FILE:-.deepspeed_env}" "$HOME/${DS_ENV_FILE:-.deepspeed_env}"; do
   if [ -f "$file" ] && grep -nvE '^[A-Za-z_][A-Za-z0-9_]*=' "$file" >&2; then
     echo "$file: the lines above are not NAME=value" >&2; exit 2
   fi
