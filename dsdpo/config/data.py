@@ -33,6 +33,7 @@ Column = Literal[
     "ranks",
     "margin",
     "weight",
+    "confidence",
 ]
 
 

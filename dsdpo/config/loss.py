@@ -38,12 +38,13 @@ class LossKind:
 
 
 SMOOTHED = ("label_smoothing", *DIVERGENCE)
+BY_PAIR = (*SMOOTHED, "label_confidence")  # smoothed by what each pair's own confidence says, too
 RATED = ("desirable_weight", "undesirable_weight")
 SORTED = tuple(name for name in COMMON if name != "use_weighting")
 
 LOSSES: dict[str, LossKind] = {
-    "sigmoid": LossKind((*SMOOTHED, "beta_dpo_alpha"), reference="optional"),
-    "robust": LossKind(SMOOTHED),
+    "sigmoid": LossKind((*BY_PAIR, "beta_dpo_alpha"), reference="optional"),
+    "robust": LossKind(BY_PAIR),
     "hinge": LossKind((*DIVERGENCE, "beta_dpo_alpha"), reference="optional"),
     "ipo": LossKind((*DIVERGENCE, "beta_dpo_alpha"), reference="optional"),
     "exo_pair": LossKind(SMOOTHED),
@@ -67,8 +68,8 @@ LOSSES: dict[str, LossKind] = {
     "plackett_luce": LossKind(common=(), rows="lists"),
     "best_vs_rest": LossKind(common=(), rows="lists"),
     "all_pairs": LossKind(common=(), rows="lists"),
-    "simpo": LossKind(("label_smoothing", "simpo_gamma"), reference="unused"),
-    "cpo": LossKind(("label_smoothing", "cpo_alpha"), reference="unused"),
+    "simpo": LossKind(("label_smoothing", "label_confidence", "simpo_gamma"), reference="unused"),
+    "cpo": LossKind(("label_smoothing", "label_confidence", "cpo_alpha"), reference="unused"),
     "orpo": LossKind(reference="unused"),
     "sft": LossKind(common=(), reference="unused", beta=False, step_tokens=True),
 }
@@ -114,6 +115,8 @@ class LossConfig(Section):
     """How beta changes over the steps; null: not at all."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share (0 to 0.5) of pairs whose label is flipped."""
+    label_confidence: bool = False
+    """Take each pair's label_smoothing from the data: 1 less its column confidence, how likely its label is right."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence from the reference that the implicit reward belongs to (f-DPO)."""
     f_alpha_divergence_coef: float = 0.5
@@ -181,7 +184,8 @@ class LossConfig(Section):
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the training data must have."""
-        return tuple(sorted({kind.column for kind in map(LOSSES.__getitem__, self.types) if kind.column}))
+        own = {kind.column for kind in map(LOSSES.__getitem__, self.types) if kind.column}
+        return tuple(sorted(own | ({"confidence"} if self.label_confidence else set())))
 
     @property
     def token_weights(self) -> str | None:
@@ -282,6 +286,11 @@ class LossConfig(Section):
         if "exo_pair" in self.types and self.label_smoothing == 0.0:
             raise ValueError(
                 "loss.label_smoothing 0 makes exo_pair infinite (it takes its logarithm): set it above 0, such as 0.001"
+            )
+        if self.label_confidence and self.label_smoothing:
+            raise ValueError(
+                f"loss.label_confidence true takes each pair's smoothing from the data: leave loss.label_smoothing "
+                f"{self.label_smoothing:g} out, or label_confidence"
             )
         if self.beta_dpo_alpha is not None and self.beta_schedule is not None:
             raise ValueError("loss.beta_dpo_alpha moves beta by itself: leave it or loss.beta_schedule out")

@@ -76,6 +76,7 @@ class PreferenceBatch:
     group_size: int = 2  # n
     margin: Tensor | None = None  # (B,) float32, where the data says how much better the chosen response is
     weight: Tensor | None = None  # (B,) float32, where the data weighs its pairs
+    confidence: Tensor | None = None  # (B,) float32, where the data says how sure a label is, 0 to 1
     scores: Tensor | None = None  # (B, n) float32, where the data rates responses: the higher, the better
     counted: Tensor | None = None  # (R, T) bool: each token that scores a group's own responses, or leads to one, once
 
@@ -167,7 +168,7 @@ def listed_responses(groups: Sequence[Group], learned: Sequence[np.ndarray]) -> 
     responses = [group.responses[index] for index in range(size) for group in groups]
     targets = [response[places] for response, places in zip(responses, learned, strict=True)]
     columns: dict[str, Any] = {}
-    for name in ("margin", "weight", "scores"):
+    for name in ("margin", "weight", "confidence", "scores"):
         values = [getattr(group, name) for group in groups]
         columns[name] = None if None in values else torch.tensor(values, dtype=torch.float32)
     return {
@@ -219,7 +220,7 @@ def merge_padded(batches: Sequence[PreferenceBatch]) -> PreferenceBatch:
 def joined_fields(batches: Sequence[PreferenceBatch]) -> dict[str, Any]:
     """The fields of merged batches that are the parts' own, one after another, by their names."""
     joined: dict[str, Any] = {"group_size": batches[0].group_size}
-    for name in ("targets", "pair_ids", "margin", "weight", "scores"):
+    for name in ("targets", "pair_ids", "margin", "weight", "confidence", "scores"):
         parts = [getattr(batch, name) for batch in batches]
         joined[name] = None if any(part is None for part in parts) else torch.cat(parts)
     return joined

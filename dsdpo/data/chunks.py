@@ -42,7 +42,9 @@ log = logging.getLogger(__name__)
 
 CHUNK_ROWS = 1000
 POOL_FROM = 4  # chunks; fewer are encoded in this process, as starting others takes seconds
-ARRAYS = ("rows", "tokens", "lengths", "unlearned", "digests", "margins", "weights", "scores", "truncated")
+ARRAYS = (
+    "rows", "tokens", "lengths", "unlearned", "digests", "margins", "weights", "confidences", "scores", "truncated",
+)  # fmt: skip
 
 NumberedRow = tuple[int, str, Any]  # number in its source, place for a person, the row
 
@@ -59,6 +61,7 @@ class Chunk:
     digests: np.ndarray  # (m,) uint64 of an example's ids, to find duplicates
     margins: np.ndarray  # (m,) float32, NaN where a row has none
     weights: np.ndarray  # (m,) float32, NaN where a row has none
+    confidences: np.ndarray  # (m,) float32, NaN where a row has none
     scores: np.ndarray  # (m, n) float32, NaN where a row has none, and where it has no such response
     truncated: np.ndarray  # (m,) bool, a response was cut
     notes: dict[str, int]  # examples by what is to be said of them
@@ -147,6 +150,7 @@ def _joined(source: int, good: Sequence[tuple[int, dict[str, Any], Encoded]], ba
         digests=np.array(digests, dtype=np.uint64),
         margins=np.array([example.get("margin", np.nan) for _, example, _ in good], dtype=np.float32),
         weights=np.array([example.get("weight", np.nan) for _, example, _ in good], dtype=np.float32),
+        confidences=np.array([example.get("confidence", np.nan) for _, example, _ in good], dtype=np.float32),
         scores=scores,
         truncated=np.array([one.truncated for _, _, one in good], dtype=bool),
         notes=dict(notes),

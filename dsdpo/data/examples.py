@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsdpo.data.dropped_rows import BadRow
-from dsdpo.data.formats import RowRules, other_prompt_field, pairs_of, read_fields
+from dsdpo.data.formats import NUMBERS, RowRules, other_prompt_field, pairs_of, read_fields
 from dsdpo.data.messages import Message, Turns, as_messages, read_json, read_turns, short, text_of
 
 HH_TURN = "\n\nAssistant:"
@@ -42,7 +42,7 @@ def to_examples(row: Any, rules: RowRules) -> list[dict[str, Any]]:
     """The row's pairs, one unless it holds n scored completions, each {prompt, chosen, rejected} of one form; or one
     {prompt, responses, scores} where it holds one rated completion, or a list that is to stay one.
 
-    Besides they have tools, chat_template_kwargs, margin and weight where the row has them. Raises BadRow.
+    Besides they have tools, chat_template_kwargs, margin, weight and confidence where the row has them. Raises BadRow.
     """
     if isinstance(row, BadRow):
         raise row
@@ -91,7 +91,7 @@ def _example(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> di
         raise BadRow("wrong_type", "one of chosen and rejected is text, the other messages")
     if chosen == rejected:
         raise BadRow("equal_responses", short(chosen))
-    options: dict[str, Any] = {name: fields[name] for name in ("margin", "weight") if fields[name] is not None}
+    options: dict[str, Any] = {name: fields[name] for name in NUMBERS if fields[name] is not None}
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list) and not history:
         other = other_prompt_field(row, rules) if prompt is None and HH_TURN not in chosen else None
         if other:
@@ -106,7 +106,7 @@ def _example(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> di
         prompt, chosen, rejected = _text_turns(split)
     example = _message_example(prompt, chosen, rejected, system, history)
     options |= {"tools": tools, "chat_template_kwargs": {**rules.chat_template_kwargs, **(template_kwargs or {})}}
-    return example | {name: value for name, value in options.items() if value or name in ("margin", "weight")}
+    return example | {name: value for name, value in options.items() if value or name in NUMBERS}
 
 
 def _text_example(prompt: str | None, chosen: str, rejected: str, system: str | None) -> dict[str, Any]:

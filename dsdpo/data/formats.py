@@ -31,7 +31,9 @@ FIELDS = (
     "ranks",
     "margin",
     "weight",
+    "confidence",
 )
+NUMBERS = ("margin", "weight", "confidence")  # of a whole row
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 POSSIBLE_PROMPTS = ("input", "query", "context", "post", "problem", "user", "human", "text", "messages", "input_text")
 RESPONSE_KEYS = ("response", "text", "content", "completion", "answer", "output", "generated_text", "messages")
@@ -112,7 +114,7 @@ def read_fields(row: dict[str, Any], rules: RowRules) -> dict[str, Any]:
     if "prompt" not in mapped and fields["prompt"] is None:
         fields |= _known_layout(row, fields, mapped)
     fields["history"] = _history(fields["history"])
-    for name in ("margin", "weight"):
+    for name in NUMBERS:
         fields[name] = _number(name, fields[name])
     return fields
 
@@ -200,6 +202,8 @@ def _number(name: str, value: Any) -> float | None:
         raise BadRow("wrong_type", f"{name} is a number, not {short(value)}")
     if name == "weight" and number < 0:
         raise BadRow("wrong_type", f"weight is 0 or more, not {short(value)}")
+    if name == "confidence" and not 0 <= number <= 1:
+        raise BadRow("wrong_type", f"confidence is between 0 and 1, not {short(value)}")
     return number
 
 
@@ -207,6 +211,8 @@ def _preferred(value: Any, label: str, rules: RowRules) -> Literal["chosen", "re
     """Which of the two responses the label prefers. Raises BadRow for a tie and for a value without a meaning."""
     if value is None:
         raise BadRow("missing_field", f"{label} (which response is preferred) is missing")
+    if isinstance(value, list):
+        return _one_hot(value, label)
     known = rules.preferred_values
     if known is not None:
         for meaning, values in (("chosen", known.chosen), ("rejected", known.rejected), ("tie", known.tie)):
@@ -222,6 +228,19 @@ def _preferred(value: Any, label: str, rules: RowRules) -> Literal["chosen", "re
         "unknown_preference",
         f"{label} is {short(value)}: say what it means, e.g. preferred_values: {{chosen: [1], rejected: [0]}}",
     )
+
+
+def _one_hot(values: list[Any], label: str) -> Literal["chosen", "rejected"]:
+    """What two or three columns say of which one is true: the first, the second, or a tie."""
+    texts = [str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values]
+    true = [text.strip().lower() in ("1", "true") for text in texts]
+    false = [text.strip().lower() in ("0", "false", "none") for text in texts]
+    if len(values) not in (2, 3) or sum(true) != 1 or not all(a or b for a, b in zip(true, false, strict=True)):
+        raise BadRow(
+            "unknown_preference",
+            f"{label} is {short(values)}: of two columns (chosen, rejected) or three (and tie) one is 1, the others 0",
+        )
+    return _no_tie(("chosen", "rejected", "tie")[true.index(True)], label, values)
 
 
 def _no_tie(meaning: str, label: str, value: Any) -> Literal["chosen", "rejected"]:

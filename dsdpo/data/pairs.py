@@ -25,7 +25,13 @@ from dsdpo.errors import CacheError, DataError
 
 TOKEN = np.dtype("<i4")
 ARRAYS = ("starts", "lengths", "origins")
-EXTRAS = {"unlearned": np.int64, "margins": np.float32, "weights": np.float32, "scores": np.float32}
+EXTRAS = {
+    "unlearned": np.int64,
+    "margins": np.float32,
+    "weights": np.float32,
+    "confidences": np.float32,
+    "scores": np.float32,
+}
 """Arrays that only some data has, and their types; see `Pairs`."""
 FILES = ("tokens.bin", *(f"{name}.npy" for name in ARRAYS), "pairs.json")
 CHECKED = "checked.json"
@@ -43,6 +49,7 @@ class Group:
     learned: tuple[np.ndarray | None, ...] = ()  # n of (C,) bool, tokens to learn; None, or () for all n: all of them
     margin: float | None = None  # how much better the chosen response is, as the data says
     weight: float | None = None  # of the group in a loss that uses it
+    confidence: float | None = None  # that its label is right, 0 to 1
     scores: tuple[float, ...] | None = None  # n, of the responses: the higher, the better
 
     @classmethod
@@ -88,6 +95,7 @@ class Pairs:
     unlearned: np.ndarray = field(default_factory=NO_RANGES.copy)  # (U, 2) int64, ascending [start, end) in `tokens`
     margins: np.ndarray | None = None  # (N,) float32
     weights: np.ndarray | None = None  # (N,) float32
+    confidences: np.ndarray | None = None  # (N,) float32
     scores: np.ndarray | None = None  # (N, n) float32
     sources: tuple[SourceFacts, ...] = ()
     borrowed: np.ndarray | None = None  # (N,) int64, first token of a last response that is another group's first
@@ -105,8 +113,8 @@ class Pairs:
 
     def subset(self, rows: np.ndarray) -> Pairs:
         """These rows alone, in this order."""
-        chosen = {name: getattr(self, name)[rows] for name in (*ARRAYS, "margins", "weights", "scores", "borrowed")
-                  if getattr(self, name) is not None}  # fmt: skip
+        names = (*ARRAYS, "margins", "weights", "confidences", "scores", "borrowed")
+        chosen = {name: getattr(self, name)[rows] for name in names if getattr(self, name) is not None}
         return replace(self, **chosen)
 
     def stretches(self, pair_id: int) -> list[tuple[int, int]]:
@@ -141,6 +149,7 @@ class Pairs:
             learned=tuple(learned) if any(mask is not None for mask in learned) else (),
             margin=None if self.margins is None else float(self.margins[pair_id]),
             weight=None if self.weights is None else float(self.weights[pair_id]),
+            confidence=None if self.confidences is None else float(self.confidences[pair_id]),
             scores=None if self.scores is None else tuple(self.scores[pair_id].tolist()),
         )
 

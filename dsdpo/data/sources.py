@@ -51,6 +51,7 @@ OTHER_DATA_SUFFIXES = (".txt", ".zip", ".tar", ".gz", ".zst", ".bz2", ".xz", ".x
 # Column pairs that say which response came first, not which is better, and columns that say that.
 POSITIONS = re.compile(r"(?i)^(.*[-_. ])?(a|b|0|1|2|left|right|first|second)$|^(.*[a-z])[012]$")
 LABELS = re.compile(r"(?i)^(winner.*|labels?|prefer.*|.*_preference|better_.*|best_.*|safer_.*|choice|verdict)$")
+TRUTHS = ("0", "1", "0.0", "1.0", "False", "True", "None")  # what columns that each say yes or no hold
 HEAD_ROWS = 100  # rows whose fields tell what a source has
 HUB_TIMEOUT_S = 10.0
 
@@ -275,11 +276,15 @@ def _check_fields(source: Source, rows: list[dict[str, Any]]) -> None:
             "docs/data.md shows every layout that is read."
         )
     pair = [mapped.get(name, name) for name in ("chosen", "rejected")]
+    one_hot = len(labels) > 1 and all(str(row.get(name)) in TRUTHS for row in rows for name in labels)
+    advice = f"{{preferred: {labels[-1]}}}, and say in preferred_values what its values mean" if labels else ""
+    if one_hot:
+        advice = f'{{preferred: "{", ".join(labels)}"}}: of the columns for the first, the second and a tie one is 1'
     if labels and "preferred" not in source.rules.columns and all(POSITIONS.match(name) for name in pair):
         raise DataError(
             f"{source.key}.columns: {pair[0]} and {pair[1]} say which response came first, not which is better, and "
-            f"{source.config.path} has columns that may: {', '.join(labels)}. Map it, {{preferred: {labels[-1]}}}, "
-            "and say in preferred_values what its values mean; or set preferred to null if the first is always better."
+            f"{source.config.path} has columns that may: {', '.join(labels)}. Map it, {advice}; or set preferred to "
+            "null if the first is always better."
         )
 
 

@@ -40,7 +40,7 @@ __all__ = ["Pairs", "cache_folder", "open_pairs", "prepare_pairs", "template_dig
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the code that decides ids and order: raise it when they change for the same input
+VERSION = 4  # of the code that decides ids and order: raise it when they change for the same input
 # Settings of `data` that change nothing in the prepared pairs; all others are in their key.
 WITHOUT_EFFECT = {
     "train", "eval", "shuffle", "layout", "strict", "max_dropped_share", "dataset_num_proc", "cache_dir",
@@ -225,7 +225,7 @@ def _write_index(
     scores = np.concatenate([_widened(chunk.scores, columns - 1, np.nan) for chunk in index])
     if not np.isnan(scores).all():
         extras["scores"] = scores[order]
-    for name in ("margins", "weights"):
+    for name in DEFAULTS:
         values = np.concatenate([getattr(chunk, name) for chunk in index])
         if not np.isnan(values).all():
             extras[name] = np.where(np.isnan(values), DEFAULTS[name], values)[order]
@@ -245,8 +245,8 @@ def _widened(rows: np.ndarray, columns: int, value: float) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, columns - rows.shape[1])), constant_values=value)
 
 
-DEFAULTS = {"margins": 0.0, "weights": 1.0}
-"""What a pair has where others of the data have a margin or weight and it has none."""
+DEFAULTS = {"margins": 0.0, "weights": 1.0, "confidences": 1.0}
+"""What a pair has where others of the data have a margin, weight or confidence and it has none."""
 
 
 def _facts(number: int, source: Source, index: Sequence[Chunk]) -> SourceFacts:

@@ -144,6 +144,18 @@ def check_kind(pairs: Pairs, split: DefaultSplit, run: RunConfig) -> None:
     )
 
 
+def check_confidences(pairs: Pairs, split: DefaultSplit, run: RunConfig) -> None:
+    """Raise `DataError` where a loss cannot take a label as unsure as the data has them."""
+    if run.loss.label_confidence and "robust" in run.loss.types and pairs.confidences is not None:
+        least = int(pairs.confidences.argmin())
+        if not pairs.confidences[least] > 0.5:
+            raise DataError(
+                f"{SECTIONS[split]}: row {pairs.origins[least, 1]} has confidence {pairs.confidences[least]:g}, and "
+                "loss.type robust divides by its distance from 0.5: leave out rows of 0.5 or less, or set loss.type to "
+                "sigmoid"
+            )
+
+
 def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -> None:
     """Raise unless every node holds the same pairs and the model can take the longest. Collective."""
     if pairs.report.text:
@@ -154,10 +166,14 @@ def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -
         raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
     for column in run.loss.columns:
         if getattr(pairs, f"{column}s") is None:
+            needs, example = f"loss.type {' + '.join(run.loss.types)}", "score_difference"
+            if column == "confidence":
+                needs, example = "loss.label_confidence", "agreement"
             raise DataError(
-                f"{SECTIONS[split]}: rows have no {column}, which loss.type {' + '.join(run.loss.types)} needs: name "
-                f"their column for it in columns, e.g. {{{column}: score_difference}}"
+                f"{SECTIONS[split]}: rows have no {column}, which {needs} needs: name their column for it in columns, "
+                f"e.g. {{{column}: {example}}}"
             )
+    check_confidences(pairs, split, run)
     longest = int(longest_sequences(pairs.lengths).max())
     limit = longest_allowed(model)
     if limit and longest > limit:

@@ -25,10 +25,10 @@ from dsdpo.training.step_loss import StepLoss
 
 COLUMNS = (
     "pair_id", "chosen", "rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens",
-    "plain_chosen", "likelihood", "entropy_chosen", "entropy_rejected", "margin", "weight", "desirable",
+    "plain_chosen", "likelihood", "entropy_chosen", "entropy_rejected", "margin", "weight", "confidence", "desirable",
 )  # fmt: skip
 LISTS = ("responses", "reference_responses", "response_tokens", "scores")  # (pairs, n) each, of lists
-OPTIONAL = ("likelihood", "margin", "weight")  # NaN where a run has none
+OPTIONAL = ("likelihood", "margin", "weight", "confidence")  # NaN where a run has none
 BINS = 10  # of the calibration error
 
 
@@ -87,7 +87,7 @@ def table_rows(batch: PreferenceBatch, scored: PolicyScores, reference: PairLogp
     absent = torch.full_like(scored.chosen, math.nan)
     entropy = (absent, absent) if scored.entropy is None else scored.entropy
     desirable = None if batch.scores is None else batch.scores[:, 0] > 0
-    given = (scored.likelihood, batch.margin, batch.weight, desirable)
+    given = (scored.likelihood, batch.margin, batch.weight, batch.confidence, desirable)
     optional = [absent if value is None else value for value in given]
     columns = (
         batch.pair_ids, scored.logps.chosen, scored.logps.rejected, reference.chosen, reference.rejected,

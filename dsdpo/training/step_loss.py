@@ -108,6 +108,7 @@ class StepLoss:
                 step=pairs,
                 margin=batch.margin,
                 weight=batch.weight,
+                confidence=batch.confidence,
                 bco_delta=self._delta(),
                 desirable=desirable_of(batch) if self.settings.rows == "rated" else None,
                 scores=batch.scores if self.settings.rows == "lists" else None,

@@ -83,6 +83,12 @@ def change_config(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
+def confident(content: str, **loss: Any) -> dict[str, Any]:
+    """The same for a run whose loss takes each label's confidence from the data."""
+    found = with_data(content)
+    return {**found, "sections": {**found["sections"], "loss": {"label_confidence": True, **loss}}}
+
+
 ZERO_3 = {"zero_optimization": {"stage": 3}}
 NVME = '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp/nvme"}}}'
 RUN_FILE = [
@@ -343,6 +349,16 @@ DATA = [
         "pairs for a loss of lists",
         ("data.train", "chosen and rejected a row", "3 or more completions", "data.pairing to list", "sigmoid"),
         **with_loss("plackett_luce", lines(ROW, ROW)),
+    ),
+    Case(
+        "no confidence",
+        ("data.train: rows have no confidence", "loss.label_confidence needs", "{confidence: agreement}"),
+        **confident(lines(ROW, ROW)),
+    ),
+    Case(
+        "a label no better than a coin for robust",
+        ("data.train: row 1 has confidence 0.5", "loss.type robust divides", "loss.type to sigmoid"),
+        **confident(lines(ROW, {**ROW, "confidence": 0.5}), type="robust"),
     ),
     Case("not JSON", ("rows.jsonl: not a JSON Lines file",), **with_data("prompt,chosen,rejected\n1,2,3\n")),
     Case("prompt-only rows", ("has no chosen, rejected", "columns"), **with_data(lines({"prompt": "p"}))),

@@ -320,3 +320,38 @@ def test_every_kind_of_bad_row_and_every_setting_of_data_is_documented() -> None
     told |= {"keep_thoughts", "date", "train_on", "truncation", "max_prompt_length", "strict", "max_dropped_share"}
     assert [name for name in told if name not in DataConfig.model_fields or name not in DOCS] == []
     assert [name for name in FIELDS if f"`{name}`" not in DOCS] == []
+
+
+def one_hot(values: list[Any]) -> dict[str, Any]:
+    """The pair of a row whose label is spread over columns."""
+    names = ["winner_model_a", "winner_model_b", "winner_tie"][: len(values)]
+    row = {"prompt": "Which?", "response_a": "A", "response_b": "B", **dict(zip(names, values, strict=True))}
+    columns = {"chosen": "response_a", "rejected": "response_b", "preferred": ", ".join(names)}
+    return to_examples(row, RowRules(columns))[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [([1, 0, 0], "A"), ([0, 1, 0], "B"), ([True, False], "A"), (["0", "1"], "B"), ([0.0, 1.0], "B")],
+)
+def test_labels_spread_over_columns(values: list[Any], chosen: str) -> None:
+    assert one_hot(values)["chosen"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([0, 0, 1], "tie"), *((values, "unknown_preference") for values in ([1, 1], [0, 0], [0.7, 0.3], [2, 0, 0]))],
+)
+def test_columns_of_which_not_one_is_true(values: list[Any], kind: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        one_hot(values)
+    assert caught.value.kind == kind
+
+
+def test_columns_that_look_like_a_spread_label_are_pointed_at(tmp_path: Path) -> None:
+    row = {"prompt": "p", "answer_a": "A", "answer_b": "B", "winner_a": 1, "winner_b": 0}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    source = {"path": str(path), "columns": {"chosen": "answer_a", "rejected": "answer_b"}}
+    data = DataConfig.model_validate({"train": source})
+    with pytest.raises(DataError, match=r'\{preferred: "winner_a, winner_b"\}: of the columns .* one is 1'):
+        list(read_rows(find_sources(data.train, "train", data)[0]))

@@ -471,11 +471,12 @@ def test_a_mix_is_the_weighted_sum_of_its_parts() -> None:
 def test_each_loss_takes_what_its_line_says() -> None:
     """A name in one place only would be unreachable or without effect."""
     known = {"policy", "reference", "beta", "step", "margin", "bco_delta", "desirable", "scores"}
+    above = {"beta_dpo_alpha", "label_confidence"}  # of no function: they decide what one is given
     for name, kind in LOSSES.items():
         function, options, _ = bound(name, config(name))
         taken = set(inspect.signature(function).parameters) - known
-        assert taken == set(options) | (set(kind.options) & {"beta_dpo_alpha"}) - {"beta_dpo_alpha"}, name
-        assert set(kind.options) - {"beta_dpo_alpha"} == taken, name
+        assert taken == set(options), name
+        assert set(kind.options) - above == taken, name
         assert ("beta" in inspect.signature(function).parameters) == kind.beta, name
         assert ("step" in inspect.signature(function).parameters) == (kind.step_logps or kind.step_tokens), name
         assert ("margin" in inspect.signature(function).parameters) == (kind.column == "margin"), name
@@ -484,3 +485,21 @@ def test_each_loss_takes_what_its_line_says() -> None:
         assert "arXiv" in (function.__doc__ or "") or name == "sft", name
     fields = set(LossConfig.model_fields) - {"type", "weights", "beta", "beta_schedule", "options"}
     assert fields == {option for kind in LOSSES.values() for option in kind.options} | set(COMMON)
+
+
+def test_each_pair_is_smoothed_by_its_own_confidence() -> None:
+    """With the same confidence for all it is label smoothing; with certain labels, none; with none, the other label."""
+    policy, reference = PairLogps.cat([POLICY] * 3), PairLogps.cat([REFERENCE] * 3)
+    sure = LossInputs(confidence=torch.tensor([0.75, 1.0, 0.9]))
+    for name in ("sigmoid", "robust", "simpo", "cpo"):
+        found = make_loss(config(name, label_confidence=True))(policy, reference, sure).losses
+        for value, smoothing in zip(found.tolist(), (0.25, 0.0, 0.1), strict=True):
+            smoothed = config(name, label_smoothing=smoothing)
+            assert value == pytest.approx(float(make_loss(smoothed)(POLICY, REFERENCE).losses), rel=1e-6), name
+    wrong = make_loss(config("sigmoid", label_confidence=True, beta=0.5))
+    none = wrong(POLICY, REFERENCE, LossInputs(confidence=torch.tensor([0.0])))
+    assert float(none.losses) == pytest.approx(-S(-2), rel=1e-6)
+    mixed = make_loss(config(["sigmoid", "hinge"], label_confidence=True, beta=0.1))
+    assert float(mixed(POLICY, REFERENCE, LossInputs(confidence=torch.tensor([0.75]))).losses) == pytest.approx(
+        -0.75 * S(0.4) - 0.25 * S(-0.4) + 0.6, rel=1e-6
+    )

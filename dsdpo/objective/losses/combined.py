@@ -32,6 +32,7 @@ class LossInputs:
     step: StepPairs | None = None  # None: the batch is the whole step
     weight: Tensor | None = None  # (B,) from the data: times the whole loss of a pair
     margin: Tensor | None = None  # (B,) from the data
+    confidence: Tensor | None = None  # (B,) from the data: how likely the label is right
     likelihood: Tensor | None = None  # (B,) WPO: how likely the policy is to write the pair itself
     chosen: Tensor | None = None  # (B,) plain log-prob of chosen, where tokens of `policy` do not count alike
     bco_delta: float | Tensor = 0.0  # mean reward of earlier steps
@@ -73,7 +74,11 @@ def make_loss(loss: LossConfig) -> LossFn:
             plain = PairLogps(inputs.chosen, policy.rejected, policy.chosen_tokens, policy.rejected_tokens)
         parts: dict[str, Tensor] = {}
         for name, function in own.items():
-            values = function(plain if name == "sft" else policy, reference, **_chosen(given, functions[name][2]))
+            more = _chosen(given, functions[name][2])
+            if loss.label_confidence and takes(name, "label_confidence"):
+                assert inputs.confidence is not None
+                more["label_smoothing"] = 1.0 - inputs.confidence
+            values = function(plain if name == "sft" else policy, reference, **more)
             if loss.use_weighting and takes(name, "use_weighting"):
                 assert inputs.likelihood is not None
                 values = values * inputs.likelihood
