@@ -72,7 +72,7 @@ def choose_accelerator(*, computes: bool) -> None:
     import torch
 
     if os.environ.get(CHOICE) == "cpu":
-        _quiet_compiler()
+        _quiet_imports()
         return
     if torch.accelerator.is_available():
         return
@@ -81,7 +81,7 @@ def choose_accelerator(*, computes: bool) -> None:
         build = Build(str(torch.__version__), torch.version.cuda, torch.version.hip)
         raise ConfigError(why_unusable(machine, build, error=_cuda_error(build)))
     os.environ.setdefault(CHOICE, "cpu")
-    _quiet_compiler()
+    _quiet_imports()
 
 
 def gpus_of_machine(root: Path = Path("/")) -> Machine | None:
@@ -167,6 +167,8 @@ def check_share(ranks: int, devices: int, visible: str | None) -> None:
         )
 
 
-def _quiet_compiler() -> None:
+def _quiet_imports() -> None:
     # A CUDA toolkit on a machine without a GPU is no reason to warn of every import that looks for a compiler.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # Imported by peft where it is installed, it tells of a kernel that it would have looked for on the Hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     if given.memory < 1 or not 0 < given.shard_gb < float("inf"):
         parser.error("--memory and --shard-gb must be above 0")
 
-    from dsdpo.config.run import ModelConfig
+    from dsdpo.config.model import ModelConfig
     from dsdpo.run.merge import merge_folders
 
     quiet_libraries(verbose=False)

@@ -29,7 +29,7 @@ _TABLE = {
     "apply_chat_template": _NONE + "rows that hold messages get the chat template, rows of text stay as they are",
     "load_in_4bit load_in_8bit quantization_bit quantization_method bnb_4bit_quant_type use_bnb_nested_quant "
     "bnb_4bit_quant_storage bnb_4bit_compute_dtype qlora quantization_type double_quantization": "use "
-    "model.quantization {bits, type, double}",
+    "model.quantization, e.g. {bits: 4, type: nf4, double: true}",
     "use_peft finetuning_type adapter lora_on": "use model.lora, e.g. {r: 16}; without it all weights are trained",
     "lora_r lora_rank": "use model.lora.r",
     "lora_model_dir adapter_name_or_path adapter_path peft_path": "use model.lora.path",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from dsdpo.config.quantization import QuantizationConfig
 from dsdpo.config.section import FolderText, PathText, Section
 from dsdpo.console import every
 
@@ -66,6 +67,7 @@ class Separate(StrategySettings):
     adapter: InitialAdapter
     path: str | None
     revision: str | None
+    quantization: QuantizationConfig | None
     deepspeed: str | None
     score_tokens: int
     look_ahead_steps: int
@@ -100,6 +102,7 @@ class Precomputed(StrategySettings):
     adapter: InitialAdapter
     path: str | None
     revision: str | None
+    quantization: QuantizationConfig | None
     deepspeed: str | None
     score_tokens: int
     store: str | None
@@ -180,6 +183,8 @@ class ReferenceConfig(Section):
     """Hub branch, tag or commit of the reference; null: model.revision if the path is the policy's."""
     allow_other_tokenizer: bool = False
     """Take a reference whose tokenizer or number of embeddings is not the policy's."""
+    quantization: QuantizationConfig | None = None
+    """Hold the reference's weights in 4 bits, beside a policy in 16 or 32; null: as the policy's base weights are."""
     deepspeed: PathText | None = None
     """DeepSpeed JSON of the reference engine (stage 0 or 3); null: derived from the policy's."""
     score_tokens: PositiveInt = 32768
@@ -211,7 +216,7 @@ class ReferenceConfig(Section):
     @property
     def names_a_model(self) -> bool:
         """True if it is given weights or an engine config of its own."""
-        return bool(self.path or self.revision or self.deepspeed)
+        return bool(self.path or self.revision or self.deepspeed or self.quantization)
 
     @model_validator(mode="after")
     def _has_effect(self) -> ReferenceConfig:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsdpo.config.model import ModelConfig
 from dsdpo.config.reference import STRATEGIES, StrategySettings, Sync
-from dsdpo.config.run import ModelConfig, RunConfig
+from dsdpo.config.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,12 @@ def _starting_model(run: RunConfig, *, keeps_adapter: bool) -> ModelConfig:
     """The model whose weights the reference starts from: another, or the policy's with its adapter, if any."""
     given = run.reference
     if given.path is not None:
-        return run.model.model_copy(update={"path": given.path, "revision": given.revision, "lora": None})
+        own = {"path": given.path, "revision": given.revision, "lora": None, "quantization": given.quantization}
+        return run.model.model_copy(update=own)
     return run.model.model_copy(
         update={
             "revision": given.revision or run.model.revision,
             "lora": run.model.lora if keeps_adapter else None,
+            "quantization": given.quantization or run.model.quantization,
         }
     )

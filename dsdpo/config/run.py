@@ -22,8 +22,8 @@ from pydantic import (
 from dsdpo.config.data import DataConfig
 from dsdpo.config.durations import Duration, PositiveDuration
 from dsdpo.config.evaluation import EvaluationConfig, HeldOutMetric
-from dsdpo.config.lora import LoraConfig
 from dsdpo.config.loss import LOSSES, LossConfig, listed
+from dsdpo.config.model import ModelConfig
 from dsdpo.config.reference import AUTO, STRATEGIES, ReferenceConfig
 from dsdpo.config.section import FolderText, PathText, Section
 
@@ -31,54 +31,8 @@ Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 
-NonFinite = Literal["stop", "skip"]
-
 # transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
 POLYNOMIAL_END = 1e-7
-
-
-class ModelConfig(Section):
-    """The policy: which weights training starts from and how they are held."""
-
-    path: PathText
-    """Folder or Hub id of the model to train."""
-    revision: str | None = None
-    """Hub branch, tag or commit of the model; null: the default branch."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of forward and backward; must agree with the bf16 and fp16 blocks of the DeepSpeed JSONs."""
-    attn_implementation: str = "auto"
-    """transformers' name of the attention (sdpa, eager, flash_attention_2, ...); auto lets transformers choose."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: about a third more compute for far less memory."""
-    activation_offloading: bool = False
-    """Keep what gradient checkpointing does not recompute, each block's input, in pinned host memory."""
-    mlp_tile_tokens: PositiveInt | None = None
-    """Tokens of a row that a layer's MLP computes at a time, so that no other inner activations are in memory; costs
-    one more pass through the MLPs. null: the whole row."""
-    lora: LoraConfig | None = None
-    """Train an adapter in place of all weights: peft.LoraConfig's fields, or {path: adapter folder}."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    allow_pickle: bool = False
-    """Also take weights from pytorch_model.bin where there are no *.safetensors; reading a pickle can run code."""
-    tokenizer: PathText | None = None
-    """Folder or Hub id of another tokenizer; null: the model's own."""
-    chat_template: PathText | None = None
-    """Jinja file used as chat template; null: the tokenizer's own."""
-    router_aux_loss_coef: NonNegativeFloat | None = 0.0
-    """Mixtures of experts: weight of the load-balancing loss of a step's tokens; 0: none; null: the model's own, as TRL
-    has it. docs/models.md says why there is none by default."""
-    pad_token: str | None = None
-    """Token to pad with; null: the tokenizer's own, else its end of sequence, else id 0. Nothing attends to it."""
-
-    @model_validator(mode="after")
-    def _offloads_little(self) -> ModelConfig:
-        if self.activation_offloading and not self.gradient_checkpointing:
-            raise ValueError(
-                "model.activation_offloading true without model.gradient_checkpointing would move every activation to "
-                "the host and back: set model.gradient_checkpointing to true, or leave activation_offloading out"
-            )
-        return self
 
 
 class OptimizerConfig(Section):
@@ -158,7 +112,7 @@ class TrainConfig(Section):
     """Optimizer steps, in place of num_train_epochs; -1: as many as the epochs take."""
     seed: NonNegativeInt = 42
     """Decides data order, weighted samples and every other random choice."""
-    on_nonfinite: NonFinite = "stop"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is NaN or infinite is never taken: stop the run there, or skip it and go on."""
     max_skipped_steps: PositiveInt = 10
     """Steps in a row that on_nonfinite skip may leave out before the run ends with an error."""
@@ -314,6 +268,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.lora.bias {lora.bias} trains biases of the base model, which is the reference under "
                 "reference.strategy adapter: set model.lora.bias to none or reference.strategy to separate"
+            )
+        in_4_bits = reference.quantization or (self.model.quantization if reference.path is None else None)
+        if reference.sync_ref_model and in_4_bits and STRATEGIES[self.reference_strategy()].settings.own_engine:
+            key = "reference.quantization" if reference.quantization else "model.quantization"
+            raise ValueError(
+                f"reference.sync_ref_model moves the reference's weights, which {key} holds in 4 bits: "
+                + (
+                    "leave it out"
+                    if reference.quantization
+                    else "set reference.strategy to adapter, whose adapter moves"
+                )
             )
         if reference.adapter == "base" and reference.sync_ref_model and self.reference_strategy() == "adapter":
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import AutoTokenizer, GenerationConfig
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.data.types import Tokenizer
 from dsdpo.errors import ConfigError
 

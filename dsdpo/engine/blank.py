@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.data.binning import LayoutName
 from dsdpo.engine.weight_files import Shapes, model_tensors, some
 from dsdpo.errors import ConfigError

@@ -14,7 +14,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import get_scheduler
 
-from dsdpo.config.run import ModelConfig, OptimizerConfig, RunConfig
+from dsdpo.config.model import ModelConfig
+from dsdpo.config.run import OptimizerConfig, RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName
 from dsdpo.distributed import rank

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.constants import is_offline_mode
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.distributed import local_rank, on_some_ranks
 
 

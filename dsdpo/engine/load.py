@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.data.binning import LayoutName
 from dsdpo.engine.blank import attention_name, key_mapping, quiet_loading, refuse_unfit
+from dsdpo.engine.quantization import keep_packed, loading_options
 from dsdpo.engine.rope import fix_rope_factors
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
@@ -51,12 +52,14 @@ def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: LayoutName, l
                 use_safetensors=None if model.allow_pickle else True,
                 key_mapping=key_mapping(model),
                 output_loading_info=True,
+                **loading_options(model),
             )
         except (RuntimeError, ValueError, OSError, ImportError, SafetensorError) as error:
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ConfigError(f"the weights of {model.path} cannot be loaded: {first_line}") from error
     refuse_unfit(found, {}, f"the weights of {model.path} do not fill the model", what=type(lm).__name__)
     switch_off_randomness(lm)
+    keep_packed(lm)
     if longest is not None:
         fix_rope_factors(lm, longest)
     mark_moe_leaves(lm)

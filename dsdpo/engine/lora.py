@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dsdpo.config.lora import ON_THE_HEAD, LoraConfig
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.adapter_folder import ADAPTER_WEIGHTS
 from dsdpo.engine.blank import key_mapping, refuse_unfit

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from dsdpo.config.lora import LoraConfig
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.engine.adapter_folder import ADAPTER_WEIGHTS
 from dsdpo.engine.blank import blank_lm, key_mapping
 from dsdpo.engine.download import local_folder

@@ -17,6 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from dsdpo.distributed import gather_objects, rank, world_size
+from dsdpo.engine.quantization import is_quantized, meant_shape, scales
 
 GATHER_BYTES = 512 * 2**20
 
@@ -32,7 +33,9 @@ def full_numel(parameter: Any) -> int:
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of the whole parameter, whatever this rank holds of it."""
+    """Shape of the whole parameter, whatever this rank holds of it; of a quantized one, as it was before."""
+    if is_quantized(parameter):
+        return meant_shape(parameter)
     return tuple(parameter.ds_shape) if is_partitioned(parameter) else tuple(parameter.shape)
 
 
@@ -100,14 +103,14 @@ def whole_state_dict(
 
 def parameter_count(module: nn.Module) -> int:
     """Number of elements of the whole model, tied ones once."""
-    return sum(full_numel(parameter) for parameter in module.parameters())
+    return sum(math.prod(full_shape(parameter)) for parameter in module.parameters())
 
 
 def nonfinite_parameters(module: nn.Module) -> list[str]:
     """Names of parameters that hold NaN or infinity, on any rank, in the module's order. Collective."""
     flags = {}
     for name, parameter in module.named_parameters():
-        if is_on_nvme(parameter):
+        if is_on_nvme(parameter) or is_quantized(parameter):
             continue
         own = own_elements(parameter)[0] if is_partitioned(parameter) else parameter.detach()
         if own.numel():
@@ -252,6 +255,7 @@ def _has_master(parameter: Any) -> bool:
 def local_shards(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """This rank's share of every parameter and saved buffer: name, flat elements, the first one's place in the whole.
 
+    Scales of quantized weights come last, for without them packed bits have no size.
     The shares of all ranks make every tensor exactly once: ZeRO-3 shards without their padding, and equal slices of
     what each rank holds whole. A shard on NVMe is there only until the next one is asked for.
     """
@@ -270,6 +274,8 @@ def local_shards(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
                 yield f"{prefix}.{name}".removeprefix("."), *_own_slice(buffer.detach())
+    for name, scale in scales(module):
+        yield name, *_own_slice(scale)
 
 
 def _own_slice(tensor: Tensor) -> tuple[Tensor, int]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsdpo.atomic import digest_of
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.data.render import Renderer
 from dsdpo.data.tokenize import template_digest, tokenizer_digest
 from dsdpo.data.types import Tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsdpo.atomic import delete, partial_path
 from dsdpo.config.lora import LoraConfig
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.engine.adapter_folder import check_adapter_folder
 from dsdpo.engine.blank import check_model_fits

@@ -10,12 +10,14 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dsdpo.config.run import ModelConfig, RunConfig
+from dsdpo.config.model import ModelConfig
+from dsdpo.config.run import RunConfig
 from dsdpo.data.binning import LayoutName, longest_sequences
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.engine.blank import check_model_fits
 from dsdpo.engine.lora import check_adapter_fits
+from dsdpo.engine.quantization import check_installed
 from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError
 from dsdpo.objective.sequence_parallel import refuse_heads
@@ -25,6 +27,16 @@ CAUSAL = "dsdpo trains causal language models"
 
 
 QUANTIZED = ("quantization_config", "compression_config", "quantization")  # blocks of config.json
+
+
+def check_models(run: RunConfig, reference: ModelConfig) -> dict[str, Any]:
+    """Hugging Face's configurations of the run's models, by the settings that name them. Raises `ConfigError`."""
+    check_installed(run.model, key="model.quantization")
+    check_installed(reference, key="reference.quantization")
+    models = {"model.path": check_model(run.model, key="model.path")}
+    if run.reference.path or run.reference.revision:
+        models["reference.path"] = check_model(reference, key="reference.path")
+    return models
 
 
 def check_model(model: ModelConfig, *, key: str) -> Any:

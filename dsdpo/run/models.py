@@ -9,7 +9,7 @@ from dsdpo.config.reference import STRATEGIES
 from dsdpo.engine.build import build_policy, device, warm_up
 from dsdpo.engine.download import fetch_model
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
-from dsdpo.engine.self_check import Answers, check_engine, check_same, computing_dtype, describe
+from dsdpo.engine.self_check import Answers, check_engine, check_same, computing_dtype, describe, describe_bias
 from dsdpo.reference.base import Reference
 from dsdpo.run.plan import Plan
 
@@ -28,13 +28,16 @@ def build_policy_and_reference(plan: Plan) -> tuple[Any, Reference]:
         reference = strategy.build(plan, policy)
     theirs = reference.at_start
     if theirs is not None and starts_as_policy(plan):
-        check_same(ours, theirs)
+        if plan.reference.model.quantization == plan.run.model.quantization:
+            check_same(ours, theirs)
+        else:
+            describe_bias(ours, theirs)
     describe(ours, *([] if theirs is None else [theirs]))
     return policy, reference
 
 
 def starts_as_policy(plan: Plan) -> bool:
-    """True if the reference has the very weights that the policy starts from."""
+    """True if the reference has the weights that the policy starts from, in as many bits or fewer."""
     ours, theirs = plan.run.model, plan.reference.model
     if (theirs.path, theirs.revision) != (ours.path, ours.revision):
         return False

@@ -13,7 +13,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dsdpo.atomic import delete, partial_path
 from dsdpo.config.lora import LoraConfig
-from dsdpo.config.run import ModelConfig, RunConfig
+from dsdpo.config.model import ModelConfig
+from dsdpo.config.run import RunConfig
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.engine.blank import blank_lm
 from dsdpo.engine.checkpoint_weights import CheckpointWeights

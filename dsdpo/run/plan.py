@@ -45,7 +45,7 @@ from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.inputs import check_inputs_stay
 from dsdpo.run.model_checks import (
     check_heads,
-    check_model,
+    check_models,
     check_pairs_fit,
     check_rank,
     check_tokenizers,
@@ -138,9 +138,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     """
     ranks = check_ranks(run.distributed, launched())  # who does not know which of many it is can do nothing right
     reference = plan_reference(run)
-    models = {"model.path": check_model(run.model, key="model.path")}
-    if run.reference.path or run.reference.revision:
-        models["reference.path"] = check_model(reference.model, key="reference.path")
+    models = check_models(run, reference.model)
     layout = choose_layout(run, models)
     check_split(run, layout, models, ranks=ranks)
     model = models["model.path"].get_text_config()

@@ -116,13 +116,15 @@ def describe_policy(run: RunConfig) -> str:
     """What is trained."""
     lora = run.model.lora
     adapter = "" if lora is None else f" + LoRA of rank {lora.r}" if lora.path is None else f" + adapter {lora.path}"
-    return f"{run.model.path}{adapter} ({run.model.dtype})"
+    bits = f", base in {run.model.quantization.describe()}" if run.model.quantization else ""
+    return f"{run.model.path}{adapter} ({run.model.dtype}{bits})"
 
 
 def describe_reference(plan: Plan) -> str:
     """Whose weights the reference has, and where they are."""
     engine = f": {describe_engine(plan.reference_config)}" if plan.reference.own_engine else ""
-    return plan.reference.describe() + engine
+    bits = plan.reference.model.quantization if plan.reference.own_engine else None
+    return plan.reference.describe() + (f", {bits.describe()}" if bits else "") + engine
 
 
 def describe_engine(config: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.data.encode import make_encoder
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.errors import ConfigError

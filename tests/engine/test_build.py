@@ -142,7 +142,7 @@ def count_gathers(run: dict[str, Any]) -> tuple[int, dict[int, int]]:
 
 
 def test_weights_are_read_from_a_pickle_only_where_that_is_allowed(tmp_path: Path) -> None:
-    from dsdpo.config.run import ModelConfig
+    from dsdpo.config.model import ModelConfig
     from dsdpo.engine.load import load_lm
     from dsdpo.errors import ConfigError
 

@@ -20,7 +20,7 @@ def test_first_rank_of_a_node_downloads_and_the_others_wait() -> None:
 def fetch_here() -> dict[str, Any]:
     import huggingface_hub
 
-    from dsdpo.config.run import ModelConfig
+    from dsdpo.config.model import ModelConfig
     from dsdpo.engine import download
 
     asked = []

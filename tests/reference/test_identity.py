@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.objective.logps import ResponseScorer
 from dsdpo.reference.identity import DECISIVE, ReferenceIdentity, architecture_digest, identify, weights_digest
 from tests.data.helpers import letter_tokenizer

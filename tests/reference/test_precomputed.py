@@ -298,7 +298,7 @@ def leftovers(model: str, config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """On a rank: what is still alive of an engine that has scored and was destroyed, and the memory it took."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-    from dsdpo.config.run import ModelConfig
+    from dsdpo.config.model import ModelConfig
     from dsdpo.data.batch import collate_padded
     from dsdpo.engine.build import build_reference
     from dsdpo.engine.quirks.destroy import destroy_engine, used_memory

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch.autograd.graph import saved_tensors_hooks
 
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.objective.logps import ResponseScorer
 from tests.runs import settings, train_on
 from tests.tiny import random_batch, tiny_lm

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dsdpo.config.data import DataConfig
-from dsdpo.config.run import ModelConfig
+from dsdpo.config.model import ModelConfig
 from dsdpo.data.binning import LayoutName, MicroBatchBudget
 from dsdpo.data.pairs import Pairs, open_pairs
 from dsdpo.data.steps import BatchSource

@@ -1,0 +1,171 @@
+"""Base weights in 4 bits: the same losses under each ZeRO stage, close to those of the weights they stand for."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from dsdpo.config.model import ModelConfig
+from dsdpo.config.run import RunConfig
+from dsdpo.engine.self_check import Answers, describe_bias
+from tests.ranks import run_ranks
+from tests.reference.test_adapter import lora_run
+from tests.runs import losses, train_on
+
+pytest.importorskip("bitsandbytes")
+LN_2 = math.log(2)
+NF4 = {"bits": 4}
+
+
+def quantized_run(folder: Path, inputs: Path, **sections: Any) -> dict[str, Any]:
+    """A run of 4 steps with LoRA on a base in 4 bits."""
+    model = {"quantization": NF4, **sections.pop("model", {})}
+    return lora_run(folder, inputs, {"r": 4}, model=model, **sections)
+
+
+def dequantized(folder: Path, inputs: Path) -> str:
+    """The model whose weights are what the 4 bits stand for, in a folder of its own; its path as text."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dsdpo.engine.quantization import is_quantized, loading_options
+
+    model = ModelConfig(path=str(inputs / "model"), dtype="float32", lora={"r": 4}, quantization=NF4)
+    low = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32, **loading_options(model))
+    plain = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+    targets, changed = dict(plain.named_parameters()), 0
+    with torch.no_grad():
+        for name, parameter in low.named_parameters():
+            if is_quantized(parameter):
+                targets[name].copy_(dequantize_4bit(parameter.data, parameter.quant_state))
+                changed += 1
+    assert changed == 7 * plain.config.num_hidden_layers
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model.path).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def truth(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """LoRA on the weights that the 4 bits stand for, held in 32 bits."""
+    folder = tmp_path_factory.mktemp("truth")
+    path = dequantized(folder / "model", inputs)
+    return losses(train_on(2, lora_run(folder, inputs, {"r": 4}, policy_zero="zero2", model={"path": path})))
+
+
+@pytest.mark.parametrize(
+    ("policy", "storage", "reference"),
+    [
+        ("zero1", "model", "adapter"),
+        ("zero2", "uint8", "separate"),
+        ("zero3", "model", "separate"),
+        ("zero3", "uint8", "adapter"),
+    ],
+)
+def test_losses_are_those_of_the_weights_that_the_bits_stand_for(
+    policy: str, storage: str, reference: str, truth: list[float], inputs: Path, tmp_path: Path
+) -> None:
+    quantization = {**NF4, "storage_dtype": storage}
+    run = quantized_run(
+        tmp_path, inputs, policy_zero=policy, model={"quantization": quantization}, reference={"strategy": reference}
+    )
+    found = losses(train_on(2, run))
+    assert found[0] == pytest.approx(LN_2, abs=1e-6)
+    assert found == pytest.approx(truth, abs=1e-4)
+    assert min(found) < LN_2 - 1e-3, "nothing was learned, so nothing is compared"
+    assert "nf4" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_resumed_run_is_the_uninterrupted_one_and_its_adapter_merges_into_the_base(
+    inputs: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = quantized_run(
+        tmp_path, inputs, policy_zero="zero3", checkpoint={"every_steps": 2}, export={"merge_adapter": True}
+    )
+    whole = losses(train_on(2, run))
+    adapter = tmp_path / "run" / "model"
+    trained = load_file(adapter / "adapter_model.safetensors")
+    for newest in ("checkpoints/step-000004", "model", "merged"):
+        shutil.rmtree(tmp_path / "run" / newest)
+    assert losses(train_on(2, {**run, "checkpoint": {"every_steps": 2, "resume": "auto"}})) == whole
+    resumed = load_file(adapter / "adapter_model.safetensors")
+    assert resumed.keys() == trained.keys()
+    assert all(torch.equal(resumed[name], trained[name]) for name in trained)
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
+    ids = torch.arange(3, 20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(adapter.parent / "merged", dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(merged, PeftModel.from_pretrained(base, adapter)(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_identity_follows_bits_and_scales() -> None:
+    """The same under stages 0 and 3; another where the weights have the same bits but twice the scale."""
+    (plain, doubled, shards), *_ = run_ranks(2, digests_here)
+    assert plain == shards
+    assert plain != doubled
+
+
+def digests_here() -> tuple[str, str, str]:
+    import bitsandbytes
+    import deepspeed
+
+    from dsdpo.reference.identity import weights_digest
+
+    def layer(scale: float) -> Any:
+        torch.manual_seed(0)
+        linear = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", quant_storage=torch.bfloat16)
+        linear.weight = bitsandbytes.nn.Params4bit(
+            scale * torch.randn(32, 64), quant_storage=torch.bfloat16, module=linear, requires_grad=False
+        )
+        return linear.to("cpu")
+
+    plain, doubled, parted = layer(1.0), layer(2.0), layer(1.0)
+    assert torch.equal(plain.weight.data.view(torch.int16), doubled.weight.data.view(torch.int16)), "the same bits"
+    whole = weights_digest(plain), weights_digest(doubled)
+    deepspeed.zero.Init(module=parted, config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}})
+    return *whole, weights_digest(parted)
+
+
+def test_reference_in_4_bits_beside_a_policy_in_32(inputs: Path, tmp_path: Path) -> None:
+    run = lora_run(
+        tmp_path, inputs, {"r": 4}, reference={"strategy": "separate", "quantization": NF4}, policy_zero="zero2"
+    )
+    found = losses(train_on(2, run))
+    assert found[0] != pytest.approx(LN_2, abs=1e-6)
+    assert found[0] == pytest.approx(LN_2, abs=0.05)
+
+
+def test_bias_of_a_reference_in_fewer_bits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Differences of -1 and 3 nats: 1 on average, 2 in size over 20 tokens a response, spread √8."""
+    tokens = torch.tensor([10, 30])
+    policy, reference = (
+        Answers(torch.tensor(values), tokens, "float32", "model", 0.0) for values in ([-20.0, -60.0], [-21.0, -57.0])
+    )
+    describe_bias(policy, reference)
+    assert "gets +1.000 nats on average beside the policy's (0.1000 a token, spread 2.828)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"lora": None}}, "weights in 4 bits do not train; set model.lora"),
+        ({"reference": {"strategy": "separate", "sync_ref_model": True}}, "set reference.strategy to adapter"),
+        ({"reference": {"strategy": "adapter", "quantization": NF4}}, "reference.quantization .* has no effect"),
+        ({"model": {"quantization": {"bits": 8}}}, "Input should be 4"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], words: str, tmp_path: Path, inputs: Path) -> None:
+    run = quantized_run(tmp_path, inputs)
+    for section, values in changes.items():
+        run[section] = {**run[section], **values}
+    with pytest.raises(ValidationError, match=words):
+        RunConfig.model_validate(run)
