@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -43,12 +45,21 @@ def is_empty(hosts: Hosts, name: str, run_file: Path) -> bool:
 
 
 def ends(hosts: Hosts, launcher: subprocess.Popen[str], log: Path, run_file: Path, names: list[str]) -> str:
-    """What was said, once the launcher and the ranks of these hosts have ended; the seconds are printed."""
-    for name in names:
-        empty = partial(is_empty, hosts, name, run_file)
-        print(f"{name}: {wait_until(empty, limit_s=ENDS_S, what=f'the end of all ranks on {name}'):.1f} s")
-    seconds = wait_until(lambda: launcher.poll() is not None, limit_s=ENDS_S, what="the end of the launcher")
-    print(f"launcher: {seconds:.1f} s later, exit code {launcher.returncode}\n{log.read_text()}")
+    """What was said, once the launcher and all ranks on these hosts have ended; when each did is printed."""
+    left: dict[str, Callable[[], bool]] = {name: partial(is_empty, hosts, name, run_file) for name in names}
+    left["the launcher"] = lambda: launcher.poll() is not None
+    started = time.monotonic()
+
+    def all_ended() -> bool:
+        for name in [name for name, ended in left.items() if ended()]:
+            del left[name]
+            print(f"{name} ended after {time.monotonic() - started:.1f} s", flush=True)
+        return not left
+
+    try:
+        wait_until(all_ended, limit_s=ENDS_S, what="the end of everything")
+    finally:
+        print(f"left: {sorted(left)}, exit code of the launcher {launcher.poll()}\n{log.read_text()}")
     assert launcher.returncode != 0
     return log.read_text()
 
@@ -95,9 +106,9 @@ def test_host_without_the_environment_is_named_and_ends_the_launcher(hosts: Host
     run_file = project.write("missing")
     try:
         launcher, log = launch(hosts, project, run_file)
+        wait_until(lambda: "did not come" in log.read_text(), limit_s=LIMIT_S, what="that node-2 is missed")
         said = ends(hosts, launcher, log, run_file, ["node-1", "node-3"])
     finally:
         hosts.run("node-2", ["umount", prefix], limit_s=60)
-    assert "did not come" in said
     assert "multi_node.sh: node-2 did not start its ranks. It said:" in said
     assert "No such file or directory" in said.split("It said:")[1]

@@ -121,19 +121,22 @@ def test_a_killed_rank_ends_the_job_and_is_named(hosts: Hosts, slurm: Slurm, pro
 
 
 def test_other_commands_by_the_same_script(slurm: Slurm, project: Project) -> None:
-    """prepare runs once a node; precompute shares the pairs out, and training finds every one of them."""
+    """prepare runs once a node, precompute and evaluate share the pairs out, and training finds every score."""
     store = str(project.folder / "store")
     run_file = project.write("scored", reference={"strategy": "precomputed", "store": store})
-    for command in ("prepare", "precompute", "train"):
-        job = slurm.submit([*TWO_NODES, SCRIPT, command, run_file.name], folder=project.folder)
+    evaluate = ["evaluate", str(project.run_folder("scored")), "--data", str(project.inputs / "test.jsonl")]
+    said = {}
+    for words in (["prepare", run_file.name], ["precompute", run_file.name], ["train", run_file.name], evaluate):
+        job = slurm.submit([*TWO_NODES, SCRIPT, *words], folder=project.folder)
         ended = slurm.wait(job, *ENDED, limit_s=LIMIT_S)
-        said = (project.folder / f"dsdpo-{job}.log").read_text()
-        print(said)
+        said[words[0]] = (project.folder / f"dsdpo-{job}.log").read_text()
+        print(said[words[0]])
         assert ended["JobState"] == "COMPLETED"
-        if command != "train":
-            assert "takes it from there" in said
-    assert "reference on train data: 1,728 pairs, 1,728 known" in said
-    assert "0 scored" in said
+    assert "takes it from there" in said["prepare"]
+    assert "takes it from there" in said["precompute"]
+    assert "reference on train data: 1,728 pairs, 1,728 known" in said["train"]
+    assert "0 scored" in said["train"]
+    assert "rewards/accuracies" in said["evaluate"]
 
 
 def test_array_goes_on_where_jobs_may_not_requeue(slurm: Slurm, project: Project) -> None:
