@@ -38,6 +38,7 @@ class RunFolder:
     nonfinite = _Entry("nonfinite.jsonl")  # steps that could not be taken
     samples = _Entry("samples.jsonl")  # generations of evaluations
     picture = _Entry("metrics.png")
+    report = _Entry("report.html")
     wandb_id = _Entry("wandb_run_id")
     wandb = _Entry("wandb")
     profile = _Entry("profile")  # traces of profiled steps

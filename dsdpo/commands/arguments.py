@@ -58,6 +58,7 @@ COMMANDS = {
     "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
     "demo": "make a small model and data set, train on two ranks and show what happened",
     "plot": "draw the metrics of runs: dsdpo plot RUN ...",
+    "report": "runs side by side as one page: dsdpo report RUN ... --html FILE",
     "completion": "print a script that completes commands and settings: dsdpo completion bash",
 }
 

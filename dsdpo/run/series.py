@@ -44,7 +44,7 @@ class Panel:
 BOTH = (("chosen", "chosen"), ("rejected", "rejected"))
 PANELS = (
     Panel("Loss", "nats", (("train", "loss"),), held_out=True),
-    Panel("Accuracy of rewards", "share of pairs", (("train", "rewards/accuracies"),), held_out=True),
+    Panel("Accuracy of rewards", "share", (("train", "rewards/accuracies"),), held_out=True),
     Panel("Reward margin", "nats", (("train", "rewards/margins"),), held_out=True),
     Panel("Rewards", "nats", tuple((label, f"rewards/{name}") for label, name in BOTH)),
     Panel("Log-probs", "nats", tuple((label, f"logps/{name}") for label, name in BOTH)),
