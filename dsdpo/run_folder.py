@@ -41,6 +41,7 @@ class RunFolder:
     report = _Entry("report.html")
     wandb_id = _Entry("wandb_run_id")
     wandb = _Entry("wandb")
+    tensorboard = _Entry("tensorboard")
     profile = _Entry("profile")  # traces of profiled steps
     checkpoints = _Entry("checkpoints")
     stop_file = _Entry("STOP")  # a user's: stop after this step

@@ -45,8 +45,12 @@ def train(plan: Plan, callbacks: Callbacks | None = None, *, quiet: bool = False
         except StoppedError as stopped:
             say(record_stop(folder, reason=str(stopped), step=state_of(checkpoint).step))
             return stop_code(str(stopped))
-        reason = train_until_done(run)
-        return finish(run, reason, quiet=quiet)
+        try:
+            reason = train_until_done(run)
+            return finish(run, reason, quiet=quiet)
+        except Exception as error:
+            run.tracker.fail(error)
+            raise
 
 
 def finish(run: Run, reason: str | None, *, quiet: bool) -> int:

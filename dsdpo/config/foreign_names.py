@@ -197,8 +197,10 @@ _TABLE = {
     "wandb_entity wandb_org": "use tracking.wandb.entity",
     "wandb_name wandb_run_name run_name wandb_run_id": "use tracking.wandb.name",
     "wandb_group": "use tracking.wandb.group",
-    "use_tensorboard use_mlflow use_swanlab use_comet use_trackio trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id mlflow_tracking_uri tensorboard_dir": _NONE + "metrics.jsonl is always written, and "
+    "use_tensorboard": "use tracking.tensorboard",
+    "tensorboard_dir": _NONE + "tracking.tensorboard writes to tensorboard/ of the run folder",
+    "use_mlflow use_swanlab use_comet use_trackio trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id mlflow_tracking_uri": _NONE + "metrics.jsonl is always written, and "
     "tracking.wandb sends to Weights & Biases",
     "logging_strategy logging_first_step logging_nan_inf_filter log_on_each_node include_num_input_tokens_seen "
     "skip_memory_metrics log_level log_level_replica disable_tqdm plot_loss include_tokens_per_second": _NONE

@@ -208,6 +208,10 @@ class TrackingConfig(Section):
     """Optimizer steps between rows of metrics.jsonl, each averaged over those steps."""
     wandb: WandbConfig | None = None
     """Also log to Weights & Biases; null: no."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder; needs the package tensorboard."""
+    names: Literal["dsdpo", "trl"] = "dsdpo"
+    """What W&B and TensorBoard call metrics; trl: as TRL's reports do, train/loss and train/global_step."""
     peak_tflops: PositiveFloat | None = None
     """What one device can do at most, in TFLOP/s of 16-bit matrix products, for perf/mfu; null: known by its name."""
     pairs: bool = True
@@ -218,6 +222,15 @@ class TrackingConfig(Section):
     """Also record the mean entropy of the policy's next-token distribution over the responses, in nats."""
     hints: bool = True
     """Say once what a run's metrics or data suggest, with the page of the docs that explains it."""
+
+    @model_validator(mode="after")
+    def _names_have_effect(self) -> TrackingConfig:
+        if self.names != "dsdpo" and self.wandb is None and not self.tensorboard:
+            raise ValueError(
+                f"tracking.names {self.names} has no effect without tracking.wandb or tracking.tensorboard, as "
+                "metrics.jsonl has our names always: set one of them, or leave it out"
+            )
+        return self
 
 
 class DistributedConfig(Section):

@@ -95,7 +95,8 @@ def take_step(run: Run, window: StepBatches, anchor: list[PairLogps]) -> bool:
         run.meter.restore(counted)
         run.state.means.clear()
         run.state.means.update(means)
-    run.nonfinite.note(run.state.step, window, outputs, taken=taken)
+    if (wrong := run.nonfinite.note(run.state.step, window, outputs, taken=taken)) is not None:
+        run.tracker.alert("Step skipped", wrong)
     run.tracker.log_pairs(run.state.step, window.pair_ids)
     run.perf.count(window)
     return taken

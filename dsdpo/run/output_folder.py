@@ -104,6 +104,7 @@ def facts(plan: Plan, policy: TrainingEngine, identity: dict[str, Any]) -> dict[
         "resolved_deepspeed": plan.policy_config,
         "resolved_deepspeed_reference": plan.reference_config if plan.reference.own_engine else None,
         "environment": environment(),
+        "git_commit": git_commit(Path.cwd()),  # of the user's own folder
         "parameters": sum(count for count, _ in counts),
         "trainable_parameters": sum(count for count, trainable in counts if trainable),
         "training_pairs": len(plan.train.pairs),

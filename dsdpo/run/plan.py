@@ -56,6 +56,7 @@ from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import holder
 from dsdpo.sequence_group import ALONE, SequenceGroup, sequence_group
 from dsdpo.training.cadence import Cadence
+from dsdpo.training.mirrors import check_mirrors
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,8 @@ def ask_deepspeed(run: RunConfig, configs: tuple[dict[str, Any], dict[str, Any]]
 
 
 def check_output_folder(run: RunConfig) -> None:
-    """Raise `ConfigError` unless the run may write into its output folder."""
+    """Raise `ConfigError` unless the run may write into its output folder, and has what it writes with."""
+    check_mirrors(run)
     folder = Path(run.output_dir)
     existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -71,7 +71,7 @@ def build_run(
     stop.check_signals()
     identity = restore_or_start(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
     check_start(plan, policy, reference, checkpoint)
-    tracker = Tracker(settings, folder, facts=facts(plan, policy, identity))
+    tracker = Tracker(settings, folder, facts=facts(plan, policy, identity), start_step=state.step)
     return Run(
         plan=plan,
         folder=folder,

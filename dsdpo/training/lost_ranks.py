@@ -13,8 +13,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,9 @@ BEAT_S = 1.0
 SILENT_S = 6.0  # without a sign of life, once something has failed
 LOST = 1  # exit code
 ENDED = "the process group's store, which rank 0 keeps, no longer answers: rank 0 is gone"
+
+LAST_WORDS: list[Callable[[str], None]] = []
+"""Called with the reason before this process is ended for a lost rank, of which nothing else would be told."""
 
 _meetings = 0  # of this process: all ranks count alike
 
@@ -154,6 +157,9 @@ class Peers:
     def _end_process(self, reason: str) -> None:
         """End this process from beside a main thread that hangs in a collective."""
         print(f"dsdpo (rank {rank()}): {reason}. Go on with --resume auto", file=sys.stderr, flush=True)
+        for say in list(LAST_WORDS):
+            with suppress(Exception):
+                say(reason)
         if rank() == 0:
             time.sleep(5 * BEAT_S)  # the others hear of it from the store that ends with this process
         os._exit(LOST)

@@ -64,8 +64,10 @@ class NonfiniteSteps:
         self._file = folder.nonfinite
         self._in_a_row = 0
 
-    def note(self, step: int, window: StepBatches, outputs: Sequence[LossOutput], *, taken: bool) -> None:
-        """Take note of a step, which was `taken` or not; `outputs` are those of this rank's micro-batches. Collective.
+    def note(self, step: int, window: StepBatches, outputs: Sequence[LossOutput], *, taken: bool) -> str | None:
+        """Take note of a step, which was `taken` or not; what is wrong with one that is skipped. Collective.
+
+        `outputs` are those of this rank's micro-batches.
 
         Raises `TrainingError` at the first step that was not taken, or under `on_nonfinite: skip` at the last of
         `max_skipped_steps` in a row. In float16 a step whose losses are all finite is left out by design, to go on
@@ -73,10 +75,10 @@ class NonfiniteSteps:
         """
         if taken:
             self._in_a_row = 0
-            return
+            return None
         pairs = nonfinite_pairs(window, outputs)
         if self._scales_losses and not pairs:
-            return
+            return None
         self._in_a_row += 1
         what = f"the loss of {named(sorted(pairs))}" if pairs else "the gradient, with every loss finite,"
         with all_or_none():
@@ -97,6 +99,7 @@ class NonfiniteSteps:
             )
         if rank() == 0:
             log.warning("step %d is skipped: %s is not finite; see %s", step, what, self._file)
+        return f"step {step}: {what} is not finite"
 
     def _write(self, step: int, window: StepBatches, pairs: dict[int, dict[str, float]]) -> None:
         row = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import struct
 import sys
 import time
 from pathlib import Path
@@ -12,20 +14,22 @@ from typing import Any
 import pytest
 
 from dsdpo.config.run import RunConfig
+from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
-from dsdpo.training import tracking
+from dsdpo.training import wandb_mirror
+from dsdpo.training.mirrors import check_mirrors
 from dsdpo.training.tracking import Tracker
 from tests.commands.processes import finish
 
 
-def run_in(folder: Path, wandb: dict[str, Any] | None) -> RunConfig:
+def run_in(folder: Path, wandb: dict[str, Any] | None, **tracking: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": "m"},
             "data": {"train": "d"},
             "deepspeed": "ds.json",
             "output_dir": str(folder),
-            "tracking": {"wandb": wandb},
+            "tracking": {"wandb": wandb, **tracking},
         }
     )
 
@@ -65,7 +69,7 @@ def test_unreachable_wandb_warns_and_the_record_goes_on(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(tracking, "START_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(wandb_mirror, "START_TIMEOUT_S", 2.0)
     with caplog.at_level(logging.WARNING):
         tracker = Tracker(run_in(tmp_path, {"mode": "online"}), RunFolder(tmp_path))
     assert "W&B could not start" in caplog.text
@@ -102,7 +106,7 @@ def test_wandbs_own_variables_count_where_the_run_says_nothing(
         wandb.teardown()  # which reads the environment once in a process
         (tmp_path / folder).mkdir()
         tracker = Tracker(run_in(tmp_path / folder, ours), RunFolder(tmp_path / folder))
-        settings = tracker._wandb.settings
+        settings = tracker._mirrors[0].session.settings
         tracker.close()
         return [
             settings.project,
@@ -138,6 +142,114 @@ def test_without_a_login_nobody_is_asked_and_files_are_written(
     assert caplog.text.count("not logged in") == 1
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert f"wandb sync {folder}" in capsys.readouterr().out
+
+
+def records_of(folder: Path) -> list[Any]:
+    """What the offline W&B runs of a run folder hold, in order of writing: LevelDB's log format behind 7 bytes."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    found = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        data, at, parts = file.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:  # no header fits into the block
+                at += 32768 - at % 32768
+                continue
+            _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+            parts += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4) and at <= len(data):  # whole, or the last part
+                record = pb.Record()
+                record.ParseFromString(parts)
+                found.append(record)
+                parts = b""
+    return found
+
+
+def history_of(records: list[Any]) -> list[dict[str, Any]]:
+    """The rows that were logged, without W&B's own values."""
+    rows = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append({name: value for name, value in items.items() if not name.startswith("_")})
+    return rows
+
+
+def wait_for(folder: Path, what: Any) -> list[Any]:
+    """The records once they are as they should be: W&B's own process writes the last of them late."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = records_of(folder)
+        if what(records):
+            return records
+        assert time.monotonic() < deadline, records
+        time.sleep(0.2)
+
+
+def test_an_offline_run_holds_config_metrics_best_values_files_and_alerts(tmp_path: Path) -> None:
+    files = RunFolder(tmp_path)
+    files.config.write_text("model: {path: m}")
+    files.deepspeed.write_text("{}")
+    facts = {"resolved_deepspeed": {"zero_optimization": {"stage": 3}}, "git_commit": "abc", "parameters": 7}
+    run = run_in(tmp_path, {"mode": "offline", "group": "g"}, names="trl")
+    tracker = Tracker(run, files, facts=facts)
+    tracker.log(1, {"loss": 0.7, "train/skipped_steps": 0})
+    tracker.log(1, {"eval/loss": 0.69, "eval/rewards/accuracies": 0.5})
+    tracker.alert("Step skipped", "step 2: the gradient is not finite")
+    tracker.close()
+    # The same run goes on, and logs a step again that was lost.
+    tracker = Tracker(run, files, start_step=0)
+    tracker.log(1, {"loss": 0.6})
+    tracker.fail(ValueError("broken"))
+
+    records = wait_for(tmp_path, lambda records: len(history_of(records)) == 3 and
+                       sum(each.WhichOneof("record_type") == "exit" for each in records) == 2)  # fmt: skip
+    kinds = {kind: [getattr(each, kind) for each in records if each.WhichOneof("record_type") == kind]
+             for kind in ("run", "metric", "alert", "artifact", "exit", "request")}  # fmt: skip
+    first = kinds["run"][0]
+    config = {item.key: json.loads(item.value_json) for item in first.config.update}
+    assert config["resolved_deepspeed"] == {"zero_optimization": {"stage": 3}}
+    assert (config["git_commit"], config["parameters"], config["model"]["path"]) == ("abc", 7, "m")
+    assert {each.run_id for each in kinds["run"]} == {first.run_id}, "a resumed run is the same run"
+    assert first.run_group == "g"
+    assert history_of(records) == [
+        {"train/loss": 0.7, "train/skipped_steps": 0, "train/global_step": 1},
+        {"eval/loss": 0.69, "eval/rewards/accuracies": 0.5, "train/global_step": 1},
+        {"train/loss": 0.6, "train/global_step": 1},
+    ]
+    best = {each.name: (each.summary.min, each.summary.max, each.summary.last) for each in kinds["metric"] if each.name}
+    assert best["train/loss"] == best["eval/loss"] == (True, False, True)
+    assert best["eval/rewards/accuracies"] == best["train/rewards/margins"] == (False, True, True)
+    assert [(each.title, each.text, each.level) for each in kinds["alert"]] == [
+        ("Step skipped", "step 2: the gradient is not finite", "WARN"),
+        ("Run failed", "ValueError: broken", "ERROR"),
+    ]
+    saved = [each.path for artifact in kinds["artifact"] for each in artifact.manifest.contents]
+    assert {"config.yaml", "deepspeed.json"} <= set(saved)
+    assert [each.exit_code for each in kinds["exit"]] == [0, 1]
+
+
+def test_tensorboard_has_every_row_and_a_resumed_run_takes_later_ones_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_in(tmp_path, None, tensorboard=True)
+    for start, losses in ((0, {1: 0.7, 2: 0.6, 3: 0.5}), (2, {3: 0.4})):
+        tracker = Tracker(run, RunFolder(tmp_path), start_step=start)
+        for step, loss in losses.items():
+            tracker.log(step, {"loss": loss, "eval/loss": loss})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
+    assert [(each.step, round(each.value, 6)) for each in events.Scalars("loss")] == [(1, 0.7), (2, 0.6), (3, 0.4)]
+    assert set(events.Tags()["scalars"]) == {"loss", "eval/loss"}
+
+
+def test_a_mirror_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'dsdpo\[tensorboard\]'"):
+        check_mirrors(run_in(tmp_path, None, tensorboard=True))
+    check_mirrors(run_in(tmp_path, None))
 
 
 SERVICE_KILLED = """
