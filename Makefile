@@ -12,6 +12,7 @@
 # make check-newest   the same on the newest versions there are
 # make gpu            what a GPU computes otherwise than a CPU, with a report to send in; one GPU is enough, without
 #                     one it runs what it can (takes .venv if there is one, else $(PYTHON); installs nothing)
+# make docs           the documentation as a site, in runs/site; a broken link is an error
 # make bench          every benchmark in a short form; results go to runs/bench (see benchmarks/README.md)
 # make clean          remove .venv, caches and runs
 
@@ -24,7 +25,7 @@ QUICK := not ranks and not process and not real
 # One run through the whole program, with ranks, an evaluation, a checkpoint and an export.
 WHOLE_RUN := tests/commands/test_train.py tests/training/test_export.py tests/reference/test_adapter.py
 
-.PHONY: help quickstart check test test-ranks test-nightly test-cluster lint format check-lowest check-newest gpu bench clean
+.PHONY: docs help quickstart check test test-ranks test-nightly test-cluster lint format check-lowest check-newest gpu bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -80,6 +81,15 @@ gpu:
 	DS_ACCELERATOR=$$($(GPU_PYTHON) -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") \
 	DSDPO_GPU_REPORT=runs/gpu/report.json \
 	$(GPU_PYTHON) -m pytest -q tests/gpu tests/objective/test_attention.py tests/test_accelerator.py
+
+# In an environment of its own: nothing of it is needed to run or test dsdpo.
+docs: .cache/venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .cache/venv-docs/bin/mkdocs build --strict --quiet
+
+.cache/venv-docs/installed: pyproject.toml
+	$(PYTHON) -m venv .cache/venv-docs
+	.cache/venv-docs/bin/pip install $(PIP_QUIET) "mkdocs-material>=9.5"
+	touch $@
 
 SHORT := --rounds 2 --steps 2
 TINY := $(SHORT) --tiny --quick-memory --pairs-per-step 8

@@ -1,4 +1,4 @@
-"""What README says of extending dsdpo, done: each test adds to a copy of the package and trains two steps with it."""
+"""What CONTRIBUTING says of extending dsdpo, done: each test adds to a copy of the package and trains with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes are runs that load, and each strategy of README's table has one."""
+"""The recipes are runs that load, and each strategy of docs/reference.md has one."""
 
 from __future__ import annotations
 

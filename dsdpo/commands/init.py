@@ -162,6 +162,9 @@ def make_files(given: argparse.Namespace, recipe: str, run: dict[str, Any]) -> d
         files[REFERENCE] = deepspeed_jsons("reference")[own].read_text(encoding="utf-8")
         reference["deepspeed"] = REFERENCE
     run["output_dir"] = "output"
+    run.get("tracking", {}).pop("wandb", None)  # an account of one's own
+    if not run.get("tracking", True):
+        del run["tracking"]
     files |= start_files(given)
     header = HEADER.format(recipe=recipe, start=start_command(given.launcher, given.nodes))
     return {RUN_FILE: header + yaml.safe_dump(run, sort_keys=False, allow_unicode=True, width=120), **files}

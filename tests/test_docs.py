@@ -1,0 +1,107 @@
+"""The docs: no broken link, every command one that there is, and the quick tour done as it stands."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dsdpo.commands.arguments import COMMANDS
+from dsdpo.config.load import dotted_keys
+from tests.commands.processes import finish, free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+LIMIT_S = 400
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", text)) for text in headings]
+    return {text.strip().lower().replace(" ", "-") for text in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_link_is_broken(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in LINK.findall(text):
+        path, _, anchor = link.partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.relative_to(ROOT)}: {link} leads nowhere"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}: no such heading"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {posixpath.normpath(link.partition("#")[0]) for link in LINK.findall(index)}
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages - linked == {"README.md"}
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every dsdpo command in the docs, with the page that has it."""
+    for page in PAGES:
+        for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                for name in ("dsdpo", ".venv/bin/dsdpo", "./train.sh"):
+                    if name in words[:-1]:
+                        rest = words[words.index(name) + 1 :]
+                        yield str(page.relative_to(ROOT)), ["train", *rest] if name == "./train.sh" else rest
+
+
+def test_every_command_in_the_docs_is_there_with_its_options() -> None:
+    found = list(commands())
+    assert len(found) > 15
+    settings = {f"--{key}" for key in dotted_keys()}
+    for page, (name, *words) in found:
+        where = f"{page}: dsdpo {name} {' '.join(words)}"
+        assert name in COMMANDS or name.startswith("-"), where
+        source = ROOT / "dsdpo" / "commands" / f"{name}.py"
+        texts = (
+            source,
+            ROOT / "dsdpo/commands/arguments.py",
+            ROOT / "dsdpo/config/load.py",
+            ROOT / "dsdpo/accelerator.py",
+        )
+        own = {option for text in texts if text.is_file()
+               for option in re.findall(r"\"(--[a-z-]+)\"", text.read_text(encoding="utf-8"))}  # fmt: skip
+        for word in words:
+            option = word.split("=")[0]
+            if option.startswith("--"):
+                assert option in own | settings | {"--help", "--resume"}, f"{where}: {option}"
+            if word.startswith(("launch/", "ds_configs/", "examples/")):
+                assert (ROOT / word).exists(), f"{where}: {word}"
+
+
+def test_the_quick_tour_works_as_it_stands(tmp_path: Path) -> None:
+    from dsdpo.commands.demo import make_inputs
+
+    text = (ROOT / "docs" / "quick-tour.md").read_text(encoding="utf-8")
+    lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
+    assert lines[0] == "dsdpo demo", "which tests/commands/test_demo.py does"
+    make_inputs(tmp_path / "runs" / "demo-inputs")
+    (tmp_path / "bin").mkdir()
+    launcher = f"-m deepspeed.launcher.runner --master_port={free_port()}"
+    for name, command in (("dsdpo", "-m dsdpo"), ("deepspeed", launcher)):
+        script = tmp_path / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
+        script.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    tour = "\n".join(["set -e", *lines[1:]])
+    answer = finish(["bash", "-c", tour], limit_s=LIMIT_S, cwd=tmp_path, PATH=path, PYTHONPATH=str(ROOT))
+    assert answer.returncode == 0
+    for made in ("output/model/model.safetensors", "output/metrics.png", "trained/config.json"):
+        assert (tmp_path / "tour" / made).is_file(), made
