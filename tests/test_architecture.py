@@ -10,7 +10,7 @@ from pathlib import Path
 import dsdpo
 
 PACKAGE = Path(dsdpo.__file__).parent
-ROOMS = ["config", "data", "objective", "engine", "reference", "training", "run", "commands"]
+ROOMS = ["config", "data", "objective", "engine", "estimate", "reference", "training", "run", "commands"]
 BELOW = (  # all rooms
     "accelerator", "atomic", "errors", "distributed", "console", "phases", "run_folder", "run_lock", "sequence_group",
     "stop_signals", "stop_request", "time_limit",

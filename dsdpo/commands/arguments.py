@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import re
-from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from dsdpo.config.reference import Precomputed
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
 from dsdpo.errors import ConfigError
+from dsdpo.estimate.hardware import GPUS, hardware
 
 
 def plain_parser(prog: str, description: str | None) -> RunParser:
     """A parser for a command without settings of its own; `description` is its module's docstring."""
     text = (description or "").split(": ", 1)[-1].split("\n\n")[0]
     parser = RunParser(prog=prog, description=text[:1].upper() + text[1:], allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=SUPPRESS)  # the launcher's
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # the launcher's
     return parser
 
 
@@ -50,6 +52,7 @@ COMMANDS = {
     "init": "write a run file, DeepSpeed JSONs and a start script to begin with: dsdpo init FOLDER",
     "convert": "make a run file of another program's settings: dsdpo convert --from trl FILE",
     "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
+    "estimate": "will it fit, and how fast? no GPU needed: dsdpo estimate RUN.yaml --ranks 8 --gpu h100",
     "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
     "inspect": "a run's pairs as they are trained on: dsdpo inspect RUN.yaml",
     "evaluate": "held-out metrics of a trained policy: dsdpo evaluate RUN|MODEL --data FILE",
@@ -113,5 +116,127 @@ def precompute(argv: list[str]) -> PrecomputeArguments:
     return PrecomputeArguments(run, flags.run, shard_pairs=flags.shard_pairs, verbose=flags.verbose)
 
 
+@dataclass(frozen=True)
+class EstimateArguments:
+    """Of `dsdpo estimate`."""
+
+    run: RunConfig
+    run_file: Path
+    policies: tuple[str, ...]  # DeepSpeed JSONs
+    references: tuple[str | None, ...]  # None: the run's own, or derived from the policy's
+    ranks: int | None  # None: as many as were started
+    per_node: int | None
+    gpu: str | None  # None: this machine's
+    host_memory: float | None  # GiB of a node
+    tokens: tuple[int, ...] | None  # of prompt and responses; None: from the run's data
+    as_json: bool
+
+
+def estimate(argv: list[str]) -> EstimateArguments:
+    """The arguments of `dsdpo estimate`. Raises `ConfigError`; exits on --help."""
+    parser = run_parser("dsdpo estimate", "Forecast memory and speed of a run, without GPUs, weights or data.")
+    add_machine_options(parser)
+    add_config_options(parser)
+    parser.add_argument(
+        "--tokens", metavar="P,C,R", default=None, help="lengths of prompt, chosen and rejected; default: of the data"
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print everything as JSON, in bytes")
+    run, flags = load_run(argv, parser)
+    if not flags.policies:
+        check_deepspeed_files(run)
+    policies, references = config_files(run, flags)
+    return EstimateArguments(
+        run,
+        flags.run,
+        policies,
+        references,
+        ranks=_at_least_1(flags.ranks, "--ranks"),
+        per_node=_at_least_1(flags.per_node, "--gpus-per-node"),
+        gpu=known_gpu(flags.gpu),
+        host_memory=_above_0(flags.host_memory, "--host-memory"),
+        tokens=None if flags.tokens is None else pair_tokens(flags.tokens, run),
+        as_json=flags.as_json,
+    )
+
+
+def add_machine_options(parser: RunParser) -> None:
+    """The options that say what a run is to run on."""
+    parser.add_argument("--ranks", type=int, default=None, metavar="N", help="GPUs in all; default: as launched, or 1")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=None, dest="per_node", metavar="N", help="default: 8, or all if fewer"
+    )
+    parser.add_argument(
+        "--gpu", default=None, metavar="NAME", help=f"{', '.join(GPUS)} or cpu; default: this machine's"
+    )
+    parser.add_argument(
+        "--host-memory", type=float, default=None, metavar="GIB", help="of a node; default: not a limit"
+    )
+
+
+def add_config_options(parser: RunParser) -> None:
+    """The options that name DeepSpeed JSONs to choose from."""
+    parser.add_argument(
+        "--zero", nargs="+", default=[], dest="policies", metavar="JSON", help="for the policy; default: the run's own"
+    )
+    parser.add_argument(
+        "--reference-zero", nargs="+", default=[], dest="references", metavar="JSON",
+        help="for the reference; default: the run's own, else derived from the policy's",
+    )  # fmt: skip
+
+
+def config_files(run: RunConfig, flags: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+    """The DeepSpeed JSONs of policy and reference to choose from. Raises `ConfigError` for what is no file."""
+    for option, words in (("--zero", flags.policies), ("--reference-zero", flags.references)):
+        for word in words:
+            if not Path(word).is_file():
+                raise ConfigError(f"{option}: no file {word}; give DeepSpeed JSONs, such as ds_configs/zero*.json")
+    if flags.references and not plan_reference(run).own_engine:
+        raise ConfigError(
+            f"--reference-zero has no effect with reference.strategy {run.reference_strategy()}, whose reference has "
+            "no engine: leave it out"
+        )
+    references: tuple[str | None, ...] = tuple(flags.references) or (run.reference.deepspeed,)
+    return tuple(flags.policies) or (run.deepspeed,), references
+
+
+def known_gpu(name: str | None) -> str | None:
+    """The name, once it is found in the table. Raises `ConfigError`."""
+    if name is not None:
+        hardware(name, ranks_per_node=1)
+    return name
+
+
+def pair_tokens(text: str, run: RunConfig) -> tuple[int, ...]:
+    """Tokens of prompt and responses. Raises `ConfigError` for other words, and for what the run would cut."""
+    words = text.split(",")
+    responses = {"rated": 1, "pairs": 2}.get(run.loss.rows)
+    shape = {"rated": "PROMPT,RESPONSE", "pairs": "PROMPT,CHOSEN,REJECTED"}.get(run.loss.rows, "PROMPT,BEST,...,WORST")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words) or (
+        len(words) - 1 != responses if responses else len(words) < 3
+    ):
+        raise ConfigError(
+            f"--tokens {text}: give tokens as {shape}, such as {'512,256,256'[: 3 + 4 * (responses or 2)]}"
+        )
+    tokens = tuple(int(word) for word in words)
+    if tokens[0] + max(tokens[1:]) > run.data.max_length:
+        raise ConfigError(
+            f"--tokens {text}: prompt and response have {tokens[0] + max(tokens[1:]):,} tokens, and data.max_length "
+            f"{run.data.max_length:,} would cut them: give shorter ones, or raise --data.max_length"
+        )
+    return (*tokens, 0) if run.loss.rows == "rated" else tokens
+
+
+def _at_least_1(value: int | None, option: str) -> int | None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{option} is {value}: give 1 or more")
+    return value
+
+
+def _above_0(value: float | None, option: str) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"{option} is {value}: give GiB, above 0")
+    return value
+
+
 # Commands whose modules import torch, DeepSpeed and transformers: seconds that a typing error need not wait.
-PARSERS: dict[str, Callable[[list[str]], Any]] = {"train": train, "precompute": precompute}
+PARSERS: dict[str, Callable[[list[str]], Any]] = {"train": train, "precompute": precompute, "estimate": estimate}

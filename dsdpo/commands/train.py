@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dsdpo.commands.arguments import TrainArguments
-from dsdpo.console import quiet_libraries, say
+from dsdpo.console import is_main, quiet_libraries, say
 from dsdpo.distributed import rank
 from dsdpo.engine.build import device
 from dsdpo.errors import StoppedError
+from dsdpo.run.estimate import forecast_of_plan, is_quantized
+from dsdpo.run.estimate_report import in_three_lines
 from dsdpo.run.export import export_trained
 from dsdpo.run.loop import evaluate_at_start, train_until_done
 from dsdpo.run.output_folder import opened_folder
 from dsdpo.run.plan import Plan, plan_run
 from dsdpo.run.resume import state_of
 from dsdpo.run.run import Run, build_run
-from dsdpo.run.summary import describe_plan, describe_results
+from dsdpo.run.summary import as_table, describe_plan, describe_results
 from dsdpo.run_folder import RunFolder
 from dsdpo.stop_request import StopRequest, record_stop, stop_code
 from dsdpo.stop_signals import noted_signals
@@ -28,6 +30,8 @@ def main(given: TrainArguments) -> int:
     plan = plan_run(given.run, run_file=given.run_file)
     say(describe_plan(plan))
     if given.dry_run:
+        if is_main() and not is_quantized(plan.reference, plan.run):  # one process is enough
+            say(as_table(in_three_lines(*forecast_of_plan(plan))))
         return 0
     with watched_ranks(lost_after=given.run.distributed.lost_after):
         return train(plan)

@@ -83,6 +83,19 @@ def check_adapter_fits(lm: CausalLM, model: ModelConfig) -> None:
             check_stored_adapter(with_settings_of(lm, model), stored, folder)
 
 
+def blank_adapter(lm: Any, model: ModelConfig, *, second: bool = False) -> peft.PeftModel:
+    """`lm`, a model on the meta device, with the adapter of `model.lora` and without its weights.
+
+    With `second` the reference's adapter stands beside it. Raises `ConfigError` where the adapter does not fit.
+    """
+    assert model.lora is not None
+    with torch.device("meta"):
+        wrapped = add_adapter(lm, model, seed=0) if model.lora.path is None else with_settings_of(lm, model)
+        if second:
+            add_reference_adapter(wrapped)
+    return wrapped
+
+
 def check_stored_adapter(wrapped: peft.PeftModel, stored: Shapes, folder: Path) -> None:
     """Raise `ConfigError` unless a file of these tensors fills the adapter on `wrapped`, no more and no less."""
     due, allowed = (
@@ -116,7 +129,9 @@ def with_settings_of(lm: CausalLM, model: ModelConfig) -> peft.PeftModel:
     """`lm` with an adapter of the settings, but not the weights, of the folder in `model.lora.path`."""
     assert model.lora is not None
     try:
-        return peft.get_peft_model(lm, peft.PeftConfig.from_pretrained(model.lora.path), autocast_adapter_dtype=False)
+        config = peft.PeftConfig.from_pretrained(model.lora.path)
+        config.inference_mode = False
+        return peft.get_peft_model(lm, config, autocast_adapter_dtype=False)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ConfigError(f"model.lora.path {model.lora.path} does not fit {model.path}: {error}") from error
 

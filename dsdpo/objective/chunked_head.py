@@ -78,11 +78,14 @@ class _ChunkedLogp(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
         ctx.transform, ctx.chunk = transform, chunk
         device = hidden.device.type
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        if device != "meta":  # which has no autocast: see estimate/activations.py
+            ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return rows if extras else logps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad.is_meta:
+            return _ChunkedLogp._backward(ctx, grad)
         # Logits must be made again as they were, and autograd runs a backward outside of autocast.
         enabled, dtype = ctx.autocast
         with torch.autocast(grad.device.type, dtype=dtype, enabled=enabled):

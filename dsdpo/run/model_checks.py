@@ -29,21 +29,27 @@ CAUSAL = "dsdpo trains causal language models"
 QUANTIZED = ("quantization_config", "compression_config", "quantization")  # blocks of config.json
 
 
-def check_models(run: RunConfig, reference: ModelConfig) -> dict[str, Any]:
-    """Hugging Face's configurations of the run's models, by the settings that name them. Raises `ConfigError`."""
+def check_models(run: RunConfig, reference: ModelConfig, *, weights: bool = True) -> dict[str, Any]:
+    """Hugging Face's configurations of the run's models, by the settings that name them. Raises `ConfigError`.
+
+    Without `weights` folders that have no more than their config.json will do.
+    """
     check_installed(run.model, key="model.quantization")
     check_installed(reference, key="reference.quantization")
-    models = {"model.path": check_model(run.model, key="model.path")}
+    models = {"model.path": check_model(run.model, key="model.path", weights=weights)}
     if run.reference.path or run.reference.revision:
-        models["reference.path"] = check_model(reference, key="reference.path")
+        models["reference.path"] = check_model(reference, key="reference.path", weights=weights)
     return models
 
 
-def check_model(model: ModelConfig, *, key: str) -> Any:
-    """The model's configuration. Raises `ConfigError` if there is no such model, or none that dsdpo trains."""
+def check_model(model: ModelConfig, *, key: str, weights: bool = True) -> Any:
+    """The model's configuration. Raises `ConfigError` if there is no such model, or none that dsdpo trains.
+
+    Without `weights` a folder that has no more than its config.json will do.
+    """
     folder = Path(model.path).expanduser()
     if folder.is_dir():
-        _check_folder(folder, model, key=key)
+        _check_folder(folder, model, key=key, weights=weights)
     elif folder.is_file() or model.path.startswith((".", "/", "~")):
         raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
     try:
@@ -58,8 +64,8 @@ def check_model(model: ModelConfig, *, key: str) -> Any:
     return config
 
 
-def _check_folder(folder: Path, model: ModelConfig, *, key: str) -> None:
-    """Raise `ConfigError` unless the folder looks like a model with weights, and say what to give instead."""
+def _check_folder(folder: Path, model: ModelConfig, *, key: str, weights: bool) -> None:
+    """Raise `ConfigError` unless the folder looks like a model, with weights if asked, and say what to give instead."""
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"{key}: {folder} holds an adapter; "
@@ -80,6 +86,8 @@ def _check_folder(folder: Path, model: ModelConfig, *, key: str) -> None:
     for name in QUANTIZED if isinstance(content, dict) else ():
         _check_unquantized(content.get(name), name, model, key=key)
     pickled = any(folder.glob("pytorch_model*.bin"))
+    if not weights:
+        return
     if not any(folder.glob("*.safetensors")) and not (pickled and model.allow_pickle):
         if not pickled:
             raise ConfigError(f"{key}: {folder} has no weights (*.safetensors); give the folder of a whole model")

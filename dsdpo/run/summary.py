@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,6 +50,11 @@ def describe_plan(plan: Plan) -> str:
         ("output", run.output_dir),
         *(("note", text) for text in remarks(plan)),
     ]
+    return as_table(rows)
+
+
+def as_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and what there is to say of them, a line each."""
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ from dsdpo.engine.lora import POLICY
 from dsdpo.engine.quirks.gather_trace import GATHERED
 from dsdpo.engine.shards import full_shape
 from dsdpo.engine.types import TrainingEngine
+from dsdpo.estimate.hardware import peak_tflops
 from dsdpo.objective.flops import model_flops, step_flops
 from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter
@@ -32,37 +32,6 @@ T = TypeVar("T")
 MODEL_PHASES = ("reference", "forward_backward")
 PHASES = ("data", *MODEL_PHASES, "optimizer", "sync", "log", "other")  # of a step
 ASIDE = ("evaluate", "samples", "save")
-
-# Dense 16-bit matrix products in TFLOP/s, as the makers' data sheets have them, by words of CUDA's name of the device;
-# the first that fits counts.
-PEAK_TFLOPS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A10": 125.0,
-    "A30": 165.0,
-    "A40": 149.7,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 6000 Ada": 364.0,
-    "RTX 4090": 165.2,
-    "MI300X": 1307.0,
-    "V100": 125.0,
-}
-
-
-def peak_tflops(name: str) -> float | None:
-    """What a device of that name can do at most, None where that is not known."""
-    return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 class Laps:

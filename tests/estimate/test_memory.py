@@ -1,0 +1,169 @@
+"""The model of bytes: by hand for a few parameters, and against the model's own tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from dsdpo.config.run import ModelConfig
+from dsdpo.estimate.activations import PassSize, by_formula, rehearse
+from dsdpo.estimate.gathers import Gathers, gathers_of
+from dsdpo.estimate.memory import GRADIENTS, OPTIMIZER, WEIGHTS, policy_memory, reference_memory
+from dsdpo.estimate.weights import Blank, Part, Weights, blank_model
+
+HIDDEN, LAYERS, VOCABULARY, INNER = 64, 3, 512, 160
+FEW = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+FEW["stage3_param_persistence_threshold"] = 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder with nothing but its config.json."""
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(path)
+    return str(path)
+
+
+def blank(folder: str, **settings: Any) -> Blank:
+    return blank_model(ModelConfig(path=folder, **settings), layout="packed", trains=True)
+
+
+# A Llama's matrices: q and o, k and v, gate, up and down; two norms a layer and one at the end; embeddings once.
+LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * INNER
+ALL = VOCABULARY * HIDDEN + LAYERS * (LAYER + 2 * HIDDEN) + HIDDEN
+
+
+def test_parameters_are_counted_once_and_by_what_trains(folder: str) -> None:
+    assert blank(folder).weights.total() == blank(folder).weights.total(trained=True) == ALL
+    adapted = blank(folder, lora={"r": 4, "target_modules": ["q_proj", "down_proj"]}).weights
+    assert adapted.total(trained=False) == ALL
+    assert adapted.total(trained=True) == LAYERS * 4 * (HIDDEN + HIDDEN + INNER + HIDDEN)
+
+
+def parts(*sizes: int, blocks: tuple[int | None, ...]) -> Weights:
+    return Weights(tuple(Part((size,), (True,), block) for size, block in zip(sizes, blocks, strict=True)), 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sums", "held"),
+    [
+        # 1,000 elements on 4 ranks: 12 bytes of Adam and master weight, of a quarter each.
+        (1, "fp32", {WEIGHTS: 2000, OPTIMIZER: 3000, GRADIENTS: 4000}),  # whole sums in float32
+        (1, "bf16", {WEIGHTS: 2000, OPTIMIZER: 3000}),
+        (2, "fp32", {WEIGHTS: 2000, OPTIMIZER: 3000}),
+        (3, "fp32", {WEIGHTS: 500, OPTIMIZER: 3000, GRADIENTS: 1000}),
+        (3, "bf16", {WEIGHTS: 500, OPTIMIZER: 3000, GRADIENTS: 500}),
+    ],
+)
+def test_what_stages_hold(stage: int, sums: str, held: dict[str, int]) -> None:
+    config = {
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": sums},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 0, "stage3_param_persistence_threshold": 0},
+    }
+    found = policy_memory(config, parts(600, 400, blocks=(0, 1)), ranks=4, checkpointing=True)
+    sizes = {part: size for (part, place), size in found.held.items() if place == "device" and size}
+    assert sizes == held
+    if stage == 2:  # a quarter of the sums, from the first backward pass to the update
+        assert found.training[GRADIENTS, "device"] == 1000
+
+
+def test_offload_moves_weights_and_states_to_the_host() -> None:
+    cpu = {"device": "cpu"}
+    zero = {"stage": 3, "offload_param": cpu, "offload_optimizer": cpu, "reduce_bucket_size": 0}
+    config = {"bf16": {"enabled": True}, "zero_optimization": {**zero, "stage3_param_persistence_threshold": 0}}
+    found = policy_memory(config, parts(600, 400, blocks=(0, 1)), ranks=4, checkpointing=True)
+    # Of 250 elements: 2 of weights, 12 of Adam, 4 of gradients for it and 2 of their sums.
+    host = {part: size for (part, place), size in found.held.items() if place == "host"}
+    assert host == {WEIGHTS: 500, OPTIMIZER: 3000, GRADIENTS: 1500}
+    assert not any(size for (_, place), size in found.held.items() if place == "device")
+    reference = reference_memory({"zero_optimization": {"stage": 0}}, parts(600, 400, blocks=(0, 1)), ranks=4)
+    assert reference.held == {(WEIGHTS, "device"): 2000}
+
+
+def test_gathers_with_nothing_kept() -> None:
+    weights = parts(100, 30, 40, 20, blocks=(None, 0, 0, None))
+    # Forward 190; backward 20, the layer again 30 + 40, backward 40 (kept from just before: not), 30, then 100.
+    assert gathers_of(weights, FEW, backward=False) == Gathers(100, 0, 190, 100)
+    assert gathers_of(weights, FEW, backward=True).received == 2 * 190
+    assert gathers_of(weights, FEW, backward=True, checkpointing=True).received == 2 * 190 + 70
+
+
+def test_gathers_that_are_kept() -> None:
+    weights = parts(100, 30, 40, 20, blocks=(None, 0, 0, None))
+    all_live = gathers_of(weights, {"stage3_param_persistence_threshold": 0}, backward=True)
+    assert (all_live.live, all_live.received) == (190, 190)  # one gather serves forward and backward
+    assert gathers_of(weights, {**FEW, "stage3_param_persistence_threshold": 35}, backward=False) == Gathers(
+        100, 50, 140, 100
+    )
+
+
+def test_checkpointing_keeps_the_input_of_each_layer(folder: str) -> None:
+    size = PassSize(1, 1024, 256, 1200)
+    kept = rehearse(blank(folder).lm, size, chunk=64, trains=True)
+    inputs = 2 * size.tokens * HIDDEN * LAYERS
+    # Beside them what the last norm keeps in float32 and the tables of positions.
+    assert inputs <= kept.kept <= inputs + 12 * size.tokens * HIDDEN
+    whole = rehearse(blank(folder, gradient_checkpointing=False).lm, size, chunk=64, trains=True)
+    assert whole.kept > LAYERS * 2 * size.tokens * (4 * INNER + 6 * HIDDEN)
+    assert kept.kept + kept.layers < whole.kept + whole.layers
+
+
+def test_rehearsal_counts_what_autograd_saves(folder: str) -> None:
+    """Without checkpointing, beside the storages that torch itself keeps for the same pass on real tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder), dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    own = {parameter.untyped_storage().data_ptr() for parameter in lm.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = lm.model(input_ids=torch.zeros(1, 1024, dtype=torch.int64), use_cache=False).last_hidden_state
+    size = PassSize(1, 1024, 256, 1024)
+    found = rehearse(blank(folder, gradient_checkpointing=False).lm, size, chunk=64, trains=True)
+    assert found.kept == pytest.approx(sum(saved.values()) + hidden.numel() * 2, rel=0.15)
+
+
+def test_the_head_takes_a_chunk_of_logits_and_a_float32_gradient(folder: str) -> None:
+    found = rehearse(blank(folder).lm, PassSize(1, 128, 100, 128), chunk=50, trains=True)
+    weight = VOCABULARY * HIDDEN
+    # Chunk: logits in bfloat16 and float32, their exponentials; gradients of hidden states; of the weight, twice.
+    assert found.head >= 4 * weight + 50 * VOCABULARY * 8
+    assert found.head <= 6 * weight + 50 * VOCABULARY * 20 + 8 * 128 * HIDDEN
+    frozen = rehearse(blank(folder, lora={"r": 4}).lm, PassSize(1, 128, 100, 128), chunk=50, trains=True)
+    assert frozen.head < found.head - 3 * weight
+
+
+def test_activations_on_the_host(folder: str) -> None:
+    size = PassSize(1, 1024, 256, 1024)
+    lm = blank(folder).lm
+    there, away = (rehearse(lm, size, chunk=64, trains=True, kept_on_host=moved) for moved in (False, True))
+    assert away.on_host >= 2 * size.tokens * HIDDEN * LAYERS
+    assert away.kept < there.kept
+
+
+def test_formula_for_models_that_cannot_be_rehearsed(folder: str) -> None:
+    size = PassSize(1, 2048, 256, 2048)
+    for checkpointing in (True, False):
+        lm = blank(folder, gradient_checkpointing=checkpointing).lm
+        real, guessed = rehearse(lm, size, chunk=64, trains=True), by_formula(lm, size, chunk=64, trains=True)
+        assert guessed.peak == pytest.approx(real.peak, rel=0.4)
