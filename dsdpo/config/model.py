@@ -25,7 +25,8 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third more compute for far less memory."""
     activation_offloading: bool = False
-    """Keep what gradient checkpointing does not recompute, each block's input, in pinned host memory."""
+    """Keep what gradient checkpointing does not recompute, each block's input, in pinned host memory; copied beside the
+    computation."""
     mlp_tile_tokens: PositiveInt | None = None
     """Tokens of a row that a layer's MLP computes at a time, so that no other inner activations are in memory; costs
     one more pass through the MLPs. null: the whole row."""

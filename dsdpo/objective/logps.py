@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from dsdpo.data.batch import Packed, Padded, PreferenceBatch
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.chunked_head import ChunkedHead
 from dsdpo.objective.decode import Decoding
+from dsdpo.objective.offload import kept_on_host
 from dsdpo.objective.output_head import base_lm, decoder_of, linear_heads, logit_transform
 from dsdpo.objective.router import Routing, loads
 from dsdpo.objective.sequence_parallel import own_part, sum_over_group
@@ -225,7 +225,7 @@ class ResponseScorer(nn.Module):
         inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids, "use_cache": False}
         inputs |= attention_inputs(batch, self.lm, group)
         # Under gradient checkpointing these are the inputs of the blocks alone: what is within is recomputed.
-        with save_on_cpu(pin_memory=True) if self.activations_on_host else nullcontext():
+        with kept_on_host(part.input_ids.device) if self.activations_on_host else nullcontext():
             output = self.decoder(**inputs, **({"output_router_logits": True} if routing else {}))
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, part.score_at)
         head, of_head = self.lm.get_output_embeddings(), tuple(name for name in extras if name != "plain")
