@@ -1,11 +1,12 @@
 """Trajectories of TRL's DPOTrainer on a small model, and ours beside them, step by step.
 
     python -m benchmarks.trl_trajectories make MODEL ROWS.jsonl --out FOLDER [--only NAME ...]
-    python -m benchmarks.trl_trajectories compare MODEL ROWS.jsonl --out FOLDER [--ranks 1 2]
+    python -m benchmarks.trl_trajectories compare MODEL ROWS.jsonl --out FOLDER [--ranks 1 2] [--result FILE.json]
 
 `make` runs TRL in one process on the CPU in float32: no dropout, nothing truncated, no shuffling (step s trains on rows
 [8s, 8s + 8) of the file, in one micro-batch), AdamW without weight decay, a linear schedule with 4 warm-up steps.
-`compare` trains the same with dsdpo under ZeRO-3 and says the largest relative difference of each metric.
+`compare` trains the same with dsdpo under ZeRO-3 and says the largest relative difference of each metric, over all
+steps; `--result` keeps that as a result of the benchmarks. What lies in FOLDER complete is not made again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import Report, Table
 
 STEPS, PAIRS, RATE, WARMUP = 24, 8, 1e-4, 4
 MPO = {"type": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0]}
@@ -77,6 +80,8 @@ def make(name: str, model: str, rows: Path, out: Path) -> None:
 def ours(name: str, model: str, rows: Path, out: Path, *, ranks: int) -> list[dict[str, float]]:
     """The same with dsdpo on some ranks under ZeRO-3; its rows of metrics."""
     folder = out / f"{name}-{ranks}"
+    if len(done := rows_of(folder)) == STEPS:
+        return done
     folder.mkdir(parents=True, exist_ok=True)
     zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (folder / "zero3.json").write_text(json.dumps(zero))
@@ -96,7 +101,13 @@ def ours(name: str, model: str, rows: Path, out: Path, *, ranks: int) -> list[di
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable] if ranks == 1 else command
     subprocess.run([*command, "-m", "dsdpo", "train", str(folder / "run.json")], check=True, stdout=subprocess.DEVNULL)
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return rows_of(folder)
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    """The training rows of a run in `folder`, none where there is none."""
+    path = folder / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [row for row in map(json.loads, lines) if "loss" in row]
 
 
@@ -122,12 +133,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--result", type=Path, help="file for the result of compare, e.g. in results/")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     rows = first_rows(given.rows, given.out)
+    found_all: dict[str, dict[str, float]] = {}
     for name in given.only:
         if given.action == "make":
-            make(name, given.model, rows, given.out)
+            if not (given.out / f"{name}.json").exists():
+                make(name, given.model, rows, given.out)
             continue
         expected = json.loads((given.out / f"{name}.json").read_text())["steps"]
         for ranks in given.ranks:
@@ -135,6 +149,20 @@ def main() -> None:
             differences = {metric: largest_difference(found, expected, metric) for metric in COMPARED}
             text = ", ".join(f"{metric} {value:.1e}" for metric, value in differences.items())
             print(f"{name} on {ranks} rank{'s' if ranks > 1 else ''}, {len(found)} steps: {text}", flush=True)
+            found_all[f"{name}, {ranks}"] = differences
+    if given.result is not None:
+        keep(found_all, given)
+
+
+def keep(found: dict[str, dict[str, float]], given: argparse.Namespace) -> None:
+    """Write the differences as a result of the benchmarks."""
+    options = argparse.Namespace(out=given.result, steps=STEPS, pairs_per_step=PAIRS, learning_rate=RATE)
+    report = Report("trl_trajectories", "Trajectories of TRL's DPOTrainer", options)
+    rows = tuple((name, *(f"{values[metric]:.1e}" for metric in COMPARED)) for name, values in found.items())
+    note = f"{STEPS} steps of {PAIRS} pairs in float32, ours under ZeRO-3, four pairs a micro-batch."
+    report.table(Table("Largest relative difference of any step", ("loss, ranks", *COMPARED), rows, note))
+    report.measured("differences", found)
+    report.write()
 
 
 if __name__ == "__main__":
