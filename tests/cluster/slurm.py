@@ -108,6 +108,14 @@ class Slurm:
         )
         return self.job(job)
 
+    def signal(self, job: str, name: str) -> None:
+        """Send the signal to every task of a job.
+
+        scancel says by its exit code only whether the job was still there when it had asked every node.
+        """
+        words = ["scancel", f"--signal={name}", job]
+        self._hosts.run(self._first, words, limit_s=120, **self._environment)
+
     def tell(self, *command: str) -> str:
         """What another command of Slurm says, on the first node."""
         return self._command(self._first, list(command))

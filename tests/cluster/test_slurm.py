@@ -146,7 +146,7 @@ def test_array_goes_on_where_jobs_may_not_requeue(slurm: Slurm, project: Project
     words = [*TWO_NODES, "--no-requeue", "--array=1-4%1", "--output=array-%a.log", SCRIPT, "train", run_file.name]
     array = slurm.submit(words, folder=project.folder)
     wait_until(partial(has_trained, slurm, f"{array}_1", folder, 0), limit_s=LIMIT_S, what="a step")
-    slurm.tell("scancel", "--signal=USR1", slurm.job(f"{array}_1")["JobId"])
+    slurm.signal(slurm.job(f"{array}_1")["JobId"], "USR1")
     slurm.wait(f"{array}_2", "COMPLETED", "FAILED", limit_s=LIMIT_S)
     wait_until(lambda: slurm.job(f"{array}_4")["JobState"] == "CANCELLED", limit_s=60, what="the rest cancelled")
     said = [(project.folder / f"array-{number}.log").read_text() for number in (1, 2)]
