@@ -81,7 +81,7 @@ def test_build_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 
 def compiler(path: Path, script: str) -> str:
     """A C++ compiler that does something first, and does not optimize: what it makes is used once."""
-    path.write_text(f'#!/bin/bash\n{script}\nexec c++ "$@" -O0\n')
+    path.write_text(f'#!/bin/bash\n{script}\nexec c++ "$@" -O0 -g0\n')
     path.chmod(0o755)
     return str(path)
 
