@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dsdpo.accelerator import choose_accelerator
 from dsdpo.errors import ConfigError
 
+_quiet = threading.Event()
+SILENCE_S = {True: 2.0, False: 20.0}  # in a terminal and elsewhere, before it is said what is being waited for
 LIBRARIES = ("transformers", "datasets", "accelerate")  # DeepSpeed's own logger: engine/build.py
 
 
@@ -130,9 +137,63 @@ def launched_rank() -> str:
 
 
 def say(text: str = "") -> None:
-    """Print on rank 0."""
-    if is_main():
+    """Print on rank 0, unless the user wants it quiet."""
+    if is_main() and not _quiet.is_set():
         print(text, flush=True)
+
+
+def wrapped(text: str, *, indent: int = 2) -> str:
+    """The text in lines that fit the terminal, all but the first indented; elsewhere as it is: a log is searched."""
+    if not sys.stdout.isatty():
+        return text
+    width = max(40, shutil.get_terminal_size((80, 24)).columns)
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def be_quiet() -> None:
+    """From now on only say warnings and errors in this process."""
+    _quiet.set()
+
+
+def is_quiet() -> bool:
+    """Whether only warnings and errors are wanted."""
+    return _quiet.is_set()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A block that may take long: if it does, rank 0 says what is being done and for how long, until it is over.
+
+    In a terminal that is a line that counts seconds and goes away; in a log file a line after 20 s, 40 s, 80 s, ...
+    """
+    if not is_main() or _quiet.is_set():
+        yield
+        return
+    over = threading.Event()
+    teller = threading.Thread(target=_tell, args=(what, over), name="waiting", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
+def _tell(what: str, over: threading.Event) -> None:
+    watched, started = sys.stderr.isatty(), time.monotonic()
+    pause_s = SILENCE_S[watched]
+    while not over.wait(pause_s):
+        seconds = time.monotonic() - started
+        if watched:
+            sys.stderr.write(f"\r{what} ... {seconds:.0f} s")
+            pause_s = 1.0
+        else:
+            sys.stderr.write(f"{what} ... {seconds:.0f} s\n")
+            pause_s = seconds
+        sys.stderr.flush()
+    if watched and time.monotonic() - started >= SILENCE_S[watched]:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def quiet_libraries(*, verbose: bool) -> None:

@@ -74,6 +74,7 @@ class TrainArguments:
     run_file: Path
     dry_run: bool
     verbose: bool
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,13 @@ def train(argv: list[str]) -> TrainArguments:
     parser = run_parser("dsdpo train", "Train a policy on preference pairs, anchored to a reference model.")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings, errors and where the model is")
     argv = [re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv]
     run, flags = load_run(argv, parser)
+    if flags.quiet and (flags.dry_run or flags.verbose):
+        raise ConfigError("command line: --quiet goes with neither --dry-run nor --verbose: leave one out")
     check_deepspeed_files(run)
-    return TrainArguments(run, flags.run, dry_run=flags.dry_run, verbose=flags.verbose)
+    return TrainArguments(run, flags.run, dry_run=flags.dry_run, verbose=flags.verbose, quiet=flags.quiet)
 
 
 def precompute(argv: list[str]) -> PrecomputeArguments:

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dsdpo.atomic import replacing
+from dsdpo.console import is_quiet
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.encode import Encoded, Encoder, encode_examples
 from dsdpo.data.examples import to_examples
@@ -191,7 +192,9 @@ def make_chunks(
     jobs = _missing_chunks(folder, sources, used, progress, paths)
     every = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
     total = None if used else estimated_rows(sources)
-    with tqdm(desc=label, total=total, unit=" rows", mininterval=every, dynamic_ncols=True, delay=2.0) as bar:
+    with tqdm(
+        desc=label, total=total, unit=" rows", mininterval=every, dynamic_ncols=True, delay=2.0, disable=is_quiet()
+    ) as bar:
         head = list(islice(jobs, POOL_FROM))
         if processes > 1 and len(head) == POOL_FROM:
             _encode_on_pool(chain(head, jobs), sources, encoder, processes, bar)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsdpo.config.reference import Precomputed
-from dsdpo.console import counted, say
+from dsdpo.console import counted, is_quiet, say
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import MicroBatchBudget
 from dsdpo.data.plan import plan_pass
@@ -209,7 +209,12 @@ def score_rows(
     table = PairLogps.zeros(len(pairs))
     mininterval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
     bar = tqdm(
-        desc=label, total=len(pairs), unit=" pairs", disable=rank() != 0, dynamic_ncols=True, mininterval=mininterval
+        desc=label,
+        total=len(pairs),
+        unit=" pairs",
+        disable=rank() != 0 or is_quiet(),
+        dynamic_ncols=True,
+        mininterval=mininterval,
     )
     with bar, closing(prefetch(((windows.batch(ids),) for ids in plan[windows.rank]), device())) as batches:
         for index, (ids, window) in enumerate(zip(plan[windows.rank], batches, strict=True)):

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from dsdpo.config.reference import STRATEGIES
+from dsdpo.console import waiting
 from dsdpo.engine.build import build_policy, device, warm_up
 from dsdpo.engine.download import fetch_model
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
@@ -16,16 +17,19 @@ from dsdpo.run.plan import Plan
 
 def build_policy_and_reference(plan: Plan) -> tuple[Any, Reference]:
     """The policy engine, warmed up, and the reference by the run's strategy, both found to be right. Collective."""
-    prepare_ops(plan.policy_config, plan.reference_config)
+    with waiting("compiling DeepSpeed's operators"):
+        prepare_ops(plan.policy_config, plan.reference_config)
     for model in (plan.run.model, plan.reference.model):
-        fetch_model(model)
+        with waiting(f"fetching {model.path}"):
+            fetch_model(model)
     strategy = reference_class(plan.reference.strategy)
     if plan.reference.before_training:  # before the policy exists, so that there is one model in memory at a time
         reference = strategy.build(plan, None)
         policy, ours = build_warm_policy(plan)
     else:
         policy, ours = build_warm_policy(plan)
-        reference = strategy.build(plan, policy)
+        with waiting(f"loading the reference {plan.reference.model.path}"):
+            reference = strategy.build(plan, policy)
     theirs = reference.at_start
     if theirs is not None and starts_as_policy(plan):
         if plan.reference.model.quantization == plan.run.model.quantization:
@@ -55,7 +59,17 @@ def reference_class(strategy: str) -> type[Reference]:
 
 def build_warm_policy(plan: Plan) -> tuple[Any, Answers]:
     """The policy engine, after one pass that changes nothing, and what it answers on a few pairs. Collective."""
-    policy = build_policy(
+    with waiting(f"loading the policy {plan.run.model.path}"):
+        policy = _policy_of(plan)
+    with waiting("a first pass over the longest pairs"):
+        warm_up(policy, plan.train.largest_batch(device()))
+    dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
+    with waiting("checking log-probs against the model's own"):
+        return policy, check_engine(policy, plan.train, dtype=dtype, key="model.path", trains=True)
+
+
+def _policy_of(plan: Plan) -> Any:
+    return build_policy(
         plan.run,
         plan.policy_config,
         total_steps=plan.total_steps,
@@ -64,6 +78,3 @@ def build_warm_policy(plan: Plan) -> tuple[Any, Answers]:
         longest=plan.longest,
         sequence=plan.sequence,
     )
-    warm_up(policy, plan.train.largest_batch(device()))
-    dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
-    return policy, check_engine(policy, plan.train, dtype=dtype, key="model.path", trains=True)

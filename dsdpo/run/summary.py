@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsdpo.config.run import RunConfig
-from dsdpo.console import counted, every
+from dsdpo.console import counted, every, wrapped
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
 from dsdpo.engine.config_remarks import json_remarks
@@ -55,7 +55,7 @@ def describe_plan(plan: Plan) -> str:
 
 def as_table(rows: Iterable[tuple[str, str]]) -> str:
     """Names and what there is to say of them, a line each."""
-    return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+    return "\n".join(wrapped(f"{name:>14}  {text}", indent=16) for name, text in rows)
 
 
 def describe_samples(plan: Plan) -> list[tuple[str, str]]:
@@ -161,8 +161,11 @@ def with_nan(row: dict[str, Any]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in row.items()}
 
 
-def describe_results(folder: Path) -> str:
-    """First and last metrics of a finished run, where everything is, and what to type next."""
+def describe_results(folder: Path, *, seconds: float | None = None, counts: tuple[int, int] | None = None) -> str:
+    """First and last metrics of a finished run, where everything is, and what to type next.
+
+    `seconds` is how long it took, `counts` the number of its parameters and of those that are trained.
+    """
     train, held_out = read_metrics(folder)
     lines = ["", f"{'':>20}{'first':>12}{'last':>12}"]
     for title, rows, prefix in (("train", train, ""), ("held-out", held_out, "eval/")):
@@ -174,9 +177,41 @@ def describe_results(folder: Path) -> str:
         steps = counted(int(train[-1]["step"]), "step")
         lines += ["", f"skipped  {skipped:.0f} of {steps}, whose loss or gradient was not finite"]
     lines += ["", f"speed    {describe_speed(train)}"] if train else []
-    files = RunFolder(folder)
-    lines += ["", f"model    {files.model}", f"metrics  {files.metrics}"]
-    return "\n".join(lines)
+    if counts is not None:
+        share = "" if counts[0] == counts[1] else f" of {counts[0]:,} ({counts[1] / max(1, counts[0]):.2%})"
+        lines.append(f"trained  {counted(counts[1], 'parameter')}{share}")
+    if seconds is not None:
+        lines.append(f"took     {written_time(seconds)}")
+    return "\n".join([*lines, "", *_paths(RunFolder(folder)), "", *_next_commands(RunFolder(folder))])
+
+
+def written_time(seconds: float) -> str:
+    """45 s, 12 min 30 s, 3 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _paths(files: RunFolder) -> list[str]:
+    """Everything of interest that the run has written."""
+    found = [
+        ("model", files.model), ("merged", files.merged), ("saved", files.checkpoints), ("metrics", files.metrics),
+        ("samples", files.samples), ("skipped", files.nonfinite), ("profile", files.profile),
+    ]  # fmt: skip
+    return [f"{name:<9}{path}" for name, path in found if path.exists()]
+
+
+def _next_commands(files: RunFolder) -> list[str]:
+    """What a user may want now."""
+    commands = [f"dsdpo report {files}", f"dsdpo evaluate {files} --data FILE"]
+    if (files.model / "adapter_config.json").is_file() and not files.merged.exists() and files.checkpoints.is_dir():
+        commands.append(f"dsdpo export {files} --out {files}-merged --merge")
+    else:
+        commands.append(f"dsdpo score {files} --data FILE --out scores.parquet")
+    return [f"{'next' if index == 0 else '':<9}{command}" for index, command in enumerate(commands)]
 
 
 def describe_speed(train: list[dict[str, float]]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from dsdpo.config.run import RunConfig
+from dsdpo.console import is_quiet, wrapped
 from dsdpo.distributed import rank
 
 COLUMNS = 80  # of the narrowest terminal that shows a whole line
@@ -59,10 +60,10 @@ class Cadence:
 
 def say_above_bar(line: str) -> None:
     """Print on rank 0, above the bar if there is one."""
-    if rank() != 0:
+    if rank() != 0 or is_quiet():
         return
     if sys.stderr.isatty():
-        tqdm.write(line)
+        tqdm.write(wrapped(line))
         sys.stdout.flush()
     else:  # where a bar is a line now and then, wiping it out would be a line of spaces
         print(line, flush=True)
@@ -78,7 +79,7 @@ class Progress:
             total=total,
             initial=done,
             unit="step",
-            disable=rank() != 0,
+            disable=rank() != 0 or is_quiet(),
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file wants few lines
         )

@@ -92,6 +92,7 @@ def confident(content: str, **loss: Any) -> dict[str, Any]:
 ZERO_3 = {"zero_optimization": {"stage": 3}}
 NVME = '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp/nvme"}}}'
 RUN_FILE = [
+    Case("quiet and a plan", ("--quiet goes with neither --dry-run nor --verbose",), options=("--quiet", "--dry-run")),
     Case("missing run file", ("nowhere.yaml", "cannot be read as a run file", "No such file"), options=("RUN",)),
     Case("YAML syntax", ("run.yaml:2", "not valid YAML"), run_file="model: {path: m}\n  data: ]\n"),
     Case("run file is a list", ("run.yaml", "a mapping of sections"), run_file="- model\n"),

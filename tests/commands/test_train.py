@@ -124,6 +124,10 @@ def test_launched_run_ends_well_and_quietly(finished: Finished) -> None:
     assert "Traceback" not in answer.stderr
     assert_quiet(answer.stdout)
     assert len(re.findall(r"^ +policy ", answer.stdout, re.MULTILINE)) == 1, "every rank printed the plan"
+    folder = finished.folder
+    for words in (r"^trained  78,336 parameters$", r"^took     \d+ (s|min \d+ s)$", rf"^saved    {folder}/checkpoints$",
+                  rf"^next     dsdpo report {folder}$"):  # fmt: skip
+        assert re.search(words, answer.stdout, re.MULTILINE), words
 
 
 def assert_quiet(text: str) -> None:
@@ -207,8 +211,15 @@ def test_one_process_without_launcher_in_bf16(inputs: Path, tmp_path: Path) -> N
     assert answer.returncode == 0
     assert len(losses(metrics(Path(run["output_dir"])))) == 4
     assert_quiet(answer.stdout)
-    noise = [line for line in re.split(r"[\r\n]+", answer.stderr) if line and not line.startswith("train ")]
-    assert noise == []
+    lines = [line for line in re.split(r"[\r\n]+", answer.stderr) if line and not line.startswith("train ")]
+    # On a busy machine it is said what takes long.
+    assert [line for line in lines if not re.search(r" \.\.\. \d+ s$", line)] == []
+
+
+def test_quiet_says_only_where_the_model_is(inputs: Path, tmp_path: Path) -> None:
+    run = settings(tmp_path, inputs, data={"eval": str(inputs / "few.jsonl")}, train={"max_steps": 1})
+    answer = finish([*DSDPO, "train", run_file(tmp_path, run), "--quiet"], limit_s=LIMIT_S)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, f"{tmp_path / 'run' / 'model'}\n", "")
 
 
 def test_verbose_brings_the_libraries_back(inputs: Path, tmp_path: Path) -> None:
