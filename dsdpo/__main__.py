@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import socket
 import sys
 import time
 import traceback
@@ -13,14 +14,15 @@ from typing import NoReturn
 
 from dsdpo.accelerator import choose_accelerator
 from dsdpo.commands.arguments import COMMANDS, PARSERS
-from dsdpo.console import is_main, launched_rank
-from dsdpo.errors import DsdpoError, LostRankError, TrainingError
+from dsdpo.console import Launched, is_main, launched, launched_rank
+from dsdpo.errors import ConfigError, DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
 
 BAD_INPUT = 2  # exit codes
 FAILED = 1
 INTERRUPTED = 130  # as a shell says it of SIGINT
 HEAD_START_S = 8.0  # of rank 0, when ranks find a mistake before they are connected
+ELSEWHERE_S = 300.0  # the same where rank 0 is on another node, with a launcher that does not end this one
 PARTING_S = 8.0  # that a rank waits for the others to have said what they have to say
 
 
@@ -93,17 +95,48 @@ def main(argv: list[str] | None = None) -> int:
             leave_process_group()
         return code
     except LostRankError as error:
-        print(f"dsdpo (rank {launched_rank()}): {error}", file=sys.stderr, flush=True)
+        print(f"dsdpo ({this_rank()}): {error}", file=sys.stderr, flush=True)
         end_process(FAILED, waits=False)
     except DsdpoError as error:
-        # Once connected, ranks agree on errors. Before that this rank may be the only one to see the mistake: it gives
-        # rank 0 the time to say it (whereupon launchers end every rank) and speaks only if nothing came of that.
-        if not is_main() and not in_process_group():
-            time.sleep(HEAD_START_S)
-            print(f"dsdpo (rank {launched_rank()}): {error}", file=sys.stderr, flush=True)
-        elif is_main():
-            print(f"dsdpo: {error}", file=sys.stderr, flush=True)
+        say_on_one_rank(error, connects=name in PARSERS)
         return FAILED if isinstance(error, TrainingError) else BAD_INPUT
+
+
+def say_on_one_rank(error: DsdpoError, *, connects: bool) -> None:
+    """Print an error once, although ranks that are not connected may each be the only one to know of it.
+
+    Then the others are told where they wait for this rank, if the command `connects` its ranks. A rank that finds rank
+    0 gone speaks itself, in case that was for another reason.
+    """
+    if is_main():
+        print(f"dsdpo: {error}", file=sys.stderr, flush=True)
+    if error.agreed or in_process_group():
+        return
+    began = time.monotonic()
+    told = connects and told_elsewhere(error)
+    if not told and not is_main():
+        time.sleep(max(0.0, HEAD_START_S - (time.monotonic() - began)))  # launchers end all ranks when rank 0 goes
+        print(f"dsdpo ({this_rank()}): {error}", file=sys.stderr, flush=True)
+
+
+def told_elsewhere(error: DsdpoError) -> bool:
+    """Tell the ranks that wait for this one of an error; whether that was needed and reached them."""
+    try:
+        who = launched()
+    except ConfigError:
+        who = Launched("nobody", 0, 1, 0, 1)
+    if isinstance(error, TrainingError) or who.world_size == 1:
+        return False
+    if who.rank == 0 and who.local_size == who.world_size:
+        return False  # the launcher ends the others as soon as this process is gone
+    from dsdpo.engine.start import tell_others
+
+    return tell_others(error, limit_s=HEAD_START_S if who.local_size == who.world_size else ELSEWHERE_S)
+
+
+def this_rank() -> str:
+    """This process among all, with its host."""
+    return f"rank {launched_rank()} on {socket.gethostname()}"
 
 
 def versions() -> str:

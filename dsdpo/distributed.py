@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -55,6 +56,40 @@ def node() -> int:
     if slurm is not None and os.environ.get("SLURM_PROCID") == str(rank()):
         return int(slurm)
     return rank() - local_rank()
+
+
+def name_of(of_rank: int, host: str | None = None) -> str:
+    """A rank as messages name it, with its host once that is known."""
+    host = host or (_hosts[of_rank] if of_rank < len(_hosts) else None)
+    return f"rank {of_rank}" + (f" on {host}" if host else "")
+
+
+_hosts: list[str] = []  # by rank, since `learn_hosts`
+
+
+def learn_hosts() -> list[str]:
+    """The host of every rank, by which messages name them from now on. Collective."""
+    _hosts[:] = gather_objects(socket.gethostname())
+    return _hosts
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Ascending ranks in few words: rank 3; ranks 0-3, 7."""
+    parts: list[list[int]] = []
+    for one in ranks:
+        if parts and parts[-1][-1] == one - 1:
+            parts[-1][1:] = [one]
+        else:
+            parts.append([one])
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join('-'.join(map(str, part)) for part in parts)}"
+
+
+def by_host(ranks: Sequence[int]) -> str:
+    """Ascending ranks with their hosts: node-1 (ranks 0-3), node-2 (rank 4)."""
+    hosts: dict[str, list[int]] = {}
+    for one in ranks:
+        hosts.setdefault(_hosts[one] if one < len(_hosts) else "a host", []).append(one)
+    return ", ".join(f"{host} ({ranges(theirs)})" for host, theirs in hosts.items())
 
 
 def barrier() -> None:
@@ -114,13 +149,13 @@ def all_or_none() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    failures = gather_objects(None if error is None else (type(error), str(error)))
+    failures = gather_objects(None if error is None else (type(error), str(error), socket.gethostname()))
     if error is not None:
         raise error
     for failed_rank, failure in enumerate(failures):
         if failure is not None:
-            kind, message = failure
-            note = f" (rank {failed_rank})" if failed_rank else ""
+            kind, message, host = failure
+            note = f" ({name_of(failed_rank, host)})" if failed_rank else ""
             raise (
                 kind(message + note)
                 if issubclass(kind, DsdpoError)
@@ -182,9 +217,9 @@ def _await_all(store: Any, shift: str, silent_s: float) -> None:
             if now != signs:
                 signs, heard = now, time.monotonic()
             if time.monotonic() - heard > silent_s:
-                missing = [str(peer) for peer, key in enumerate(keys) if not store.check([key])]
+                missing = [name_of(peer) for peer, key in enumerate(keys) if not store.check([key])]
                 raise DsdpoError(
-                    f"rank {' and '.join(missing)} gave no sign of life for {silent_s:.0f} s while others waited for "
+                    f"{' and '.join(missing)} gave no sign of life for {silent_s:.0f} s while others waited for "
                     "its data: see what became of its process"
                 )
             time.sleep(0.2)

@@ -4,6 +4,8 @@
 class DsdpoError(Exception):
     """Something a user can put right. The message says what was given, what is allowed and what to do."""
 
+    agreed = False  # every rank raises it, although they are no process group yet
+
 
 class ConfigError(DsdpoError):
     """A run setting or DeepSpeed JSON is wrong; the message names the file and the dotted key."""

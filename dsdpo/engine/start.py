@@ -16,9 +16,10 @@ from deepspeed.accelerator import get_accelerator
 from dsdpo.accelerator import check_share
 from dsdpo.console import Launched, counted, launched
 from dsdpo.distributed import number_device
+from dsdpo.engine.meeting import meet
 from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
 from dsdpo.engine.quirks.timeouts import set_default_timeout
-from dsdpo.errors import ConfigError, TrainingError
+from dsdpo.errors import ConfigError, DsdpoError, TrainingError
 
 JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID", "SLURM_JOB_ID")  # the same for all its processes
 
@@ -46,9 +47,25 @@ def start_distributed(*, timeout_minutes: float) -> None:
         # Ranks of one node would otherwise each take every core and fight over them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // who.local_size))
     try:
+        if who.world_size > 1:
+            meet(who, limit_s=timeout.total_seconds())
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except torch.distributed.DistError as error:
         raise _explained(error, who, timeout_minutes) from error
+
+
+def tell_others(mistake: DsdpoError, *, limit_s: float) -> bool:
+    """Bring a mistake that this rank has found on its own to where ranks meet; whether all know of one then.
+
+    False if rank 0 is not there within `limit_s`: it may have found the same mistake, said so and gone.
+    """
+    try:
+        who = launched()
+        adopt(who)
+        meet(who, limit_s=limit_s, mistake=mistake)
+    except (DsdpoError, torch.distributed.DistError) as error:
+        return getattr(error, "agreed", False)
+    return False
 
 
 def adopt(who: Launched) -> None:

@@ -20,6 +20,7 @@ from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import (
     all_or_none,
     broadcast_object,
+    by_host,
     gather_objects,
     local_rank,
     node,
@@ -162,8 +163,9 @@ def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -
         say(f"{split} data: {pairs.report.text}")
     digests = gather_objects(pairs.digest)
     if len(set(digests)) > 1:
-        odd = next(index for index, digest in enumerate(digests) if digest != digests[0])
-        raise DataError(f"{split} data: rank {odd} read other pairs than rank 0; give all nodes the same files")
+        having = {digest: [rank for rank, other in enumerate(digests) if other == digest] for digest in digests}
+        sides = "; others by ".join(by_host(ranks) for ranks in having.values())
+        raise DataError(f"{split} data: one set of pairs was read by {sides}. Give all nodes the same files")
     for column in run.loss.columns:
         if getattr(pairs, f"{column}s") is None:
             needs, example = f"loss.type {' + '.join(run.loss.types)}", "score_difference"

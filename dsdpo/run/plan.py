@@ -41,6 +41,7 @@ from dsdpo.engine.zero_config import (
 from dsdpo.errors import ConfigError
 from dsdpo.objective.packed_support import model_class, packed_refusal
 from dsdpo.objective.router import Routing, routing_of
+from dsdpo.run.agreement import agree
 from dsdpo.run.datasets import prepare_windows, with_date
 from dsdpo.run.inputs import check_inputs_stay
 from dsdpo.run.model_checks import (
@@ -138,24 +139,16 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     on all ranks alike.
     """
     ranks = check_ranks(run.distributed, launched())  # who does not know which of many it is can do nothing right
-    reference = plan_reference(run)
-    models = check_models(run, reference.model)
-    layout = choose_layout(run, models)
-    check_split(run, layout, models, ranks=ranks)
-    model = models["model.path"].get_text_config()
-    routing = routing_of(model_class(models["model.path"]), model, run.model.router_aux_loss_coef)
-    check_adapter(run, trains_biases=not reference.shares_policy)
-    if writes_output:
-        check_output_folder(run)
-        check_inputs_stay(run, run_file)
-    if reference.before_training:
-        check_store(store_folder(run))
-    check_rank(run.model, hidden_size := int(model.hidden_size))
-    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=ranks)
-    tokenizer = load_tokenizer(run.model)
-    check_tokenizers(run, reference.model, tokenizer, models)
+    if ranks > 1:  # what one rank alone finds wrong, all must learn of
+        start_distributed(timeout_minutes=run.distributed.timeout_minutes)
+    with all_or_none():
+        reference, models, layout, tokenizer = check_inputs(run, run_file, ranks=ranks, writes_output=writes_output)
     start_distributed(timeout_minutes=run.distributed.timeout_minutes)
-    ask_deepspeed(run, resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=world_size()))
+    agree(run, tokenizer, models)
+    model = models["model.path"].get_text_config()
+    hidden_size = int(model.hidden_size)
+    routing = routing_of(model_class(models["model.path"]), model, run.model.router_aux_loss_coef)
+    ask_deepspeed(run, resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None))
     refuse_on_device(run.model)
     with all_or_none():
         if local_rank() == 0:
@@ -171,9 +164,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     if evaluation is not None:
         evaluation = replace(evaluation, first_pair_id=len(train.pairs))
     total_steps = run.total_steps(len(train.pairs))
-    policy_config, reference_config = resolve_configs(
-        run, run_file, hidden_size=hidden_size, total_steps=total_steps, ranks=world_size()
-    )
+    policy_config, reference_config = resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=total_steps)
     return Plan(
         run,
         reference,
@@ -192,13 +183,36 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     )
 
 
+def check_inputs(
+    run: RunConfig, run_file: str | Path, *, ranks: int, writes_output: bool
+) -> tuple[ReferencePlan, dict[str, Any], Layout, Tokenizer]:
+    """What this rank sees of a run's inputs, checked: reference, models' configurations, layout and tokenizer.
+
+    Not collective. Raises `ConfigError` or `DataError`.
+    """
+    reference = plan_reference(run)
+    models = check_models(run, reference.model)
+    layout = choose_layout(run, models)
+    check_split(run, layout, models, ranks=ranks)
+    check_adapter(run, trains_biases=not reference.shares_policy)
+    if writes_output:
+        check_output_folder(run)
+        check_inputs_stay(run, run_file)
+    if reference.before_training:
+        check_store(store_folder(run))
+    hidden_size = int(models["model.path"].get_text_config().hidden_size)
+    check_rank(run.model, hidden_size)
+    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=ranks)
+    tokenizer = load_tokenizer(run.model)
+    check_tokenizers(run, reference.model, tokenizer, models)
+    return reference, models, layout, tokenizer
+
+
 def with_total_steps(plan: Plan, total_steps: int) -> Plan:
     """The plan with another length, which a schedule in the DeepSpeed JSON follows."""
     if total_steps == plan.total_steps:
         return plan
-    policy_config, _ = resolve_configs(
-        plan.run, plan.run_file, hidden_size=plan.hidden_size, total_steps=total_steps, ranks=world_size()
-    )
+    policy_config, _ = resolve_configs(plan.run, plan.run_file, hidden_size=plan.hidden_size, total_steps=total_steps)
     return replace(plan, total_steps=total_steps, policy_config=policy_config)
 
 
@@ -261,9 +275,10 @@ def nearest_existing(path: Path) -> Path:
 
 
 def resolve_configs(
-    run: RunConfig, run_file: str | Path, *, hidden_size: int, total_steps: int | None, ranks: int
+    run: RunConfig, run_file: str | Path, *, hidden_size: int, total_steps: int | None, ranks: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The DeepSpeed configs of policy and reference, complete."""
+    """The DeepSpeed configs of policy and reference, complete; for the ranks that are there if no number is given."""
+    ranks = ranks or world_size()
     check_deepspeed_files(run)
     raw = read_deepspeed_json(run.deepspeed)
     policy = resolve_policy_config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def test_an_error_on_another_rank_only_is_reported_by_it(inputs: Path, tmp_path:
     command = [*DSDPO, "train", str(tmp_path / "nowhere.yaml")]
     answer = finish(command, limit_s=HANG_S, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
     assert answer.returncode == 2
-    assert answer.stderr.startswith("dsdpo (rank 1): ")
+    assert answer.stderr.startswith(f"dsdpo (rank 1 on {socket.gethostname()}): ")
     assert "nowhere.yaml" in answer.stderr
 
 

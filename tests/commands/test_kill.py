@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.kill_test import Kill, Report, Started, count_rows, run_and_kill
 from tests.runs import settings
 
 STOPPED, LOST = 75, 1
+HOST = socket.gethostname()
 SECRET = "5ec2e7" * 8
 SECRETS = {"WANDB_API_KEY": SECRET[:40], "HF_TOKEN": f"hf_{SECRET}"}
 
@@ -32,7 +34,7 @@ def test_killed_runs_resume_to_the_same_weights_and_metrics(tmp_path: Path) -> N
     assert report.exit_codes[0] == -signal.SIGKILL
     assert report.exit_codes[-1] == 0
     assert all(code != 0 for code in report.exit_codes[:-1])
-    assert "dsdpo (rank 0): rank 1 (" in report.outputs[1]
+    assert f"dsdpo (rank 0 on {HOST}): rank 1 (" in report.outputs[1]
     assert "died or lost the connection" in report.outputs[1]
     assert f"stopped after step {report.resumed_from[3]} by SIGTERM; everything is saved" in report.outputs[2]
     assert report.kills[2]["rows_then"] <= report.resumed_from[3] <= report.kills[2]["rows_then"] + 2
@@ -84,7 +86,7 @@ def test_ranks_without_a_launcher(run: dict[str, Any], tmp_path: Path) -> None:
     assert ranks[0].finish(report) == LOST
     ranks[1].process.kill()
     ranks[1].process.wait()
-    assert "dsdpo (rank 0): rank 1 (" in report.outputs[-1]
+    assert f"dsdpo (rank 0 on {HOST}): rank 1 (" in report.outputs[-1]
     assert "gave no sign of life for 10 s. Go on with --resume auto" in report.outputs[-1]
     assert f"resumed from {folder}/checkpoints/step-{record['step']:06d}" in report.outputs[-1]
 
@@ -93,7 +95,7 @@ def test_ranks_without_a_launcher(run: dict[str, Any], tmp_path: Path) -> None:
     ranks[0].process.kill()
     assert ranks[1].finish(report) == LOST
     ranks[0].process.wait()
-    assert "dsdpo (rank 1):" in report.outputs[-1]
+    assert f"dsdpo (rank 1 on {HOST}):" in report.outputs[-1]
     assert "rank 0 is gone" in report.outputs[-1]
 
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
