@@ -43,7 +43,8 @@ class RunLock:
             self._take()
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {self._folder} cannot be written ({error.strerror}): make room, or choose another folder"
+                f"output_dir: {self._folder} on {socket.gethostname()} cannot be written ({error.strerror}): make "
+                "room, or choose another folder"
             ) from error
         self._thread.start()
 

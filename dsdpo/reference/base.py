@@ -36,6 +36,9 @@ class Reference(ABC):
     sync_every: int | None = None
     """Optimizer steps between two moves towards the policy; None: it does not move."""
 
+    reads_all_ranks = False
+    """Whether `load` reads what every rank has saved, even on as many ranks."""
+
     at_start: Answers | None = None
     """What it answered on a few pairs when it was built; None where nothing was computed."""
 

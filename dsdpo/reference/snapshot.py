@@ -34,6 +34,8 @@ from dsdpo.reference.run_plan import RunPlan
 class SnapshotReference(Reference):
     """Answers from what the policy said at the last snapshot: one at the start, then one every `every` steps."""
 
+    reads_all_ranks = True
+
     def __init__(self, policy: TrainingEngine, plan: RunPlan, *, every: int, score_tokens: int) -> None:
         """`policy` is the training engine; `plan` says what training and evaluations ask for, and when."""
         self.policy, self.plan, self.score_tokens = policy, plan, score_tokens

@@ -8,7 +8,7 @@ from dsdpo.console import say
 from dsdpo.distributed import broadcast_object, rank
 from dsdpo.engine.quirks.checkpoint_files import load_engine
 from dsdpo.run.run import Run
-from dsdpo.training.checkpoint import read_state
+from dsdpo.training.checkpoint import bring_parts, read_state
 from dsdpo.training.patience import best_checkpoint
 
 
@@ -23,5 +23,6 @@ def restore_best(run: Run) -> dict[str, float]:
     metrics: dict[str, float] = state["evaluation"]
     say(f"exporting the weights of {found.name}, whose {metric} is the best: {metrics[metric]:.4f}")
     if state["step"] != run.state.step:
+        bring_parts(found, run.policy)
         load_engine(run.policy, found)
     return metrics

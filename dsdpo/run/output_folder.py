@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ import torch
 
 from dsdpo.atomic import write_json, write_text
 from dsdpo.config.load import dump_yaml
+from dsdpo.console import say
+from dsdpo.disks import Disk, find_disk
 from dsdpo.distributed import all_or_none, rank, world_size
 from dsdpo.engine.types import TrainingEngine
+from dsdpo.errors import ConfigError
 from dsdpo.run.plan import Plan
 from dsdpo.run.resume import checkpoint_to_resume
 from dsdpo.run_folder import RunFolder
@@ -34,25 +38,44 @@ def opened_folder(plan: Plan) -> Iterator[tuple[RunFolder, Path | None, RunLock]
     folder = RunFolder(plan.run.output_dir)
     lock = RunLock(folder)
     with all_or_none():
-        if rank() == 0:
+        make_folder(folder.path)
+    disk = find_disk(folder.path, key="output_dir")
+    if not disk.shared:
+        say(
+            f"output_dir is on {len(disk.sharers)} disks ({disk.describe()}): each keeps its own ranks' part of every "
+            "checkpoint, all else is on the first"
+        )
+    with all_or_none():
+        if disk.leads:
             lock.acquire()
     try:
         checkpoint = checkpoint_to_resume(plan)
-        make_output_folder(folder, keep=checkpoint is not None, overwrite=plan.run.overwrite_output_dir)
+        make_output_folder(folder, disk, keep=checkpoint is not None, overwrite=plan.run.overwrite_output_dir)
         record_settings(plan, folder)
         yield folder, checkpoint, lock
     finally:
-        if rank() == 0:
+        if disk.leads:
             lock.release()
 
 
-def make_output_folder(folder: RunFolder, *, keep: bool, overwrite: bool) -> None:
+def make_folder(path: Path) -> None:
+    """Make the run's folder. Raises `ConfigError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {path} on {socket.gethostname()} cannot be made ({error.strerror}): make room, or choose "
+            "another folder"
+        ) from error
+
+
+def make_output_folder(folder: RunFolder, disk: Disk, *, keep: bool, overwrite: bool) -> None:
     """The run's folder, emptied of an earlier run's files unless they are to `keep`. Collective.
 
     A file that asks to stop is an earlier run's only where the run may `overwrite` that; else it is meant for this one.
     """
     with all_or_none():
-        if rank() == 0:
+        if disk.leads:
             folder.path.mkdir(parents=True, exist_ok=True)
             if keep:
                 folder.stopped.unlink(missing_ok=True)  # the run goes on

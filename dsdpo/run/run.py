@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsdpo.disks import find_disk
 from dsdpo.engine.build import device
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.reference.base import Reference
@@ -104,6 +105,7 @@ def build_run(
             meter=meter,
             tracker=tracker,
             record=checkpoint_record(plan),
+            disk=find_disk(folder.path, key="output_dir"),
         ),
         stop=stop,
         profiler=StepProfiler(settings.tracking.profile_steps, folder.profile),

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,14 +31,18 @@ from dsdpo.atomic import (
     load_checksummed,
     partial_path,
     write_json,
+    write_text,
 )
-from dsdpo.distributed import all_or_none, barrier, gather_objects, rank, world_size
+from dsdpo.disks import Disk, find_disk
+from dsdpo.distributed import all_or_none, barrier, broadcast_object, gather_objects, rank, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.quirks.checkpoint_files import TAG, load_engine, save_engine
+from dsdpo.engine.quirks.repartition import same_layout
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.base import Reference
 from dsdpo.training.metrics import Meter
+from dsdpo.training.parts import bring, files_below, read_by
 
 STATE, MANIFEST = "state.json", "manifest.json"
 DELETING = ".old"  # the suffix of a checkpoint that is being deleted
@@ -76,32 +81,56 @@ def save_checkpoint(
     meter: Meter,
     record: dict[str, Any],
     keep: Retention,
+    disk: Disk | None = None,
 ) -> Path:
     """Write `folder/step-000100`, then delete those that `keep` does not keep. Collective.
 
     `record` goes into `state.json`. Everything goes to `step-000100.partial`, is flushed to the disk, and gets its name
-    by rename after all ranks have finished. DeepSpeed 0.19 would move its own `latest` before that, hence
-    `save_latest=False`. Raises `CheckpointError` where the disk fails, and gives back the room that was taken.
+    by rename after all ranks have finished, on rank 0's disk last where `folder` is on several (`disk`). DeepSpeed 0.19
+    would move its own `latest` before that, hence `save_latest=False`. Raises `CheckpointError` where the disk fails,
+    and gives back the room that was taken.
     """
+    disk = disk or Disk((tuple(range(world_size())),))
     final = checkpoint_path(folder, state.step)
     partial = partial_path(final)
+    named = False
     try:
-        _write(partial, state, policy=policy, reference=reference, meter=meter, record=record)
+        _write(partial, state, policy=policy, reference=reference, meter=meter, record=record, disk=disk)
         with all_or_none(), writing(partial):
-            if rank() == 0:
+            if disk.leads:
                 for path in [*partial.rglob("*"), partial]:
                     flush_to_disk(path)
-                delete_checkpoint(final)  # of a run that went on from an earlier one
-                partial.rename(final)
-                flush_to_disk(folder)
-                for old in superseded(whole_checkpoints(folder), keep):
-                    delete_checkpoint(old)
+        with all_or_none(), writing(partial):
+            if disk.leads and rank():
+                _name(partial, final)
+                named = True
+        with all_or_none(), writing(partial):
+            if rank() == 0:
+                _name(partial, final)
     except CheckpointError:
-        if rank() == 0:
+        if disk.leads:
             shutil.rmtree(partial, ignore_errors=True)
+        if named:  # rank 0's disk has no such checkpoint
+            shutil.rmtree(final, ignore_errors=True)
         barrier()
         raise
+    _delete_superseded(folder, keep, disk)
     return final
+
+
+def _name(partial: Path, final: Path) -> None:
+    delete_checkpoint(final)  # of a run that went on from an earlier one
+    partial.rename(final)
+    flush_to_disk(final.parent)
+
+
+def _delete_superseded(folder: Path, keep: Retention, disk: Disk) -> None:
+    """Delete older checkpoints, each disk its part. Collective."""
+    whole = all_checkpoints(folder)
+    gone = broadcast_object(superseded(whole, keep) if rank() == 0 else [])
+    with all_or_none(), writing(folder):
+        for old in gone if disk.leads else []:
+            delete_checkpoint(old)
 
 
 def _write(
@@ -112,10 +141,11 @@ def _write(
     reference: Reference,
     meter: Meter,
     record: dict[str, Any],
+    disk: Disk,
 ) -> None:
-    """Write all files of a checkpoint, `state.json` last. Collective."""
+    """Write all files of a checkpoint, `state.json` last; each disk gets that and the whole list. Collective."""
     with all_or_none(), writing(partial):
-        if rank() == 0:
+        if disk.leads:
             delete_leftovers(partial.parent)
             (partial / TAG).mkdir(parents=True)
     # One agreement each: a rank whose disk is full must not miss the collectives of what is saved next.
@@ -127,12 +157,13 @@ def _write(
         save_file(rank_state(meter), rank_file(partial, rank()))
     barrier()
     with all_or_none(), writing(partial):
-        if rank() == 0 and reference.identity is not None:
+        if disk.leads and reference.identity is not None:
             write_json(partial / "identity.json", reference.identity.to_json())
-    manifest = checksums(partial)
+    manifest, hosts = checksums(partial, disk)
     with all_or_none(), writing(partial):
-        if rank() == 0:
+        if disk.leads:
             progress = {**asdict(state), "world_size": world_size(), "dsdpo": dsdpo.__version__, **record}
+            progress |= {} if disk.shared else {"parts": hosts}
             (partial / MANIFEST).write_text(dump_checksummed(manifest))
             (partial / STATE).write_text(dump_checksummed(progress))
 
@@ -143,7 +174,10 @@ def writing(partial: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{partial}: {error}; the checkpoint was not written, earlier ones are intact") from error
+        host = socket.gethostname()
+        raise CheckpointError(
+            f"{partial} on {host}: {error}; the checkpoint was not written, earlier ones are intact"
+        ) from error
 
 
 def load_checkpoint(path: Path, *, policy: TrainingEngine, reference: Reference, meter: Meter, seed: int) -> TrainState:
@@ -152,8 +186,9 @@ def load_checkpoint(path: Path, *, policy: TrainingEngine, reference: Reference,
     On another number of ranks the sums of metrics are redistributed, and random numbers follow from `seed`, the step
     and the rank.
     """
-    load_engine(policy, path)
     progress = read_state(path)
+    bring_parts(path, policy, reference)
+    load_engine(policy, path)
     with all_or_none():
         reference.load(path / "reference")
         if progress["world_size"] == world_size():
@@ -163,6 +198,18 @@ def load_checkpoint(path: Path, *, policy: TrainingEngine, reference: Reference,
             torch.manual_seed(int.from_bytes(key.digest()[:7], "big"))
             restore_meter(redistributed_sums(path, progress["world_size"]), meter)
     return TrainState(step=progress["step"], consumed_pairs=progress["consumed_pairs"], means=progress.get("means", {}))
+
+
+def bring_parts(path: Path, policy: TrainingEngine, reference: Reference | None = None) -> None:
+    """Put on this rank's disk what `load_checkpoint` will read and only others have. Collective."""
+    files = load_checksummed((path / MANIFEST).read_text())
+    own = read_by(rank(), list(files))
+    if reference is not None and reference.reads_all_ranks:
+        own |= {name for name in files if name.startswith("reference/")}
+    as_before = read_state(path)["world_size"] == world_size()
+    several = bring(path, own if as_before else set(files))
+    if several and as_before and not same_layout(policy, path / TAG):
+        bring(path, set(files))
 
 
 def rank_file(folder: Path, of_rank: int) -> Path:
@@ -209,37 +256,72 @@ def redistributed_sums(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
     return total
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """The sha256 of each file below `folder`, by its path there; ranks share the reading. Collective."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def checksums(folder: Path, disk: Disk) -> tuple[dict[str, str], dict[str, str]]:
+    """The sha256 of each file below `folder` on any disk, by its path there, and a host that has it. Collective.
+
+    The ranks of a disk share the reading.
+    """
+    names, place = files_below(folder), disk.members.index(rank())
     mine = {}
     with all_or_none():
-        for name in names[rank() :: world_size()]:
+        for name in names[place :: len(disk.members)]:
             try:
                 mine[name] = digest_of_file(folder / name)
             except OSError as error:
                 raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
-    return {name: digest for part in gather_objects(mine) for name, digest in part.items()}
+    digests: dict[str, str] = {}
+    hosts: dict[str, str] = {}
+    for found, host in gather_objects((mine, socket.gethostname())):
+        for name, digest in found.items():
+            if digests.setdefault(name, digest) != digest:
+                digests[name] = f"two files of that name, one on {host}"
+            hosts.setdefault(name, host)
+    return digests, hosts
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, the same on every rank, or None. Collective."""
-    wrong, manifest = "", {}
+    """What is wrong with a checkpoint's files on all disks, the same on every rank, or None. Collective.
+
+    A disk that has no part of it is given the list of files, by which it can be taken up there.
+    """
+    disk = find_disk(path.parent, key="output_dir")
+    parts = gather_objects(_read_part(path))
+    found = [part for part in parts if isinstance(part, tuple)]
+    wrong = [part for part in parts if isinstance(part, str)]
+    if wrong or not found:
+        return (wrong or [f"{STATE} is missing"])[0]
+    state, manifest = found[0]
+    if any(part != found[0] for part in found):
+        return "its parts on different disks were not written by the same save"
+    files, hosts = load_checksummed(manifest), load_checksummed(state).get("parts", {})
+    digests, _ = checksums(path, disk)
+    if missing := sorted(files.keys() - digests.keys()):
+        where = f", which lay on {hosts[missing[0]]}'s own disk" if missing[0] in hosts else ""
+        return f"{missing[0]} is missing{where}"
+    if changed := sorted(name for name in files if files[name] != digests[name]):
+        return f"{changed[0]} is not what was written"
+    with all_or_none(), writing(path):
+        if disk.leads and not (path / STATE).exists():
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / MANIFEST, manifest)
+            write_text(path / STATE, state)
+    bring(path, {name for name in files if "/" not in name and name.endswith(".json")})
+    return None
+
+
+def _read_part(path: Path) -> tuple[str, str] | str | None:
+    """The text of `state.json` and of the list of files on this rank's disk, or what is wrong; None without a part."""
+    if not path.exists():
+        return None
     try:
         read_state(path)
-        manifest = load_checksummed((path / MANIFEST).read_text())
+        texts = (path / STATE).read_text(), (path / MANIFEST).read_text()
+        load_checksummed(texts[1])
     except CheckpointError as error:
-        wrong = str(error)
+        return str(error)
     except (OSError, ValueError) as error:
-        wrong = f"{MANIFEST} cannot be read: {error}"
-    if reports := [report for report in gather_objects(wrong) if report]:
-        return reports[0]
-    found = checksums(path)
-    missing = sorted(manifest.keys() - found.keys())
-    changed = sorted(name for name in manifest.keys() & found.keys() if manifest[name] != found[name])
-    if missing:
-        return f"{missing[0]} is missing"
-    return f"{changed[0]} is not what was written" if changed else None
+        return f"{MANIFEST} cannot be read: {error}"
+    return texts
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -255,6 +337,12 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in a run's `checkpoints` folder, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted((path for path in found if (path / STATE).exists()), key=lambda path: int(path.name[5:]))
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of which any disk has a finished part, oldest first, the same on all ranks. Collective."""
+    names = {path.name for paths in gather_objects(whole_checkpoints(folder)) for path in paths}
+    return [folder / name for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
 def superseded(whole: Sequence[Path], keep: Retention) -> list[Path]:

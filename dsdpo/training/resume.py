@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.run import RunConfig
-from dsdpo.distributed import broadcast_object, world_size
+from dsdpo.distributed import world_size
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.store import read_identity
 from dsdpo.run_folder import RunFolder
-from dsdpo.training.checkpoint import find_damage, read_state, whole_checkpoints
+from dsdpo.training.checkpoint import all_checkpoints, find_damage, read_state
 
 # Settings that decide what is learned. All others (ZeRO config, micro-batches, logging, paths) may change on resume.
 MATHEMATICS = (
@@ -53,7 +53,7 @@ def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
         return None, []
     if run.checkpoint.resume == "auto":
         skipped: list[str] = []
-        for path in reversed(broadcast_object(whole_checkpoints(folder))):
+        for path in reversed(all_checkpoints(folder)):
             wrong = find_damage(path)
             if wrong is None:
                 return path, skipped

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.run import CheckpointConfig
+from dsdpo.disks import Disk
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
@@ -53,6 +54,7 @@ class Saver:
     meter: Meter
     tracker: Tracker
     record: dict[str, Any]  # what every checkpoint says of the run's settings
+    disk: Disk  # of the run's folder
 
     def __post_init__(self) -> None:
         self.retries = Retries(self.settings.save_attempts)
@@ -106,6 +108,7 @@ class Saver:
                 meter=self.meter,
                 record=self.record | {"evaluation": self.tracker.evaluation_of(self.state.step)},
                 keep=Retention(last=settings.keep_last, best=settings.keep_best, metric=settings.best_metric),
+                disk=self.disk,
             )
             return None
         except CheckpointError as caught:
