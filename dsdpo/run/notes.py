@@ -41,6 +41,12 @@ def run_notes(plan: Plan) -> Iterator[str]:
             "torchrun keeps the ranks' store where its first node was at the start, with all that is in it: when nodes "
             "go or come, ranks may not meet again. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node"
         )
+    limit_s, lost_s = 60 * run.distributed.timeout_minutes, run.distributed.lost_after.total_seconds()
+    if plan.train.world_size > 1 and lost_s >= limit_s:
+        yield (
+            f"distributed.lost_after ({lost_s:g} s) is not below distributed.timeout_minutes ({limit_s:g} s), where "
+            "NCCL ends a waiting process itself: a lost rank may not be named"
+        )
     yield from schedule_notes(plan)
     yield from source_notes(run)
     if plan.evaluation is not None and (shared := shared_pairs(plan.train.pairs, plan.evaluation.pairs)):

@@ -2,7 +2,8 @@
 
 Every rank gives a sign of life each second in the process group's store, from a thread; rank 0 looks for everyone's,
 the others for rank 0's. When a rank fails, the signs say which one fell silent and the notes that ranks leave when they
-end say which was the first.
+end say which was the first. A rank that is cut off hangs in its own question to the store, since a connection without
+its other end says nothing for a quarter of an hour: so a second thread looks at how long ago the store last answered.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from dsdpo.distributed import own_store, rank, world_size
+from dsdpo.distributed import name_of, own_store, rank, world_size
 from dsdpo.errors import DsdpoError, LostRankError
 
 BEAT_S = 1.0
 SILENT_S = 6.0  # without a sign of life, once something has failed
 LOST = 1  # exit code
+CUT_OFF = "rank 0's store gave no answer for {:.0f} s: this node is cut off, or rank 0's is"
 ENDED = "the process group's store, which rank 0 keeps, no longer answers: rank 0 is gone"
 
 LAST_WORDS: list[Callable[[str], None]] = []
@@ -69,13 +71,19 @@ class Peers:
         self._left = threading.Event()
         self._store = own_store()
         self._store.set(self._key("who", rank()), f"rank {rank()} ({socket.gethostname()}, process {os.getpid()})")
-        self._thread = threading.Thread(target=self._watch, args=(own_store(),), daemon=True, name="peers")
-        self._thread.start()
+        self._answered = time.monotonic()  # when the store last did
+        self._threads = [
+            threading.Thread(target=self._watch, args=(own_store(),), daemon=True, name="peers"),
+            threading.Thread(target=self._mind_silence, daemon=True, name="silence"),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def leave(self) -> None:
         """Give no more signs of life, and look for none."""
         self._left.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(5 * BEAT_S)  # one that hangs in a question is left to itself
 
     def note_end(self, error: Exception) -> bool:
         """Write what ends this rank into the store, for the others to name; whether it is the first rank to do so."""
@@ -123,7 +131,7 @@ class Peers:
         """Give signs of life and look for others' until `leave`; ends the process when a rank is lost."""
         watched = range(1, world_size()) if rank() == 0 else (0,)
         heard = dict.fromkeys(watched, (b"", time.monotonic()))
-        beats, answered = 0, time.monotonic()
+        beats = 0
         while not self._left.wait(BEAT_S):
             beats += 1
             try:
@@ -134,17 +142,24 @@ class Peers:
                 if rank() == 0:
                     self._tell(store, [peer for peer in watched if self._is_lost(heard[peer][1])])
                 lost = store.get(f"{self._prefix}/lost").decode() if store.check([f"{self._prefix}/lost"]) else ""
-                lost = lost or ("rank 0" if rank() and self._is_lost(heard[0][1]) else "")
+                lost = lost or (name_of(0) if rank() and self._is_lost(heard[0][1]) else "")
             except RuntimeError:
                 # Rank 0 is gone, unless its machine is only slow; the main thread may say so first, or wait for ever.
                 lost = ""
-                if self._is_lost(answered):
+                if self._is_lost(self._answered):
                     self._end_process(ENDED)
                 self._left.wait(self._lost_after_s / 5)  # each attempt prints a C++ stack
             else:
-                answered = time.monotonic()
+                self._answered = time.monotonic()
             if lost and not self._left.is_set():
                 self._end_process(f"{lost} gave no sign of life for {self._lost_after_s:.0f} s")
+
+    def _mind_silence(self) -> None:
+        """End the process once the store has not answered for too long, wherever other threads hang."""
+        while not self._left.wait(BEAT_S):
+            # The thread that asks can tell more, and has the first word.
+            if time.monotonic() - self._answered > self._lost_after_s + 2 * BEAT_S:
+                self._end_process(CUT_OFF.format(self._lost_after_s))
 
     def _tell(self, store: Any, lost: list[int]) -> None:
         if lost:
@@ -156,7 +171,8 @@ class Peers:
 
     def _end_process(self, reason: str) -> None:
         """End this process from beside a main thread that hangs in a collective."""
-        print(f"dsdpo (rank {rank()}): {reason}. Go on with --resume auto", file=sys.stderr, flush=True)
+        who = name_of(rank(), socket.gethostname())
+        print(f"dsdpo ({who}): {reason}. Go on with --resume auto", file=sys.stderr, flush=True)
         for say in list(LAST_WORDS):
             with suppress(Exception):
                 say(reason)
