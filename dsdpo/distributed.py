@@ -125,6 +125,16 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(tensor.item())
 
 
+def values_of_ranks(value: float, device: torch.device) -> list[float]:
+    """Every rank's value, by rank. Collective; waits for the device once."""
+    if world_size() == 1:
+        return [value]
+    values = torch.zeros(world_size(), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(values, torch.tensor([value], dtype=torch.float64, device=device))
+    found: list[float] = values.tolist()
+    return found
+
+
 def sum_over_ranks(array: np.ndarray, device: torch.device) -> np.ndarray:
     """The sum of all ranks' arrays, in pieces that go over `device`. Collective."""
     if world_size() == 1:

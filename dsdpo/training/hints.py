@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dsdpo.config.loss import LossConfig
 from dsdpo.data.pairs import Pairs
+from dsdpo.distributed import name_of
 
 PAGE = "docs/hints.md"
 ROWS = 10  # of metrics.jsonl that are averaged before anything is said of them
@@ -18,6 +19,7 @@ FAR_MARGIN = 15.0  # of rewards: the loss of such a pair has no gradient left
 CHANCE_AFTER, CHANCE = 100, 0.55  # steps, accuracy
 LENGTH_GAP = 0.25  # between the accuracies where chosen is the longer and where it is the shorter response
 UNLIKELY_NLL = 2.5  # nats a token of the chosen responses, before training
+STRAGGLER_SHARE = 0.2  # of a step, that others wait for one rank
 TRUNCATED_SHARE, DUPLICATE_SHARE = 0.1, 0.05
 COMPARED = 100_000  # pairs that are looked through for contradictions: a second's work
 SATURATES = ("sigmoid", "robust", "exo_pair", "apo_zero", "apo_down", "bco_pair", "dpop", "dpo_shift", "odpo")
@@ -39,6 +41,8 @@ class Hints:
             return []
         self._rows.append(row)
         found = [_unlikely(row)] if step == 1 and "nll/chosen" in row else []
+        if len(self._rows) == ROWS and "perf/imbalance_s" in row:
+            found.append(_straggler(list(self._rows)))
         if self.loss.rows == "pairs" and len(self._rows) == ROWS:
             mean = {name: float(np.mean([each[name] for each in self._rows if name in each])) for name in row}
             found += [self._fallen(mean), self._far(mean), _at_chance(step, mean), _length_bias(mean)]
@@ -77,6 +81,17 @@ class Hints:
             f"rewards/margins {margin:.1f}: the pairs are told apart completely and the loss has hardly a gradient "
             "left; more steps overfit. Lower optimizer.learning_rate or the epochs, or raise loss.beta."
         )
+
+
+def _straggler(rows: Sequence[Mapping[str, float]]) -> tuple[str, str] | None:
+    ranks = {row["time/slowest_rank"] for row in rows}
+    waited, step = (float(np.mean([row[name] for row in rows])) for name in ("perf/imbalance_s", "time/step_s"))
+    if len(ranks) > 1 or waited < STRAGGLER_SHARE * step:
+        return None
+    return "straggler", (
+        f"{name_of(int(ranks.pop()))} is the slowest of all in each of {len(rows)} rows, and others wait {waited:.2f} "
+        f"of {step:.2f} s a step for it: see what else runs on its node, its clocks, and its data's disk."
+    )
 
 
 def _unlikely(row: Mapping[str, float]) -> tuple[str, str] | None:

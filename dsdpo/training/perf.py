@@ -16,10 +16,10 @@ import torch
 
 from dsdpo.config.run import RunConfig
 from dsdpo.data.steps import StepBatches
-from dsdpo.distributed import max_over_ranks, world_size
+from dsdpo.distributed import max_over_ranks, values_of_ranks, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.lora import POLICY
-from dsdpo.engine.quirks.gather_trace import GATHERED
+from dsdpo.engine.quirks.gather_trace import GATHERED, STALLS
 from dsdpo.engine.shards import full_shape
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.estimate.hardware import peak_tflops
@@ -108,8 +108,12 @@ class Perf:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A block whose time and gathers count to the phase `name`, and that a profile calls so."""
-        with torch.profiler.record_function(name):
-            yield
+        STALLS.on = name in MODEL_PHASES and world_size() > 1
+        try:
+            with torch.profiler.record_function(name):
+                yield
+        finally:
+            STALLS.on = False
         for laps in (self._seconds, self._gathers, self._gathered_bytes):
             laps.mark(name)
 
@@ -140,13 +144,28 @@ class Perf:
         seconds = self._seconds.take()
         # Times are means over ranks: a rank that waits for its data makes the others wait in their next collective.
         own = {phase: seconds.get(phase, 0.0) for phase in (*PHASES, *ASIDE)}
+        stragglers = self._stragglers(sum(own[phase] for phase in ("data", *MODEL_PHASES)) - STALLS.take())
         own |= {"computed": float(self._computed), "padding": float(self._padding)}
         means = meter.read(own, device=self._device)
         own = {name: means.pop(name) for name in own}
         peak_memory_gib = max_over_ranks(peak_memory(self._device), self._device) / 2**30
-        figures = {**self._speed(own), **self._gathered(), "memory/peak_gib": peak_memory_gib}
+        figures = {**self._speed(own), **self._gathered(), **stragglers, "memory/peak_gib": peak_memory_gib}
         self._restart()
         return means | figures
+
+    def _stragglers(self, busy_s: float) -> dict[str, float]:
+        """The rank that others wait for, and how long they do in a step; nothing on one rank. Collective.
+
+        `busy_s`: this rank's seconds of getting data and of computing, without its waiting for gathers.
+        """
+        if world_size() == 1:
+            return {}
+        every = values_of_ranks(busy_s / self._steps, self._device)
+        slowest = max(every)
+        return {
+            "time/slowest_rank": float(every.index(slowest)),
+            "perf/imbalance_s": slowest - sum(every) / len(every),
+        }
 
     def _speed(self, own: dict[str, float]) -> dict[str, float]:
         """Throughput and where the time goes, from means over ranks."""

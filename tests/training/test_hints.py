@@ -40,6 +40,8 @@ def heard(loss: LossConfig, first_step: int = 1, **changes: float) -> list[str]:
     ("options", "first_step", "changes", "expected"),
     [
         ({}, 1, {}, []),
+        ({}, 1, {"time/slowest_rank": 1.0, "perf/imbalance_s": 0.5, "time/step_s": 1.0}, ["straggler"]),
+        ({}, 1, {"time/slowest_rank": 1.0, "perf/imbalance_s": 0.1, "time/step_s": 1.0}, []),
         ({}, 1, {"rewards__chosen": -0.6, "rewards__rejected": -1.5}, ["chosen-falls"]),
         ({"rpo_alpha": 1.0}, 1, {"rewards__chosen": -0.6, "rewards__rejected": -1.5}, []),
         ({"type": "dpop"}, 1, {"rewards__chosen": -0.6, "rewards__rejected": -1.5}, []),
@@ -68,7 +70,7 @@ def test_a_resumed_run_does_not_repeat_its_hints() -> None:
 def test_every_hint_has_its_section_in_the_docs() -> None:
     source = Path(__file__).resolve().parents[2]
     names = {"chosen-falls", "margin-explodes", "at-chance", "length-bias", "far-from-data", "truncation", "duplicates",
-             "contradictions"}  # fmt: skip
+             "contradictions", "straggler"}  # fmt: skip
     code = (source / "dsdpo" / "training" / "hints.py").read_text()
     assert all(f'"{name}"' in code for name in names)
     page = (source / PAGE).read_text()

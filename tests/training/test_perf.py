@@ -146,6 +146,8 @@ def test_a_run_logs_throughput_memory_and_communication(
         assert row["perf/tflops_per_device"] == pytest.approx(per_device)
         assert row["perf/mfu"] == pytest.approx(per_device / PEAK)
         assert 1.0 <= row["perf/imbalance"] < 1.5
+        assert row["time/slowest_rank"] in (0.0, 1.0)
+        assert 0 <= row["perf/imbalance_s"] < row["time/step_s"]
         assert row["memory/peak_gib"] > 0
     assert re.search(r"pairs/s, [\d,]+ tokens/s \(\d+% of the devices' peak\), \d", describe_results(folder))
     asides = [{phase for phase in ASIDE if f"time/{phase}_s" in row} for row in rows]
@@ -163,3 +165,38 @@ def test_without_a_known_peak_there_is_no_share_of_it(inputs: Path, tmp_path: Pa
     assert row["comm/reference_gathers"] == 0 < row["comm/gathers"]
     with_reference = counted["flops"][1] / row["time/step_s"] / 2 / 1e12
     assert row["perf/tflops_per_device"] == pytest.approx(0.75 * with_reference, rel=1e-9)
+
+
+def straggling_here() -> dict[str, float]:
+    """The figures of a rank that computes for 3 s a step beside one that does for 1 s, in two steps."""
+    from dsdpo.distributed import rank
+    from dsdpo.training.perf import Perf
+
+    perf = Perf(torch.device("cpu"), step_flops=lambda lengths: 0.0)
+    perf._steps = 2
+    return perf._stragglers(6.0 if rank() == 1 else 2.0)
+
+
+def test_the_rank_that_others_wait_for_is_named() -> None:
+    assert run_ranks(2, straggling_here) == [{"time/slowest_rank": 1.0, "perf/imbalance_s": 1.0}] * 2
+
+
+def stalled_here() -> list[float]:
+    """Seconds that count as waiting: only within a pass over a model, and only once."""
+    import time
+
+    from dsdpo.engine.quirks.gather_trace import STALLS
+    from dsdpo.training.perf import Perf
+
+    perf = Perf(torch.device("cpu"), step_flops=lambda lengths: 0.0)
+    STALLS.take()
+    for phase in ("forward_backward", "evaluate"):
+        with perf.phase(phase), STALLS.counted():
+            time.sleep(0.05)
+    return [STALLS.take(), STALLS.take()]
+
+
+def test_waiting_for_gathers_counts_within_passes_of_a_step_only() -> None:
+    for waited, again in run_ranks(2, stalled_here):
+        assert waited >= 0.05
+        assert again == 0.0

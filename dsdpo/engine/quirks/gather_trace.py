@@ -6,11 +6,13 @@ A second order keeps prefetching alive where passes visit other modules.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -31,8 +33,47 @@ class Gathered:
 GATHERED = Gathered()
 
 
+@dataclass
+class Stalls:
+    """How long passes on this rank have waited for gathers, which come when the slowest rank is there for them.
+
+    On a CUDA device that is the time its computing stands still, by events that are read only when asked for.
+    """
+
+    on: bool = False  # whether to count now
+    seconds: float = 0.0
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """A block that does nothing but wait."""
+        if not self.on:
+            yield
+        elif torch.cuda.is_available():
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            yield
+            after.record()
+            self.events.append((before, after))
+        else:
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """The seconds since the last taking. Waits for the device."""
+        if self.events:
+            self.events[-1][1].synchronize()
+        total = self.seconds + sum(before.elapsed_time(after) for before, after in self.events) / 1000.0
+        self.seconds, self.events = 0.0, []
+        return total
+
+
+STALLS = Stalls()
+
+
 def count_gathers(coordinator: Any) -> None:
-    """Have a ZeRO-3 coordinator add what it gathers to `GATHERED`.
+    """Have a ZeRO-3 coordinator add what it gathers to `GATHERED`, and its waiting to `STALLS`.
 
     This costs a look at each parameter's status, and no wait. DeepSpeed's own comms logger would wait for the device
     after every single collective and keep each one's duration for ever (0.19, `deepspeed.comm.comm.timed_op`), and it
@@ -50,7 +91,12 @@ def count_gathers(coordinator: Any) -> None:
                 GATHERED.bytes += parameter.ds_numel * parameter.element_size()
         getattr(type(coordinator), GATHER)(coordinator, parameters, *arguments, **options)
 
+    def fetch(*arguments: Any, **options: Any) -> None:
+        with STALLS.counted():
+            type(coordinator).fetch_sub_module(coordinator, *arguments, **options)
+
     setattr(coordinator, GATHER, counted)
+    coordinator.fetch_sub_module = fetch
 
 
 def count_gathers_of(engine: Any) -> None:
