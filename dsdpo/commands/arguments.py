@@ -8,13 +8,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dsdpo.config.load import Help, RunParser, check_deepspeed_files, load_run, run_parser
 from dsdpo.config.reference import Precomputed
 from dsdpo.config.reference_plan import plan_reference
-from dsdpo.config.run import RunConfig
+from dsdpo.config.run import DistributedConfig, RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.estimate.hardware import GPUS, hardware
 
@@ -59,6 +60,7 @@ COMMANDS = {
     "score": "log-probs, rewards and margins of pairs as a table: dsdpo score RUN|MODEL --data FILE --out F.parquet",
     "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",
     "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
+    "doctor": "look for what would stop or slow a run, on all nodes: dsdpo doctor [RUN.yaml]",
     "demo": "make a small model and data set, train on two ranks and show what happened",
     "plot": "draw the metrics of runs: dsdpo plot RUN ...",
     "report": "runs side by side as one page: dsdpo report RUN ... --html FILE",
@@ -242,5 +244,41 @@ def _above_0(value: float | None, option: str) -> float | None:
     return value
 
 
+@dataclass(frozen=True)
+class DoctorArguments:
+    """Of `dsdpo doctor`."""
+
+    run: RunConfig | None
+    run_file: Path | None
+    as_json: bool
+
+    @property
+    def timeout_minutes(self) -> float:
+        """How long ranks wait for each other."""
+        return self.run.distributed.timeout_minutes if self.run else DistributedConfig().timeout_minutes
+
+    @property
+    def lost_after(self) -> timedelta:
+        """How long a rank may be silent."""
+        return self.run.distributed.lost_after if self.run else DistributedConfig().lost_after
+
+
+def doctor(argv: list[str]) -> DoctorArguments:
+    """The arguments of `dsdpo doctor`, whose run file may be left out. Raises `ConfigError`; exits on --help."""
+    text = "Look for what would stop a run or slow it down, here or on every node of a launcher."
+    parser = run_parser("dsdpo doctor", text)
+    parser.add_argument("--json", action="store_true", help="print every finding as JSON")
+    if all(word.startswith("--local") or word == "--json" for word in argv):
+        return DoctorArguments(None, None, as_json="--json" in argv)
+    run, flags = load_run(argv, parser)
+    check_deepspeed_files(run)
+    return DoctorArguments(run, flags.run, as_json=flags.json)
+
+
 # Commands whose modules import torch, DeepSpeed and transformers: seconds that a typing error need not wait.
-PARSERS: dict[str, Callable[[list[str]], Any]] = {"train": train, "precompute": precompute, "estimate": estimate}
+PARSERS: dict[str, Callable[[list[str]], Any]] = {
+    "train": train,
+    "precompute": precompute,
+    "estimate": estimate,
+    "doctor": doctor,
+}

@@ -38,7 +38,9 @@ def meet(who: Launched, *, limit_s: float, mistake: DsdpoError | None = None) ->
     """
     until = time.monotonic() + limit_s
     store = _open(who, limit_s)
-    place, host = f"dsdpo/meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", socket.gethostname()
+    # A store of torchrun's own outlives these ranks, and may hold what others have left in it.
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{who.world_size}"
+    place, host = f"dsdpo/meeting/{attempt}", socket.gethostname()
     if mistake is not None and store.add(f"{place}/mistakes", 1) == 1:
         told = [type(mistake).__name__, str(mistake), who.rank, host]
         store.set(f"{place}/mistake", json.dumps(told))

@@ -95,7 +95,7 @@ def start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Wan
         import wandb
 
         mode = settings.mode or os.environ.get("WANDB_MODE") or "online"
-        if mode == "online" and not _logged_in(wandb):
+        if mode == "online" and not logged_in():
             log.warning("W&B: this machine is not logged in, so the run is written to files to send later")
             mode = "offline"
         try:
@@ -126,8 +126,10 @@ def _init_wandb(folder: RunFolder, mode: Any, given: dict[str, Any]) -> Any:
     return session
 
 
-def _logged_in(wandb: Any) -> bool:
+def logged_in() -> bool:
     """True if W&B finds a key on this machine; asks neither the user nor the server."""
+    import wandb
+
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:

@@ -110,9 +110,28 @@ def _stderr_closed() -> Iterator[None]:
         os.close(kept)
 
 
+def extensions_folder() -> Path:
+    """Where torch builds operators: TORCH_EXTENSIONS_DIR when that is set."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
 def build_folder(name: str) -> Path:
-    """Where torch builds the operator: below TORCH_EXTENSIONS_DIR when that is set."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / name
+    """Where torch builds the operator."""
+    return extensions_folder() / name
+
+
+def unbuildable(name: str) -> str | None:
+    """Why an operator cannot be compiled on this machine, None if it can."""
+    try:
+        _check_buildable(name)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def stale_locks() -> list[Path]:
+    """The locks of builds that nobody is at work on."""
+    return [lock for lock in extensions_folder().glob("*/lock") if not _processes_in(lock.parent)]
 
 
 def remove_stale_lock(folder: Path, *, patience_s: float = 3.0) -> bool:
