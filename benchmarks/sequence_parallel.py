@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import Report, Table, parser
 from benchmarks.inputs import first_rows
-from benchmarks.processes import environment
+from benchmarks.processes import environment, free_port
 
 PAIRS = 8  # of a step
 CASES: dict[str, dict[str, Any]] = {
@@ -97,31 +97,24 @@ def train_on(ranks: int, runs: Sequence[dict[str, Any]]) -> None:
     """All the runs, one after another, on so many ranks. Raises `RuntimeError` where one fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed", "transformers", "dsdpo.commands.train"])
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, str(Path(folder) / "store"), runs)
-        processes = [context.Process(target=train_here, args=(rank, *arguments)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+    port = free_port()
+    processes = [context.Process(target=train_here, args=(rank, ranks, port, runs)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     if any(process.exitcode for process in processes):
         raise RuntimeError(f"a run on {ranks} ranks failed")
 
 
-def train_here(rank: int, ranks: int, store: str, runs: Sequence[dict[str, Any]]) -> None:
+def train_here(rank: int, ranks: int, port: int, runs: Sequence[dict[str, Any]]) -> None:
     """One rank's part of the runs."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    import deepspeed
-    import torch
-
+    os.environ.update(LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from dsdpo.commands.train import train
     from dsdpo.config.run import RunConfig
     from dsdpo.run.plan import plan_run
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    deepspeed.init_distributed(verbose=False)
     for run in runs:
         train(plan_run(RunConfig.model_validate(run)))
 
