@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.accelerator import choose_accelerator
-from dsdpo.config.load import check_deepspeed_files, check_run, dump_yaml, nested, read_yaml
+from dsdpo.config.load import check_deepspeed_files, check_run, dump_yaml, nested, read_yaml, run_path
 from dsdpo.config.run import RunConfig
 from dsdpo.console import quiet_libraries, say
 from dsdpo.errors import ConfigError
@@ -52,7 +52,7 @@ class Run:
         """
         folder = None
         if isinstance(settings, (str, os.PathLike)):
-            path = Path(settings).expanduser()
+            path = run_path(os.fspath(settings))
             path = RunFolder(path).config if path.is_dir() else path
             content, source, folder = read_yaml(path), str(path), path.parent
         elif settings is None or isinstance(settings, Mapping):

@@ -17,7 +17,14 @@ from dsdpo.config.load import dotted_keys
 from tests.commands.processes import finish, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("launch/recipes/*/README.md"),
+        *(ROOT / "docs").rglob("*.md"),
+    ]
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 LIMIT_S = 400
