@@ -119,7 +119,7 @@ def completed(*words: str) -> list[str]:
 
 def test_completion_of_commands_settings_and_choices() -> None:
     assert completed("dsdpo", "pre") == [name for name in COMMANDS if name.startswith("pre")]
-    assert completed("dsdpo", "train", "RUN.yaml", "--loss.label") == ["--loss.label_smoothing"]
+    assert completed("dsdpo", "train", "RUN.yaml", "--loss.label_s") == ["--loss.label_smoothing"]
     assert completed("dsdpo", "train", "RUN.yaml", "--loss.type", "aot") == ["aot", "aot_unpaired"]
     assert completed("dsdpo", "train", "RUN.yaml", "--data.shuffle", "") == ["true", "false"]
     assert set(settings()) <= set(dotted_keys())
