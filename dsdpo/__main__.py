@@ -12,7 +12,7 @@ import traceback
 from contextlib import nullcontext
 from typing import NoReturn
 
-from dsdpo.accelerator import choose_accelerator
+from dsdpo.accelerator import choose_accelerator, quiet_imports
 from dsdpo.commands.arguments import COMMANDS, PARSERS
 from dsdpo.console import Launched, is_main, launched, launched_rank
 from dsdpo.errors import ConfigError, DsdpoError, LostRankError, TrainingError
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise DsdpoError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
+        quiet_imports()
         # Settings are checked before torch is imported, and signals noted from before that on.
         given = PARSERS[name](rest) if name in PARSERS else rest
         with noted_signals() if name in PARSERS else nullcontext():

@@ -69,10 +69,10 @@ def choose_accelerator(*, computes: bool) -> None:
     For a command that `computes`, raises `ConfigError` where this machine has a GPU that torch cannot use, unless the
     user asked for the CPU by `--device cpu`, `DS_ACCELERATOR=cpu` or by hiding all GPUs.
     """
+    quiet_imports()
     import torch
 
     if os.environ.get(CHOICE) == "cpu":
-        _quiet_imports()
         return
     if torch.accelerator.is_available():
         return
@@ -81,7 +81,6 @@ def choose_accelerator(*, computes: bool) -> None:
         build = Build(str(torch.__version__), torch.version.cuda, torch.version.hip)
         raise ConfigError(why_unusable(machine, build, error=_cuda_error(build)))
     os.environ.setdefault(CHOICE, "cpu")
-    _quiet_imports()
 
 
 def gpus_of_machine(root: Path = Path("/")) -> Machine | None:
@@ -167,7 +166,8 @@ def check_share(ranks: int, devices: int, visible: str | None) -> None:
         )
 
 
-def _quiet_imports() -> None:
+def quiet_imports() -> None:
+    """Keep libraries from warnings while they are imported that no user of ours can do anything about."""
     # A CUDA toolkit on a machine without a GPU is no reason to warn of every import that looks for a compiler.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Imported by peft where it is installed, it tells of a kernel that it would have looked for on the Hub.
