@@ -165,7 +165,7 @@ def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -
     if len(set(digests)) > 1:
         having = {digest: [rank for rank, other in enumerate(digests) if other == digest] for digest in digests}
         sides = "; others by ".join(by_host(ranks) for ranks in having.values())
-        raise DataError(f"{split} data: one set of pairs was read by {sides}. Give all nodes the same files")
+        raise DataError(f"{SECTIONS[split]}: one set of pairs was read by {sides}; give all nodes the same files")
     for column in run.loss.columns:
         if getattr(pairs, f"{column}s") is None:
             needs, example = f"loss.type {' + '.join(run.loss.types)}", "score_difference"

@@ -131,6 +131,24 @@ def test_other_code_on_one_node_ends_both_with_one_message(inputs: Path, tmp_pat
     assert "dsdpo" not in silent
 
 
+def test_other_data_on_one_node_ends_both_and_names_the_hosts(inputs: Path, tmp_path: Path) -> None:
+    """A file of the same name with a row less."""
+    runs = []
+    for node, rows in enumerate((40, 39)):
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        lines = (inputs / "train.jsonl").read_text().splitlines(keepends=True)[:rows]
+        (folder / "train.jsonl").write_text("".join(lines))
+        data = {"train": str(folder / "train.jsonl")}
+        runs.append(written(folder / "run.yaml", settings(tmp_path, inputs, reference_zero=None, data=data)))
+    (code, said), (other, silent) = both(tmp_path, runs)
+    assert (code, other) == (2, 2), said + silent
+    assert said.count("dsdpo: ") == 1
+    assert "data.train" in said
+    assert f"{HERE} (rank 0)" in said
+    assert f"{HERE} (rank 1)" in said
+
+
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_typing_error_in_one_nodes_run_file_reaches_both(wrong: int, inputs: Path, tmp_path: Path) -> None:
     """Found before torch is imported, and yet the other rank need not wait for it in vain."""
