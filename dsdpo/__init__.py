@@ -17,12 +17,24 @@ _WHERE = {
     "train": "dsdpo.api",
     "evaluate": "dsdpo.api",
     "read_result": "dsdpo.api",
+    "score": "dsdpo.api",
     "register_loss": "dsdpo.objective.losses.registered",
     "PairLogps": "dsdpo.objective.logps",
     "Event": "dsdpo.training.callbacks",
     "DsdpoError": "dsdpo.errors",
 }
-__all__ = ["DsdpoError", "Event", "PairLogps", "Result", "Run", "evaluate", "read_result", "register_loss", "train"]
+__all__ = [
+    "DsdpoError",
+    "Event",
+    "PairLogps",
+    "Result",
+    "Run",
+    "evaluate",
+    "read_result",
+    "register_loss",
+    "score",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,34 +155,69 @@ def train(
 
 
 def evaluate(
-    run: Run | str | os.PathLike[str] | Mapping[str, Any], *, data: Any = None, verbose: bool = False
+    run: Run | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    data: Any = None,
+    checkpoint: str | None = None,
+    verbose: bool = False,
 ) -> dict[str, float]:
-    """Held-out metrics (`eval/...`) of the model that a run starts from, anchored to its reference. Collective.
+    """Held-out metrics (`eval/...`) of a policy anchored to its reference, as training would have them. Collective.
 
-    `data`, given like `data.eval`, takes the place of the run's own held-out pairs. A trained model is evaluated by
-    naming it: `Run(folder, model={"path": result.model}, reference={"path": base})`. Nothing is written but prepared
-    data. Raises `DsdpoError`.
+    The folder of a trained run, given as a path, stands for what was trained: the exported model, or that of
+    `checkpoint` ("last", "best" or a step). Anything else stands for the model that a run starts from. `data`, given
+    like `data.eval`, takes the place of the run's own held-out pairs. Raises `DsdpoError`.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    with _judging(run, data, checkpoint, verbose=verbose) as (what, settings, source):
+        from dsdpo.run.evaluation import evaluate_judged
+
+        return evaluate_judged(what, list(settings.data.eval or ()), run_file=source)
+
+
+def score(
+    run: Run | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    data: Any = None,
+    checkpoint: str | None = None,
+    tokens: bool = False,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Log-probs, rewards and margin of each pair, as columns by name, in the order of the rows. Collective.
+
+    Which policy, and `data`, as for `evaluate`. Columns are those of `dsdpo score`, (n,) each and the same on all
+    ranks; with `tokens` also, on rank 0, lists of the id and log-prob of each learned token. Log-probs are kept in the
+    store of precomputed ones and taken from there the next time. Raises `DsdpoError`.
+    """
+    with _judging(run, data, checkpoint, verbose=verbose) as (what, settings, source):
+        from dsdpo.engine.build import device
+        from dsdpo.run.scores import score_judged
+        from dsdpo.stop_request import StopRequest
+
+        stop = StopRequest(None, deadline=None, device=device())
+        sources = list(settings.data.eval or ())
+        return score_judged(what, sources, run_file=source, stop=stop, tokens=tokens)[0]
+
+
+@contextmanager
+def _judging(given: Any, data: Any, checkpoint: str | None, *, verbose: bool) -> Iterator[tuple[Any, RunConfig, str]]:
+    """The policy and reference that `given` stands for, the settings with `data` in them, and their source."""
+    run = given if isinstance(given, Run) else Run(given)
     if data is not None:
         run = Run(run.to_dict(), **{"data.eval": data})
     if not run.settings.data.eval:
-        raise ConfigError(f"{run.source}: data.eval is null: give the pairs to evaluate on, there or as data=")
-    plan = _planned(run, verbose=verbose, quiet=True, writes_output=False)
+        raise ConfigError(f"{run.source}: data.eval is null: give the pairs to judge by, there or as data=")
+    _quiet(verbose=verbose)
 
-    from dsdpo.engine.build import device
-    from dsdpo.run.models import build_policy_and_reference
-    from dsdpo.run.run import held_out_of
-    from dsdpo.training.evaluate import evaluate as evaluate_windows
+    from dsdpo.objective.losses import check_registered
+    from dsdpo.run.finished import open_run
+    from dsdpo.run.judge import judged
     from dsdpo.training.lost_ranks import watched_ranks
-    from dsdpo.training.step_loss import StepLoss
 
-    settings = plan.run
-    with watched_ranks(lost_after=settings.distributed.lost_after):
-        policy, reference = build_policy_and_reference(plan)
-        loss = StepLoss(settings.loss, score_tokens=settings.reference.score_tokens, entropy=settings.tracking.entropy)
-        held_out = replace(held_out_of(plan), reference_is_static=False)
-        return evaluate_windows(policy, reference, loss, plan.held_out_windows(device()), held_out=held_out)
+    check_registered(run.settings.loss)
+    folder = Path(given).expanduser() if isinstance(given, (str, os.PathLike)) else None
+    finished = open_run(folder) if folder is not None and RunFolder(folder).metrics.is_file() else None
+    lost_after = run.settings.distributed.lost_after
+    with watched_ranks(lost_after=lost_after), judged(run.settings, finished, checkpoint=checkpoint) as what:
+        yield what, run.settings, run.source
 
 
 def read_result(folder: str | os.PathLike[str]) -> Result:
@@ -207,24 +243,29 @@ def read_result(folder: str | os.PathLike[str]) -> Result:
     )
 
 
-def _planned(run: Run, *, verbose: bool, quiet: bool, writes_output: bool = True) -> Plan:
+def _planned(run: Run, *, verbose: bool, quiet: bool) -> Plan:
     """The plan of a run, said unless `quiet`. Collective."""
     check_deepspeed_files(run.settings)
-    if not verbose:
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
-    choose_accelerator(computes=True)
-    quiet_libraries(verbose=verbose)
+    _quiet(verbose=verbose)
 
     from dsdpo.objective.losses import check_registered
     from dsdpo.run.plan import plan_run
     from dsdpo.run.summary import describe_plan
 
     check_registered(run.settings.loss)
-    plan = plan_run(run.settings, run_file=run.source, writes_output=writes_output)
+    plan = plan_run(run.settings, run_file=run.source)
     if not quiet:
         say(describe_plan(plan))
     return plan
+
+
+def _quiet(*, verbose: bool) -> None:
+    """Choose the device, and keep libraries to warnings unless `verbose`."""
+    if not verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    choose_accelerator(computes=True)
+    quiet_libraries(verbose=verbose)
 
 
 def _functions(name: str, given: Any) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ python examples/train_from_rows.py                    # or: deepspeed --num_gpus
 
 from pathlib import Path
 
-from dsdpo import Run, evaluate, train
+from dsdpo import Run, evaluate, score, train
 from dsdpo.commands.demo import make_inputs, make_rows
 
 folder = Path("runs/examples")
@@ -29,6 +29,9 @@ first, last = result.metrics[0], result.metrics[-1]
 print(f"loss {first['loss']:.3f} -> {last['loss']:.3f} in {result.step} steps")
 print(f"held-out accuracy {result.last_evaluation['eval/rewards/accuracies']:.2f}, model in {result.model}")
 
-# The trained model against the one it started from, on pairs that the run has not seen in this order.
-again = evaluate(Run(run.to_dict(), model={"path": result.model}, reference={"path": folder / "model"}), data=held_out)
+# What was trained, from its folder: the same evaluation again, and each pair by itself.
+again = evaluate(result.output_dir, data=held_out)
 assert abs(again["eval/loss"] - result.last_evaluation["eval/loss"]) < 1e-4
+margins = score(result.output_dir, data=held_out)["margin"]
+assert abs(margins.mean() - again["eval/rewards/margins"]) < 1e-4
+print(f"pairs it still gets wrong: {int((margins < 0).sum())} of {len(margins)}")
