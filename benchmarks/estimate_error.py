@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import Report, Table, parser, work_folder
-from benchmarks.inputs import Size, make_model, random_rows, same_lengths, write_rows
-from benchmarks.processes import EXACT_MEMORY, environment
+from benchmarks.harness.common import Report, Table, parser, work_folder
+from benchmarks.harness.inputs import Size, make_model, random_rows, same_lengths, write_rows
+from benchmarks.harness.processes import EXACT_MEMORY, environment
 
 RANKS = 2
 SIZE = Size(hidden=512, layers=4, heads=8, kv_heads=4, vocabulary=8192)
@@ -191,7 +191,7 @@ def on_rank(rank: int, store: str, run_yaml: str) -> None:
     import deepspeed
     import torch
 
-    from benchmarks.memory_side import main as side
+    from benchmarks.measured.memory_side import main as side
     from dsdpo.engine.quirks.compiled_ops import skip_shared_memory_op
 
     skip_shared_memory_op()

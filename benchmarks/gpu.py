@@ -19,10 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Spread, Table, gpu_names, parser, work_folder
-from benchmarks.compare import raw, speedups
-from benchmarks.gpu_peak import Peak
-from benchmarks.inputs import (
+from benchmarks.harness.common import Report, Spread, Table, gpu_names, parser, work_folder
+from benchmarks.harness.compare import raw, speedups
+from benchmarks.harness.inputs import (
     DEMO,
     LLAMA_1B,
     LLAMA_8B,
@@ -33,9 +32,9 @@ from benchmarks.inputs import (
     random_rows,
     write_rows,
 )
-from benchmarks.processes import Measured, Side, environment, run_sides
-from benchmarks.roofline import Floor, floor_of_step
-from benchmarks.sides import Task, default_dtype, ours, theirs
+from benchmarks.harness.processes import Measured, Side, environment, run_sides
+from benchmarks.harness.roofline import Floor, Peak, floor_of_step
+from benchmarks.harness.sides import Task, default_dtype, ours, theirs
 from dsdpo.training.perf import peak_tflops
 
 WARMUP = 3

@@ -9,24 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
-from benchmarks.common import Report, Spread, Table, parser
-from benchmarks.recorder import on_cuda, synchronize
+from benchmarks.harness.common import Report, Spread, Table, parser
+from benchmarks.harness.recorder import on_cuda, synchronize
+from benchmarks.harness.roofline import Peak
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Medians of what was measured, in units of 1e12 operations and 1e9 bytes a second."""
-
-    tflops: float
-    copy_gb_s: float  # read and written bytes together
-    link_gb_s: float | None  # host to device from pinned memory; None on a CPU
-    launch_us: float  # of one small kernel
 
 
 def main() -> None:

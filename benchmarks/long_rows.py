@@ -19,9 +19,9 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Table, parser
-from benchmarks.processes import EXACT_MEMORY, environment
-from benchmarks.recorder import MIB
+from benchmarks.harness.common import Report, Table, parser
+from benchmarks.harness.processes import EXACT_MEMORY, environment
+from benchmarks.harness.recorder import MIB
 
 SHORT = 256  # tokens of the row that goes before
 COLUMNS = ("layers", "tokens", "one rank, MiB", "KiB a token", "two ranks, MiB", "of one rank's", "MLP in tiles, MiB")

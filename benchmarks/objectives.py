@@ -21,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Spread, Table, parser, work_folder
-from benchmarks.compare import raw, speedups
-from benchmarks.inputs import mixed_lengths, random_rows, write_rows
-from benchmarks.processes import Measured, Side, measure_memory, run_sides
-from benchmarks.sides import Task, ours
+from benchmarks.harness.common import Report, Spread, Table, parser, work_folder
+from benchmarks.harness.compare import raw, speedups
+from benchmarks.harness.inputs import mixed_lengths, random_rows, write_rows
+from benchmarks.harness.processes import Measured, Side, measure_memory, run_sides
+from benchmarks.harness.sides import Task, ours
 from benchmarks.strategies import WARMUP, add_run_options, make_task, run_sections
 
 PARTS = ("whole step", "everything", "samples", "lists")

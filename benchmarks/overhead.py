@@ -10,10 +10,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
-from benchmarks.common import Report, Spread, Table, parser, work_folder
-from benchmarks.compare import raw
-from benchmarks.processes import Measured, run_sides
-from benchmarks.sides import available_ranks, ours
+from benchmarks.harness.common import Report, Spread, Table, parser, work_folder
+from benchmarks.harness.compare import raw
+from benchmarks.harness.processes import Measured, run_sides
+from benchmarks.harness.sides import available_ranks, ours
 from benchmarks.strategies import WARMUP, add_run_options, make_task, run_sections
 
 WHOLE, BARE = "dsdpo train", "bare loop"
@@ -40,7 +40,10 @@ def main() -> None:
         for ranks in sorted({available_ranks(wanted) for wanted in given.ranks}):
             own = replace(task, ranks=ranks, folder=folder / f"ranks{ranks}")
             sections = {**run_sections(given), "reference": {"strategy": "separate"}}
-            sides = [ours(WHOLE, own, **sections), replace(ours(BARE, own, **sections), module="benchmarks.bare")]
+            sides = [
+                ours(WHOLE, own, **sections),
+                replace(ours(BARE, own, **sections), module="benchmarks.measured.bare"),
+            ]
             measured = run_sides(sides, rounds=given.rounds, steps=given.steps, warmup=WARMUP)
             report.measured(f"{ranks} ranks", raw(measured, None))
             rows.append(row(ranks, measured, given.steps))

@@ -12,11 +12,11 @@ import argparse
 
 import numpy as np
 
-from benchmarks.common import Report, Spread, Table, parser, work_folder
-from benchmarks.compare import raw, speedups
-from benchmarks.inputs import SMALL, make_model, mixed_lengths, random_rows, write_rows
-from benchmarks.processes import run_sides
-from benchmarks.sides import Task, available_ranks, default_dtype, ours
+from benchmarks.harness.common import Report, Spread, Table, parser, work_folder
+from benchmarks.harness.compare import raw, speedups
+from benchmarks.harness.inputs import SMALL, make_model, mixed_lengths, random_rows, write_rows
+from benchmarks.harness.processes import run_sides
+from benchmarks.harness.sides import Task, available_ranks, default_dtype, ours
 from dsdpo.data.binning import MicroBatchBudget
 from dsdpo.data.plan import MicroBatches, plan_step, step_cost
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, Report, Spread, Table, parser, work_folder
-from benchmarks.inputs import DEMO, SMALL, model_and_rows
-from benchmarks.processes import Running, Side
-from benchmarks.sides import Task, available_ranks, default_dtype, ours
+from benchmarks.harness.common import ROOT, Report, Spread, Table, parser, work_folder
+from benchmarks.harness.inputs import DEMO, SMALL, model_and_rows
+from benchmarks.harness.processes import Running, Side
+from benchmarks.harness.sides import Task, available_ranks, default_dtype, ours
 
 COLUMNS = (
     "run", "pairs", "precompute, pairs/s", "bare forward, pairs/s", "share by CPU time", "share by wall clock", "target"
@@ -72,7 +72,9 @@ def scored(given: argparse.Namespace, model: Path, data: Path, folder: Path, ran
         "store": str(folder / "store"),
     }
     run = ours("precompute", task, reference=reference, data={"layout": given.layout})
-    side: Side = replace(run, module="benchmarks.precompute_ranks", arguments=(str(given.rounds), *run.arguments))
+    side: Side = replace(
+        run, module="benchmarks.measured.precompute_ranks", arguments=(str(given.rounds), *run.arguments)
+    )
     running = Running(side, warmup=0, steps=0, turns=0)
     try:
         return running.finish()

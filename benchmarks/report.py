@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, Table, describe_machine
+from benchmarks.harness.common import RESULTS, ROOT, Table, describe_machine
 
 README = ROOT / "benchmarks" / "README.md"
 MARKER = "<!-- below: written by python -m benchmarks.report from results/ -->\n"

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import Report, Spread, Table, parser, work_folder
-from benchmarks.compare import raw
-from benchmarks.inputs import DEMO, SMALL, make_model, random_rows, same_lengths, write_rows
-from benchmarks.processes import Measured, Side, run_sides
-from benchmarks.sides import Task, available_ranks, default_dtype, ours
+from benchmarks.harness.common import Report, Spread, Table, parser, work_folder
+from benchmarks.harness.compare import raw
+from benchmarks.harness.inputs import DEMO, SMALL, make_model, random_rows, same_lengths, write_rows
+from benchmarks.harness.processes import Measured, Side, run_sides
+from benchmarks.harness.sides import Task, available_ranks, default_dtype, ours
 
 WARMUP = 2
 TOKENS = (64, 128, 256, 512)  # of the prompt, and of each response

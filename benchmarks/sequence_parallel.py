@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Table, parser
-from benchmarks.inputs import first_rows
-from benchmarks.processes import environment, free_port
+from benchmarks.harness.common import Report, Table, parser
+from benchmarks.harness.inputs import first_rows
+from benchmarks.harness.processes import environment, free_port
 
 PAIRS = 8  # of a step
 CASES: dict[str, dict[str, Any]] = {

@@ -10,11 +10,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Spread, Table, parser, work_folder
-from benchmarks.compare import raw, speedups
-from benchmarks.inputs import DEMO, SMALL, model_and_rows
-from benchmarks.processes import Measured, Side, measure_memory, run_sides
-from benchmarks.sides import Task, available_ranks, default_dtype, ours
+from benchmarks.harness.common import Report, Spread, Table, parser, work_folder
+from benchmarks.harness.compare import raw, speedups
+from benchmarks.harness.inputs import DEMO, SMALL, model_and_rows
+from benchmarks.harness.processes import Measured, Side, measure_memory, run_sides
+from benchmarks.harness.sides import Task, available_ranks, default_dtype, ours
 
 WARMUP = 2
 BASE = "separate"

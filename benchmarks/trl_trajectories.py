@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Table
+from benchmarks.harness.common import Report, Table
 
 STEPS, PAIRS, RATE, WARMUP = 24, 8, 1e-4, 4
 MPO = {"type": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0]}

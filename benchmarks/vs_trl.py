@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import Report, parser, work_folder
-from benchmarks.compare import Pair, pair_row, raw, report_pairs
-from benchmarks.inputs import (
+from benchmarks.harness.common import Report, parser, work_folder
+from benchmarks.harness.compare import Pair, pair_row, raw, report_pairs
+from benchmarks.harness.inputs import (
     MIDDLE,
     make_adapter,
     make_model,
@@ -29,8 +29,8 @@ from benchmarks.inputs import (
     same_lengths,
     write_rows,
 )
-from benchmarks.processes import Side, measure_memory, run_sides
-from benchmarks.sides import ZERO1, Task, available_ranks, default_dtype, ours, theirs
+from benchmarks.harness.processes import Side, measure_memory, run_sides
+from benchmarks.harness.sides import ZERO1, Task, available_ranks, default_dtype, ours, theirs
 from dsdpo.objective.flops import Work, causal_pairs, model_flops, pair_work
 
 WARMUP = 2

@@ -5,10 +5,10 @@ python -m benchmarks.window [--model FOLDER --data FILE.jsonl]
 
 from __future__ import annotations
 
-from benchmarks.common import ROOT, Report, parser, work_folder
-from benchmarks.compare import Pair, pair_row, raw, report_pairs
-from benchmarks.processes import measure_memory, run_sides
-from benchmarks.sides import ours
+from benchmarks.harness.common import ROOT, Report, parser, work_folder
+from benchmarks.harness.compare import Pair, pair_row, raw, report_pairs
+from benchmarks.harness.processes import measure_memory, run_sides
+from benchmarks.harness.sides import ours
 from benchmarks.strategies import WARMUP, add_run_options, make_task
 
 MICRO_BATCHES = 8

@@ -11,10 +11,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import ROOT, Report, Table, parser, work_folder
-from benchmarks.compare import raw
-from benchmarks.processes import Measured, Side, environment, measure_memory, run_sides
-from benchmarks.sides import Task, ours
+from benchmarks.harness.common import ROOT, Report, Table, parser, work_folder
+from benchmarks.harness.compare import raw
+from benchmarks.harness.processes import Measured, Side, environment, measure_memory, run_sides
+from benchmarks.harness.sides import Task, ours
 from benchmarks.strategies import COST_COLUMNS, add_run_options, cost_row, make_task, run_sections
 
 POLICIES = ROOT / "ds_configs"

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.recorder import Recorder
+from benchmarks.harness.recorder import Recorder
 
 if __name__ == "__main__":
     seconds, steps, notes = float(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])

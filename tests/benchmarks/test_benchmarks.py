@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.common import RESULTS
-from benchmarks.compare import loss_difference, speedups
-from benchmarks.inputs import mixed_lengths, random_rows, same_lengths
+from benchmarks.harness.common import RESULTS
+from benchmarks.harness.compare import loss_difference, speedups
+from benchmarks.harness.inputs import mixed_lengths, random_rows, same_lengths
+from benchmarks.harness.processes import Side, run_sides
 from benchmarks.packing import OURS, PADDED, SORTED, in_fours
-from benchmarks.processes import Side, run_sides
 from tests.conftest import ROOT
 
 

@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import gpu
 from benchmarks.gpu import Case, trained_weights
-from benchmarks.gpu_peak import Peak
-from benchmarks.inputs import Size, make_adapter, make_model
-from benchmarks.roofline import floor_of_step
+from benchmarks.harness.inputs import Size, make_adapter, make_model
+from benchmarks.harness.roofline import Peak, floor_of_step
 
 PEAK = Peak(tflops=800.0, copy_gb_s=3000.0, link_gb_s=50.0, launch_us=5.0)
 SIZE = Size(hidden=32, layers=2, heads=4, kv_heads=2, vocabulary=64, tied=False)

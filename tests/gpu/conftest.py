@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write the report, if one was asked for."""
     if REPORT is None:
         return
-    from benchmarks.common import machine, versions
+    from benchmarks.harness.common import machine, versions
 
     content = {"machine": machine(), "versions": versions(), "cuda": cuda(), "tests": list(_rows.values())}
     path = Path(REPORT)

@@ -1,6 +1,6 @@
 """A measured run of TRL's DPOTrainer: the only file here that imports trl, which `pip install '.[bench]'` brings.
 
-python -m benchmarks.trl_side SETTINGS.json                           (or under accelerate launch)
+python -m benchmarks.measured.trl_side SETTINGS.json                           (or under accelerate launch)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.recorder import Recorder, on_cuda
+from benchmarks.harness.recorder import Recorder, on_cuda
 
 
 class Report(TrainerCallback):

@@ -1,6 +1,6 @@
 """Inside the processes of `benchmarks.precompute`: `dsdpo precompute`, with its scoring timed against bare forwards.
 
-python -m benchmarks.precompute_ranks ROUNDS RUN.yaml                 (or under the deepspeed launcher)
+python -m benchmarks.measured.precompute_ranks ROUNDS RUN.yaml                 (or under the deepspeed launcher)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.recorder import VARIABLE, synchronize
+from benchmarks.harness.recorder import VARIABLE, synchronize
 from dsdpo.__main__ import main as run_command
 from dsdpo.distributed import barrier
 from dsdpo.reference import precomputed

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, gpu_names
-from benchmarks.recorder import STOP, VARIABLE
+from benchmarks.harness.common import ROOT, gpu_names
+from benchmarks.harness.recorder import STOP, VARIABLE
 
 # malloc then gives every larger block back at once, so that a peak is what was in use and not what was kept.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

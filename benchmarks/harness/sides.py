@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import gpu_names
-from benchmarks.processes import Side
+from benchmarks.harness.common import gpu_names
+from benchmarks.harness.processes import Side
 
 # The policy's ZeRO block, word for word the same on both sides of a comparison with TRL.
 ZERO3 = {
@@ -85,7 +85,7 @@ def ours(name: str, task: Task, **sections: dict[str, Any] | str | None) -> Side
         run[section] = {**run.get(section, {}), **values} if isinstance(values, dict) else values
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    return Side(name, "benchmarks.ours", (str(path),), folder / "turns", ranks=task.ranks)
+    return Side(name, "benchmarks.measured.ours", (str(path),), folder / "turns", ranks=task.ranks)
 
 
 def theirs(
@@ -136,7 +136,13 @@ def theirs(
         "HF_DATASETS_CACHE": "{folder}/cache"
     }  # of each start its own: a first run, not one that finds its results
     return Side(
-        name, "benchmarks.trl_side", (str(path),), folder / "turns", ranks=task.ranks, environment=cache, **launch
+        name,
+        "benchmarks.measured.trl_side",
+        (str(path),),
+        folder / "turns",
+        ranks=task.ranks,
+        environment=cache,
+        **launch,
     )
 
 

@@ -1,13 +1,13 @@
 """A measured `dsdpo train`: the run as it is, with the end of each step reported to the recorder by a callback.
 
-python -m benchmarks.ours RUN.yaml                                    (or under the deepspeed launcher)
+python -m benchmarks.measured.ours RUN.yaml                                    (or under the deepspeed launcher)
 """
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks.recorder import Recorder
+from benchmarks.harness.recorder import Recorder
 from dsdpo import Event, Run, train
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.gpu_peak import Peak
+
+@dataclass(frozen=True)
+class Peak:
+    """Medians of what was measured, in units of 1e12 operations and 1e9 bytes a second."""
+
+    tflops: float
+    copy_gb_s: float  # read and written bytes together
+    link_gb_s: float | None  # host to device from pinned memory; None on a CPU
+    launch_us: float  # of one small kernel
+
 
 # What AdamW reads and writes of one trained weight beside 16-bit weights and gradients: float32 weight, both moments.
 ADAM_BYTES = 2 * (4 + 4 + 4) + 2 + 2

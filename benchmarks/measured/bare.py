@@ -1,6 +1,6 @@
 """The arithmetic of a training run and nothing else: its engines, in a loop over batches that were made before.
 
-python -m benchmarks.bare RUN.yaml                                    (or under the deepspeed launcher)
+python -m benchmarks.measured.bare RUN.yaml                                    (or under the deepspeed launcher)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid
 
-from benchmarks.recorder import Recorder
+from benchmarks.harness.recorder import Recorder
 from dsdpo.config.load import load_run, run_parser
 from dsdpo.console import quiet_libraries
 from dsdpo.data.batch import PreferenceBatch
@@ -26,7 +26,7 @@ from dsdpo.run.plan import plan_run
 
 def main(argv: list[str]) -> int:
     """Take the run's steps; the exit code."""
-    run, flags = load_run(argv, run_parser("benchmarks.bare", "The arithmetic of a run alone."))
+    run, flags = load_run(argv, run_parser("benchmarks.measured.bare", "The arithmetic of a run alone."))
     quiet_libraries(verbose=False)
     plan = plan_run(run, run_file=flags.run)
     policy, reference = build_policy_and_reference(plan)

@@ -1,6 +1,6 @@
 """Inside a measured process: what the tensors of two training steps take in memory, counted one by one.
 
-    python -m benchmarks.memory_side RUN.yaml OUT_FOLDER                  (or under the deepspeed launcher)
+    python -m benchmarks.measured.memory_side RUN.yaml OUT_FOLDER                  (or under the deepspeed launcher)
 
 Resident memory has the interpreter, libraries and the allocator's habits in it, which are larger than the models that
 fit a benchmark. Here storages that are alive are counted by whom they belong to, and between steps torch's profiler
@@ -36,7 +36,7 @@ WARMUP = 2  # steps after which optimizer states exist and ZeRO-3 has its trace 
 def main(argv: list[str]) -> int:
     """Train a few steps and write what they took; the exit code."""
     *words, out = argv
-    run, flags = load_run(words, run_parser("benchmarks.memory_side", "The memory of a run's steps."))
+    run, flags = load_run(words, run_parser("benchmarks.measured.memory_side", "The memory of a run's steps."))
     quiet_libraries(verbose=False)
     plan = plan_run(run, run_file=flags.run)
     policy, reference = build_policy_and_reference(plan)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.common import Report, Spread, Table
-from benchmarks.processes import Measured
+from benchmarks.harness.common import Report, Spread, Table
+from benchmarks.harness.processes import Measured
 
 COLUMNS = (
     "case",

@@ -1,0 +1,1 @@
+"""What runs inside measured processes, a module for each kind."""
