@@ -107,10 +107,12 @@ def draw_times(axis: Any, runs: Sequence[Any]) -> None:
     before = [0.0] * len(runs)
     for index, name in enumerate(names):
         widths = [run.times().get(name, 0.0) for run in runs]
-        axis.barh([run.name for run in runs], widths, left=before, label=name.replace("_", " "), color=f"C{index}")
+        rows = range(len(runs))
+        axis.barh(rows, widths, 0.6, left=before, label=name.replace("_", " "), color=f"C{index}")
         before = [start + width for start, width in zip(before, widths, strict=True)]
-    axis.invert_yaxis()
+    axis.set_yticks(range(len(runs)), [run.name for run in runs])
+    axis.set_ylim(len(runs) + 0.9, -0.6)  # room for the legend below the bars
     axis.set_title("Time of a step by part, s", fontsize=10)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
