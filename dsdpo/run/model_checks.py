@@ -105,8 +105,8 @@ def _check_unquantized(stored: Any, name: str, model: ModelConfig, *, key: str) 
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     raise ConfigError(
         f"{key}: the weights of {model.path} are stored quantized ({name}: {method or 'unnamed'}), which dsdpo does "
-        "not train; give the model that they were made from, with weights in 16 or 32 bits (for LoRA, model.quantization "
-        "makes 4 bits of them)"
+        "not train; give the model that they were made from, with weights in 16 or 32 bits (model.quantization makes 4 "
+        "bits of them, for LoRA)"
     )
 
 
