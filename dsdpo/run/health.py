@@ -16,6 +16,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
+from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import ModelConfig, RunConfig
 from dsdpo.data.tokenize import cache_folder
 from dsdpo.engine.quirks.compiled_ops import extensions_folder, stale_locks, unbuildable
@@ -118,7 +119,7 @@ def folders(run: RunConfig | None) -> dict[str, Path]:
     found = {"HF_HUB_CACHE": Path(HF_HUB_CACHE), "TORCH_EXTENSIONS_DIR": extensions_folder()}
     if run is not None:
         found |= {"output_dir": Path(run.output_dir), "data.cache_dir": cache_folder(run.data)}
-        found |= {"reference.store": store_folder(run)} if run.reference_strategy() == "precomputed" else {}
+        found |= {"reference.store": store_folder(run)} if plan_reference(run).before_training else {}
     return found
 
 

@@ -88,9 +88,9 @@ def plan_judging(
 
     Its reference is by `strategy` an engine or a table, or none. Collective. Raises `ConfigError` or `DataError`.
     """
-    run = what.run
+    run, stored = what.run, STRATEGIES[strategy].settings.before_training
     content: dict[str, Any] = {name: run.model_dump(mode="json")[name] for name in KEPT}
-    data = run.data.model_copy(update={"train": sources, "eval": sources if strategy == "separate" else None})
+    data = run.data.model_copy(update={"train": sources, "eval": None if stored else sources})
     given: dict[str, Any] = {"strategy": strategy if what.reference else "none"}
     if what.reference is not None:
         given |= {"deepspeed": run.reference.deepspeed, "score_tokens": run.reference.score_tokens}
@@ -99,7 +99,7 @@ def plan_judging(
             given |= {"path": what.reference.path, "revision": what.reference.revision}
         elif what.policy.lora is not None:
             given["adapter"] = "base"
-        if strategy == "precomputed":
+        if stored:
             given |= {"store": run.reference.store, "audit_rows": run.reference.audit_rows}
     content |= {
         "model": what.policy.model_dump(mode="json"),
