@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dsdpo.config.loss import LossConfig
+from dsdpo.data.steps import StepBatches
 from dsdpo.objective.losses import LossOutput
 from dsdpo.training.step_loss import StepLoss
 from tests.ranks import run_ranks
@@ -78,12 +80,13 @@ def test_a_running_mean_goes_on_from_where_it_was() -> None:
 
     from tests.tiny import random_batch
 
-    class Window:
-        batches, pairs = [random_batch(2)], 2
-
+    window = StepBatches(
+        (random_batch(2),), pairs=2, tokens=80, epoch=0.5, pair_ids=np.arange(2), lengths=np.full((2, 3), 10),
+        loads=(80,), computed=80, padding=0,
+    )  # fmt: skip
     loss = StepLoss(LossConfig(type="bco_pair", bco_running_delta=True))
     output = LossOutput(torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 4.0]))
-    loss.taken(Window(), [output])  # type: ignore[arg-type]
+    loss.taken(window, [output])
     # (1 + 2 - 1 + 4) / 4 responses
     assert loss.held_out(2).bco_delta == 1.5
     resumed = StepLoss(LossConfig(type="bco_pair", bco_running_delta=True), means=dict(loss.means))
