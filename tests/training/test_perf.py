@@ -82,8 +82,8 @@ def train_and_count(run: dict[str, Any]) -> dict[str, Any]:
     from dsdpo.objective.flops import model_flops, step_flops
     from dsdpo.run.plan import plan_run
 
-    with counting() as checking:  # DeepSpeed is tried on a tiny model
-        plan = plan_run(RunConfig.model_validate(run), writes_output=False)
+    # DeepSpeed is tried on a tiny model, once in a process for each config: here, not among the gathers that count.
+    plan = plan_run(RunConfig.model_validate(run), writes_output=False)
     before = GATHERED.parameters
     with counting() as events:
         train_here(run)
@@ -92,7 +92,7 @@ def train_and_count(run: dict[str, Any]) -> dict[str, Any]:
     windows = list(plan.training_windows(torch.device("cpu")))
     return {
         "gathered": GATHERED.parameters - before,
-        "events": events["gathered"] - checking["gathered"],
+        "events": events["gathered"],
         "flops": [step_flops(window.lengths, flops, flops) for window in windows],
         "tokens": [window.tokens for window in windows],
         "computed": [sum(batch.num_tokens for batch in window.batches) for window in windows],
