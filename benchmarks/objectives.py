@@ -170,7 +170,7 @@ def sample_cells(timed: Measured, sized: Measured) -> Sequence[str]:
 
 
 NOTES = {
-    "whole step": "{micro_batch_tokens} tokens a micro-batch, so that a step has several on each rank.",
+    "whole step": "{micro_batch_tokens} tokens a micro-batch; a pass goes ahead where a rank has several in a step.",
     "everything": "Samples once in {steps} steps: 8 prompts, 32 tokens each, of policy and, the first time, reference.",
     "samples": "Samples after every step: 8 prompts, 32 tokens each, of the policy. Memory is of runs of its own.",
     "lists": "Medians of 120 tokens a prompt and 290 a completion, lognormal with sigma 0.5; as many prompts a step in "
