@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         given = PARSERS[name](rest) if name in PARSERS else rest
         with noted_signals() if name in PARSERS else nullcontext():
             if name in PARSERS:
-                choose_accelerator(computes=True)
+                choose_accelerator(computes=name in ("train", "precompute"))
             code: int = importlib.import_module(f"dsdpo.commands.{name}").main(given)
             leave_process_group()
         return code

@@ -72,15 +72,27 @@ def choose_accelerator(*, computes: bool) -> None:
     quiet_imports()
     import torch
 
-    if os.environ.get(CHOICE) == "cpu":
-        return
-    if torch.accelerator.is_available():
-        return
-    machine = gpus_of_machine() if computes and CHOICE not in os.environ else None
-    if machine is not None and not hidden(machine.maker):
-        build = Build(str(torch.__version__), torch.version.cuda, torch.version.hip)
-        raise ConfigError(why_unusable(machine, build, error=_cuda_error(build)))
-    os.environ.setdefault(CHOICE, "cpu")
+    if computes and (reason := unusable_gpu()) is not None:
+        raise ConfigError(reason)
+    if CHOICE not in os.environ and not torch.accelerator.is_available():
+        os.environ[CHOICE] = "cpu"
+        _chosen_here.add("cpu")
+
+
+_chosen_here: set[str] = set()  # what this module put into CHOICE because there was nothing else, and nobody asked for
+
+
+def unusable_gpu() -> str | None:
+    """Why this machine's GPU is not used and what to do; None where it is, there is none, or the user wants the CPU."""
+    import torch
+
+    if torch.accelerator.is_available() or (CHOICE in os.environ and not _chosen_here):
+        return None
+    machine = gpus_of_machine()
+    if machine is None or hidden(machine.maker):
+        return None
+    build = Build(str(torch.__version__), torch.version.cuda, torch.version.hip)
+    return why_unusable(machine, build, error=_cuda_error(build))
 
 
 def gpus_of_machine(root: Path = Path("/")) -> Machine | None:

@@ -111,6 +111,28 @@ def test_device_option_reaches_deepspeed(monkeypatch: pytest.MonkeyPatch) -> Non
         parser.parse_args(["run.yaml", "--device", "gpu"])
 
 
+def test_doctor_and_evaluate_learn_of_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a command that computes nothing has chosen the CPU because there was nothing else."""
+    import torch
+
+    from dsdpo import accelerator
+    from dsdpo.run.health import _devices
+
+    monkeypatch.delenv(CHOICE, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(accelerator, "gpus_of_machine", lambda: TWO)
+    monkeypatch.setattr(accelerator, "_chosen_here", set())
+    accelerator.choose_accelerator(computes=False)
+    assert os.environ[CHOICE] == "cpu"
+    assert accelerator.unusable_gpu() is not None
+    assert [finding.level for finding in _devices()] == ["red"]
+    with pytest.raises(ConfigError, match="this machine has 2 NVIDIA GPUs"):
+        accelerator.choose_accelerator(computes=True)
+    monkeypatch.setattr(accelerator, "_chosen_here", set())  # asked for by the user
+    assert accelerator.unusable_gpu() is None
+
+
 def test_command_ends_before_anything_is_read_on_a_machine_whose_gpu_torch_cannot_use(tmp_path: Path) -> None:
     """The whole command, with the driver's files of a GPU machine and this machine's torch."""
     import torch
@@ -131,6 +153,9 @@ def test_command_ends_before_anything_is_read_on_a_machine_whose_gpu_torch_canno
     refused = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"dsdpo: this machine has 2 NVIDIA GPUs ({H100}), but torch")
+    other = [*command[:3], "estimate", str(tmp_path / "run.yaml")]
+    planned = subprocess.run(other, env=env, capture_output=True, text=True, check=False)
+    assert "GPU" not in planned.stderr, "estimate computes nothing: it may run where nothing else can"
     meant = subprocess.run([*command, "--device", "cpu"], env=env, capture_output=True, text=True, check=False)
     assert meant.returncode == 2
     assert "nowhere" in meant.stderr

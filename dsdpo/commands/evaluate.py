@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsdpo.accelerator import choose_accelerator
 from dsdpo.commands.target import load_target, target_parser
 from dsdpo.console import quiet_libraries, say
 from dsdpo.errors import ConfigError
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
     target, given = load_target(argv, parser)
     if given.out is not None and not given.out.absolute().parent.is_dir():
         raise ConfigError(f"--out: there is no folder {given.out.absolute().parent}; make it, or choose another")
+    choose_accelerator(computes=True)
     quiet_libraries(verbose=given.verbose)
 
     from dsdpo.atomic import write_json

@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsdpo.accelerator import choose_accelerator
 from dsdpo.commands.arguments import RunParser, user_path
 from dsdpo.commands.target import Target, load_target, target_parser
 from dsdpo.config.run import RunConfig
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--tokens: needs whole rows on each rank: add --distributed.sequence_parallel 1")
     if given.rewardbench:
         target = _as_reward_bench(target)
+    choose_accelerator(computes=True)
     quiet_libraries(verbose=given.verbose)
 
     from dsdpo.distributed import all_or_none, rank

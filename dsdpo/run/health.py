@@ -16,6 +16,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
+from dsdpo.accelerator import unusable_gpu
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import ModelConfig, RunConfig
 from dsdpo.data.tokenize import cache_folder
@@ -62,6 +63,9 @@ def _versions() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
+        if (reason := unusable_gpu()) is not None:
+            yield Finding("red", "devices", reason)
+            return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         yield Finding("ok", "devices", f"none but {cores} CPU cores, for {local} rank{'s' * (local > 1)}")
         return
