@@ -72,6 +72,7 @@ class Forked:
         from tests.ranks import context
 
         told = environment_of(**environment)
+        log.write_bytes(b"")  # before anyone reads what an earlier process printed there
         self._process = context.Process(target=_become_command, args=(arguments, str(log), told), daemon=True)
         self._process.start()
 
@@ -103,7 +104,7 @@ class Forked:
 def _become_command(arguments: list[str], log: str, environment: dict[str, str]) -> NoReturn:
     from dsdpo.__main__ import entry
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    output = os.open(log, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.clear()

@@ -28,7 +28,7 @@ def exit_code(run: dict[str, Any], touch: Path | None = None, signalled: int | N
 
     plan = plan_run(RunConfig.model_validate(run))
     if touch is not None and torch.distributed.get_rank() == 0:
-        touch.parent.mkdir(parents=True)
+        touch.parent.mkdir(parents=True, exist_ok=True)  # rank 1 may have made it
         touch.touch()
     if signalled == torch.distributed.get_rank():
         original = torch.Tensor.backward
