@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +31,73 @@ def trained(world_size: int, run: dict[str, Any]) -> list[float]:
     return found
 
 
+Truth = Callable[..., list[float]]
+
+
 @pytest.fixture(scope="module")
-def truth(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """A fresh adapter against a second model, in one process, where nothing is partitioned."""
-    folder = tmp_path_factory.mktemp("truth")
-    run = lora_run(folder, inputs, {"r": 4}, reference={"strategy": "separate"}, policy_zero="zero1")
-    return trained(1, run)
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    """Losses of an adapter against a second model, in one process, where nothing is partitioned; each computed once."""
+    known: dict[str, list[float]] = {}
+
+    def losses_of(inputs: Path, lora: dict[str, Any], reference_path: str | None = None) -> list[float]:
+        key = json.dumps([str(inputs / "model"), lora, reference_path])
+        if key not in known:
+            other = {"strategy": "separate"} | ({"path": reference_path} if reference_path else {})
+            folder = tmp_path_factory.mktemp("truth")
+            known[key] = trained(1, lora_run(folder, inputs, lora, reference=other, policy_zero="zero1"))
+        return known[key]
+
+    return losses_of
+
+
+@pytest.fixture(scope="module")
+def adapters(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """Adapters to go on with, and the model into which each was merged: plain, with whole modules, with magnitudes."""
+    kinds = {
+        "plain": {},
+        "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
+        "dora": {"use_dora": True},
+    }
+    made = {}
+    for name, fields in kinds.items():
+        folder = tmp_path_factory.mktemp(name)
+        adapter = continued_adapter(folder, inputs, **fields)
+        made[name] = adapter, merged(folder / "merged", inputs, adapter)
+    return made
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_same_losses_as_a_second_model(
-    policy: str, checkpointing: bool, inputs: Path, truth: list[float], tmp_path: Path
+    policy: str, checkpointing: bool, inputs: Path, truth: Truth, tmp_path: Path
 ) -> None:
     model = {"gradient_checkpointing": checkpointing}
     run = lora_run(tmp_path, inputs, {"r": 4}, policy_zero=policy, model=model)
     found = trained(2, run)
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert found == pytest.approx(truth, abs=1e-6)
+    assert found == pytest.approx(truth(inputs, {"r": 4}), abs=1e-6)
     assert not (tmp_path / "run" / "deepspeed_reference.json").exists()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_separate_reference_of_an_adapter(policy: str, inputs: Path, truth: list[float], tmp_path: Path) -> None:
+def test_separate_reference_of_an_adapter(policy: str, inputs: Path, truth: Truth, tmp_path: Path) -> None:
     run = lora_run(tmp_path, inputs, {"r": 4}, policy_zero=policy, reference={"strategy": "separate"})
-    assert trained(2, run) == pytest.approx(truth, abs=1e-6)
+    assert trained(2, run) == pytest.approx(truth(inputs, {"r": 4}), abs=1e-6)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_going_on_with_an_adapter(policy: str, inputs: Path, tmp_path: Path) -> None:
-    """The reference is a frozen copy of the adapter: like a second model into which it was merged."""
-    adapter = continued_adapter(tmp_path, inputs)
-    lora = {"path": adapter}
-    found = trained(2, lora_run(tmp_path / "adapter", inputs, lora, policy_zero=policy))
+GOING_ON = [(policy, "plain") for policy in POLICIES]
+GOING_ON += [(policy, kind) for policy in ("zero2", "zero3") for kind in ("modules_to_save", "dora")]
+
+
+@pytest.mark.parametrize(("policy", "kind"), GOING_ON)
+def test_going_on_with_an_adapter(
+    policy: str, kind: str, adapters: dict[str, tuple[str, str]], inputs: Path, truth: Truth, tmp_path: Path
+) -> None:
+    """The reference is a frozen copy of the adapter, whole modules and magnitudes too: like a model with it merged."""
+    adapter, model = adapters[kind]
+    found = trained(2, lora_run(tmp_path, inputs, {"path": adapter}, policy_zero=policy))
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
-    other = {"strategy": "separate", "path": merged(tmp_path / "merged", inputs, adapter)}
-    separate = trained(2, lora_run(tmp_path / "separate", inputs, lora, policy_zero=policy, reference=other))
-    assert found == pytest.approx(separate, abs=1e-5)
+    assert found == pytest.approx(truth(inputs, {"path": adapter}, model), abs=1e-5)
 
 
 def test_going_on_with_an_adapter_and_a_second_model(inputs: Path, tmp_path: Path) -> None:
@@ -96,36 +127,11 @@ def test_going_on_with_an_adapter_and_a_second_model(inputs: Path, tmp_path: Pat
     ],
     ids=["modules_to_save", "dora", "some modules"],
 )
-def test_kinds_of_adapter(lora: dict[str, Any], policy: str, inputs: Path, tmp_path: Path) -> None:
+def test_kinds_of_adapter(lora: dict[str, Any], policy: str, inputs: Path, truth: Truth, tmp_path: Path) -> None:
     """With checkpointing, under both ways to hold weights: like a second model, which knows nothing of adapters."""
-    found = [
-        trained(
-            2,
-            lora_run(
-                tmp_path / strategy,
-                inputs,
-                lora,
-                policy_zero=policy,
-                model={"gradient_checkpointing": True},
-                reference={"strategy": strategy},
-            ),
-        )
-        for strategy in ("adapter", "separate")
-    ]
-    assert found[0][0] == pytest.approx(math.log(2), abs=1e-6)
-    assert found[0] == pytest.approx(found[1], abs=1e-6)
-
-
-@pytest.mark.parametrize("policy", ["zero2", "zero3"])
-def test_going_on_with_whole_modules_and_dora(policy: str, inputs: Path, tmp_path: Path) -> None:
-    """The frozen copy holds modules_to_save and magnitudes too."""
-    for seed, fields in enumerate([{"modules_to_save": ["embed_tokens", "lm_head"]}, {"use_dora": True}]):
-        lora = {"path": continued_adapter(tmp_path, inputs, seed=seed, **fields)}
-        found = trained(2, lora_run(tmp_path / f"a{seed}", inputs, lora, policy_zero=policy))
-        other = {"strategy": "separate", "path": merged(tmp_path / f"m{seed}", inputs, lora["path"])}
-        separate = trained(2, lora_run(tmp_path / f"s{seed}", inputs, lora, policy_zero=policy, reference=other))
-        assert found[0] == pytest.approx(math.log(2), abs=1e-6)
-        assert found == pytest.approx(separate, abs=1e-5)
+    found = trained(2, lora_run(tmp_path, inputs, lora, policy_zero=policy, model={"gradient_checkpointing": True}))
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found == pytest.approx(truth(inputs, lora), abs=1e-6)
 
 
 def tie_embeddings(inputs: Path, folder: Path) -> Path:
@@ -141,17 +147,19 @@ def tie_embeddings(inputs: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tied(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tie_embeddings(inputs, tmp_path_factory.mktemp("tied"))
+
+
 @pytest.mark.parametrize("policy", ["zero2", "zero3"])
 @pytest.mark.parametrize("saved", [None, ["lm_head"], ["embed_tokens"]])
-def test_tied_embeddings(saved: list[str] | None, policy: str, inputs: Path, tmp_path: Path) -> None:
+def test_tied_embeddings(saved: list[str] | None, policy: str, tied: Path, truth: Truth, tmp_path: Path) -> None:
     """One matrix stays one, whichever of its names is trained whole."""
-    tied = tie_embeddings(inputs, tmp_path / "inputs")
     lora = {"r": 4, "modules_to_save": saved}
-    found = trained(2, lora_run(tmp_path / "adapter", tied, lora, policy_zero=policy))
-    other = {"strategy": "separate"}
-    separate = trained(2, lora_run(tmp_path / "separate", tied, lora, policy_zero=policy, reference=other))
+    found = trained(2, lora_run(tmp_path, tied, lora, policy_zero=policy))
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert found == pytest.approx(separate, abs=1e-6)
+    assert found == pytest.approx(truth(tied, lora), abs=1e-6)
 
 
 def test_dropout_is_for_training_passes_only(inputs: Path, tmp_path: Path) -> None:
