@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import yaml
 
 from dsdpo.atomic import write_text
 from dsdpo.config.conversion import Conversion
-from dsdpo.config.convert import PROGRAMS, convert, silent, value_of
+from dsdpo.config.convert import PROGRAMS, convert, silent
 from dsdpo.config.load import Help, RunParser, check_run, dotted_keys, nested
+from dsdpo.config.script import value_of
 from dsdpo.config.unknown_keys import about_unknown
 from dsdpo.console import counted
 from dsdpo.errors import ConfigError
@@ -65,7 +68,9 @@ def write(given: argparse.Namespace, found: Conversion, overrides: dict[str, Any
     run = laid_over(found.run, overrides)
     ordered = {key: run[key] for key in ORDER if key in run}
     lines = [f"# Converted from {given.file.name} ({given.program}) by dsdpo convert. Without a counterpart:"]
-    lines += [f"#   {what}".replace("\n", " ") + f"    ({why})" for what, why in found.left] or ["#   nothing"]
+    lines += [f"#   {what}    ({why})" for what, why in found.missed()] or ["#   nothing"]
+    if idle := found.idle():
+        lines += ["# Of no consequence here: " + ", ".join(idle)]
     text = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)
     try:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,21 +89,37 @@ def laid_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def as_json(found: Conversion) -> str:
     """What became of each setting, for programs."""
-    left = [{"theirs": what, "why": why} for what, why in found.left]
-    return json.dumps({"taken": [{"theirs": what, "ours": ours} for what, ours in found.taken], "left": left}, indent=2)
+    left = [{"theirs": what, "why": why} for what, why in found.missed()]
+    taken = [{"theirs": what, "ours": ours} for what, ours in found.taken]
+    return json.dumps({"taken": taken, "left": left, "of_no_consequence": found.idle()}, indent=2)
 
 
 def described(given: argparse.Namespace, found: Conversion) -> str:
     """What became of each setting, and what to type next."""
-    width = min(40, max((len(what) for what, _ in found.taken), default=0))
-    lines = [f"{what:<{width}}  {ours}" for what, ours in found.taken]
-    if found.left:
-        lines += ["", f"without a counterpart ({counted(len(found.left), 'setting')}):"]
-        lines += [f"  {what}\n      {why}" for what, why in found.left]
+    wide = shutil.get_terminal_size().columns
+    width = min(30, max((len(what) for what, _ in found.taken), default=0))
+    lines = [shorten(f"{shorten(what, width):<{width}}  {ours}", wide) for what, ours in found.taken]
+    if missed := found.missed():
+        lines += ["", f"without a counterpart ({counted(len(missed), 'setting')}):"]
+        for what, why in missed:
+            lines += [
+                shorten(f"  {what}", wide),
+                *textwrap.wrap(why, wide - 6, initial_indent=" " * 6, subsequent_indent=" " * 6),
+            ]
+    notes = []
+    if idle := found.idle():
+        notes.append(f"of no consequence here: {', '.join(idle)}")
     if found.defaults:
         values = ", ".join(f"{name} {value}" for name, value in found.defaults.items())
-        lines += ["", f"not in the file, as {given.program} has them by default (LoRA's only with LoRA): {values}"]
+        notes.append(f"not in the file, so as {given.program} has it: {values}")
     if left_out := silent(found.run):
-        lines += ["", f"not in the file, so dsdpo's own default: {', '.join(left_out)}"]
+        notes.append(f"not in the file, so dsdpo's own default: {', '.join(left_out)}")
+    for note in notes:
+        lines += ["", *textwrap.wrap(note, wide, subsequent_indent="  ")]
     lines += ["", f"wrote {given.out}; check it with: dsdpo train {given.out} --dry-run"]
     return "\n".join(lines)
+
+
+def shorten(text: str, width: int) -> str:
+    """Text that fits into so many columns."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."

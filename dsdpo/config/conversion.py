@@ -12,6 +12,15 @@ from dsdpo.config.yaml_file import read_yaml
 
 KEYS = dotted_keys()
 OFF: tuple[Any, ...] = (None, False, "", "none", "None", "no", [], {})
+LONGEST = 100  # letters of a value that are shown
+# Settings that change nothing about what is learned, evaluated or kept here.
+IDLE = """
+dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+ddp_find_unused_parameters debug disable_tqdm do_eval do_train eval_max_new_tokens gradient_checkpointing_kwargs
+group_by_length hub_strategy include_num_input_tokens_seen include_tokens_per_second local_rank log_level
+log_level_replica logging_first_step logging_strategy model_type overwrite_cache plot_loss preprocessing_batch_size
+remove_unused_columns save_safetensors tf32 tokenizer_type torch_empty_cache_steps use_liger_kernel use_reentrant_gc
+"""
 
 
 @dataclass
@@ -42,7 +51,16 @@ class Conversion:
 
     def leave(self, name: str, value: Any, why: str) -> None:
         """Note a setting that has no counterpart."""
-        self.left.append((f"{name}: {value}", why))
+        text = " ".join(str(value).split())
+        self.left.append((f"{name}: {text if len(text) <= LONGEST else text[:LONGEST] + ' ...'}", why))
+
+    def missed(self) -> list[tuple[str, str]]:
+        """Of what has no counterpart, the settings that change something."""
+        return [(what, why) for what, why in self.left if what.split(":")[0] not in IDLE.split()]
+
+    def idle(self) -> list[str]:
+        """Of what has no counterpart, the names of settings that change nothing here."""
+        return sorted({name for what, _ in self.left if (name := what.split(":")[0]) in IDLE.split()})
 
     def move(self, name: str, key: str, change: Callable[[Any], Any] = lambda value: value) -> None:
         """Set one of ours to one of theirs, if that is there."""
@@ -60,18 +78,41 @@ def source(entry: Any) -> Any:
     files = entry.get("data_files")
     if files:
         result = {"path": files[0] if isinstance(files, list) else files, "split": None}
+    result["columns"] = columns_of(entry) or None
     kept = {key: value for key, value in result.items() if value is not None}
     return kept if len(kept) > 1 else kept.get("path")
+
+
+def columns_of(entry: dict[str, Any]) -> dict[str, str]:
+    """Our column names to those of one of axolotl's sources, where they differ."""
+    kind = entry.get("type")
+    given = entry | kind if isinstance(kind, dict) else entry
+    found = {
+        ours: given.get(f"field_{ours}") for ours in ("prompt", "system", "chosen", "rejected", "completion", "label")
+    }
+    messages = given.get("field_messages") or (
+        "messages" if kind in ("chat_template", "chat_template.default") else None
+    )
+    found["prompt"] = found["prompt"] or messages
+    return {ours: theirs for ours, theirs in found.items() if isinstance(theirs, str) and theirs != ours}
+
+
+def templated(kind: str) -> bool:
+    """Whether rows of one of axolotl's types are put into a chat template, texts too."""
+    return kind.split(".")[0] in ("chat_template", "chatml", "llama3")
 
 
 def trl(found: Conversion) -> None:
     """What only TRL and alignment-handbook have."""
     mixture = found.take("dataset_mixture", "dataset_mixer")
-    if isinstance(mixture, dict):
-        entries = mixture.get("datasets")
-        if not isinstance(entries, list):  # alignment-handbook's {name: share of its rows}
-            entries = [{"path": name, "weight": share} for name, share in mixture.items()]
-        found.put("data.train", [source(entry) for entry in entries], "dataset_mixture")
+    splits = found.take("dataset_splits")
+    if isinstance(mixture, dict) and isinstance(mixture.get("datasets"), list):
+        found.put("data.train", [source(entry) for entry in mixture["datasets"]], "dataset_mixture")
+        if mixture.get("test_split_size"):
+            found.leave("dataset_mixture.test_split_size", mixture["test_split_size"],
+                        "give held-out pairs in data.eval, e.g. {path: ..., split: 'train[:2000]'}")  # fmt: skip
+    elif isinstance(mixture, dict):
+        mixed(found, mixture, splits if isinstance(splits, list) else [])
     name, pushes = found.take("hub_model_id"), found.take("push_to_hub")
     if pushes and name and "export.push_to_hub" in KEYS:
         found.put("export.push_to_hub", name, "push_to_hub")
@@ -80,6 +121,18 @@ def trl(found: Conversion) -> None:
     for name in ("config", "config_file", "accelerate_config", "num_processes", "do_eval"):
         if (value := found.take(name)) not in OFF:
             found.leave(name, value, "the launcher's, or done after the run: no setting")
+
+
+def mixed(found: Conversion, mixture: dict[str, Any], splits: list[str]) -> None:
+    """alignment-handbook's {name: share of its rows}, read by splits whose names say what they are for."""
+    train: list[str | None] = [split for split in splits if "train" in split]
+    sources = [
+        {"path": name, "split": split, "weight": share} for name, share in mixture.items() for split in train or [None]
+    ]
+    found.put("data.train", [source(entry) for entry in sources], "dataset_mixer")
+    held_out = [{"path": name, "split": split} for name in mixture for split in splits if "test" in split]
+    if held_out:
+        found.put("data.eval", held_out, "dataset_splits")
 
 
 def axolotl(found: Conversion) -> None:
@@ -97,6 +150,7 @@ def axolotl(found: Conversion) -> None:
         found.put("model.pad_token", tokens.pop("pad_token"), "special_tokens.pad_token")
     if tokens:
         found.leave("special_tokens", tokens, "give a model whose tokenizer has them")
+    found.take("strict")  # of loading weights, which is always strict here
     nested = found.take("trl")
     if isinstance(nested, dict):
         found.theirs |= {name: value for name, value in nested.items() if name not in found.theirs}
@@ -119,6 +173,7 @@ def llamafactory(found: Conversion) -> None:
         parts = names if isinstance(names, list) else [part.strip() for part in str(names).split(",")]
         sources = [registered(name, Path(str(folder)), found) for name in parts]
         found.put("data.train", sources if len(sources) > 1 else sources[0], "dataset")
+        found.put("data.text", "chat", "dataset")  # its template is put around texts too
 
 
 def registered(name: str, folder: Path, found: Conversion) -> Any:
@@ -134,8 +189,13 @@ def registered(name: str, folder: Path, found: Conversion) -> Any:
         result["name"] = entry["subset"]
     columns = entry.get("columns")
     if isinstance(columns, dict):
-        ours = ("prompt", "chosen", "rejected", "system", "history", "tools")
-        renamed = {key: value for key, value in columns.items() if key in ours and key != value}
+        ours = {key: key for key in ("prompt", "chosen", "rejected", "system", "history", "tools")}
+        ours |= {
+            "response": "completion",
+            "kto_tag": "label",
+            "messages": "prompt" if entry.get("ranking") else "completion",
+        }
+        renamed = {ours[key]: value for key, value in columns.items() if key in ours and ours[key] != value}
         if renamed:
             result["columns"] = renamed
     return result if len(result) > 1 else result["path"]

@@ -7,16 +7,16 @@ than another name.
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from dsdpo.config.conversion import KEYS, OFF, OWN, Conversion, as_list, source
+from dsdpo.config.conversion import KEYS, OFF, OWN, Conversion, as_list, source, templated
 from dsdpo.config.foreign_names import FOREIGN
 from dsdpo.config.loss import LOSSES
 from dsdpo.config.run import RunConfig
+from dsdpo.config.script import read_script
 from dsdpo.config.unknown_keys import about_unknown
 from dsdpo.config.yaml_file import read_yaml
 from dsdpo.errors import ConfigError
@@ -31,7 +31,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
                      "cutoff_len": 2048, "pref_beta": 0.1},
 }  # fmt: skip
 # Settings on which a result depends most.
-TELLING = ("loss.beta", "optimizer.learning_rate", "batch.pairs_per_step", "train.num_train_epochs", "data.max_length")
+TELLING = (
+    "loss.type",
+    "loss.beta",
+    "optimizer.learning_rate",
+    "batch.pairs_per_step",
+    "train.num_train_epochs",
+    "data.max_length",
+)
 # Where a name that several sections have belongs.
 SECTION_OF = {
     "seed": "train.seed",
@@ -39,6 +46,8 @@ SECTION_OF = {
     "revision": "model.revision",
     "patience": "evaluation.patience",
 }
+PACKED = ("padding_free", "sample_packing", "eval_sample_packing", "packing", "neat_packing", "packing_samples",
+          "pad_to_sequence_len")  # fmt: skip
 SCRIPT_SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm", ".txt")
 
 
@@ -69,51 +78,6 @@ def convert(path: Path, program: Program, *, gpus: int) -> Conversion:
     return found
 
 
-def read_script(path: Path) -> dict[str, Any]:
-    """The options of the command in a shell script: `--name value`, `--name=value`, or `--name` for true.
-
-    Variables that the script sets to plain text are put in. Raises `ConfigError`.
-    """
-    try:
-        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        words = shlex.split(text, comments=True)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a shell script ({error})") from None
-    variables = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Za-z_]\w*=[^$]*", word, re.S))
-
-    def known(word: str) -> str:
-        return re.sub(r"\$\{?(\w+)\}?", lambda match: variables.get(match[1], match[0]), word)
-
-    options: dict[str, Any] = {}
-    last = None
-    for word in map(known, words):
-        if word.startswith("--"):
-            last, _, value = word[2:].partition("=")
-            options[last] = value_of(value) if value else True
-            last = None if value else last
-        elif last is not None and not re.match(r"-+[A-Za-z]", word):
-            value = value_of(word)
-            options[last] = value if options[last] is True else [*as_list(options[last]), value]
-        else:
-            last = None
-    return {name.split(".")[-1] if name not in OPENRLHF else OPENRLHF[name]: value for name, value in options.items()}
-
-
-def value_of(word: str) -> Any:
-    """A word of a command line as the number or truth value that it spells, else as it is."""
-    if word.lower() in ("true", "false"):
-        return word.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
-
-
-OPENRLHF = {"ref.model_name_or_path": "ref_pretrain", "ref.offload": "ref_offload", "ref.deepspeed": "ref_deepspeed"}
-
-
 def model(found: Conversion) -> None:
     """Which weights, and their precision."""
     for name in ("bf16", "fp16", "pure_bf16", "bfloat16", "float16"):
@@ -134,6 +98,9 @@ def model(found: Conversion) -> None:
     }
     if flash is True or str(flash) in known:
         found.put("model.attn_implementation", known.get(str(flash), "flash_attention_2"), "flash_attention")
+    for name, kernel in (("sdp_attention", "sdpa"), ("eager_attention", "eager")):
+        if found.take(name) is True:
+            found.put("model.attn_implementation", kernel, name)
     template = found.take("chat_template", "template")
     if template is not None and (found.folder / str(template)).is_file():
         found.put("model.chat_template", str(template), "chat_template")
@@ -152,14 +119,12 @@ def adapter(found: Conversion) -> None:
     wanted = uses is True or kind in ("lora", "qlora") or (kind is None and uses is None and given)
     if kind not in (None, "lora", "qlora", "full"):
         found.leave("adapter", kind, "only LoRA is known beside training all weights")
-    if kind == "qlora":
-        found.leave(
-            "adapter", kind, "converted as LoRA; see model.quantization for a quantized base, where there is one"
-        )
+    quantized(found, qlora=kind == "qlora", adapter=wanted)
     names = [name for name in found.theirs if name.startswith("lora_") or name in ("use_dora", "use_rslora")]
     if not wanted:
         for name in names:
             found.theirs.pop(name)
+            found.defaults.pop(name, None)
         return
     found.run.setdefault("model", {}).setdefault("lora", {})
     found.take("lora_rank") if "lora_r" in found.theirs else None
@@ -173,6 +138,22 @@ def adapter(found: Conversion) -> None:
             found.put(f"model.lora.{key}", value, name)
 
 
+def quantized(found: Conversion, *, qlora: bool, adapter: bool) -> None:
+    """A base in 4 bits below an adapter."""
+    bits, kind = found.take("quantization_bit"), found.take("bnb_4bit_quant_type", "quantization_type")
+    double = found.take("use_bnb_nested_quant", "double_quantization", "bnb_4bit_use_double_quant")
+    four = found.take("load_in_4bit") is True or bits == 4 or qlora
+    if found.take("load_in_8bit") is True or bits not in (*OFF, 4):
+        found.leave("load_in_8bit", True, "a base is quantized to 4 bits or not at all: model.quantization {bits: 4}")
+    elif four and adapter:
+        settings = {"bits": 4, "type": kind, "double": double}
+        found.put(
+            "model.quantization", {key: value for key, value in settings.items() if value is not None}, "load_in_4bit"
+        )
+    elif four:
+        found.leave("load_in_4bit", True, "weights in 4 bits do not train: set model.lora and model.quantization")
+
+
 def data(found: Conversion) -> None:
     """Where the pairs are."""
     name, config = found.take("dataset_name", "dataset_name_or_path"), found.take("dataset_config")
@@ -183,15 +164,19 @@ def data(found: Conversion) -> None:
         for key, split in splits.items():
             if key == "data.train" or split is not None or evaluates:
                 found.put(key, source({"path": name, "config": config, "split": split}), "dataset_name")
+    for name in PACKED:
+        if found.take(name) not in OFF:
+            found.taken.append((name, "data.layout: auto (packed where the model allows it)"))
     for names, key in ((("datasets", "train_dataset"), "data.train"), (("test_datasets", "eval_dataset"), "data.eval")):
         entries = found.take(*names)
         if entries not in OFF:
             listed = [source(entry) for entry in as_list(entries)]
             found.put(key, listed if len(listed) > 1 else listed[0], names[0])
-            for entry in as_list(entries):
-                kind = entry.get("type") if isinstance(entry, dict) else None
-                if kind is not None:
-                    found.leave(f"{names[0]}.type", kind, "rows are known by their fields; columns names others")
+            kinds = [entry.get("type") for entry in as_list(entries) if isinstance(entry, dict)]
+            for kind in dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and not templated(kind)):
+                found.leave(f"{names[0]}.type", kind, "rows are known by their fields; columns names others")
+            if any(isinstance(kind, str) and templated(kind) for kind in kinds):
+                found.put("data.text", "chat", f"{names[0]}.type")
 
 
 def loss(found: Conversion) -> None:
@@ -212,10 +197,14 @@ def loss(found: Conversion) -> None:
     weight = found.take("rpo_alpha", "pref_ftx", "nll_loss_coef", "dpo_ftx")
     if weight not in (*OFF, 0, 0.0):
         found.put("loss.rpo_alpha", weight, "rpo_alpha")
+    if found.run.get("loss", {}).get("type") != "simpo":
+        return
     for name in ("simpo_gamma", "gamma", "cpo_simpo_gamma"):
-        value = found.take(name)
-        if value is not None and found.run.get("loss", {}).get("type") == "simpo":
+        if (value := found.take(name)) is not None:
             found.put("loss.simpo_gamma", value, name)
+    if (weight := found.take("cpo_alpha")) not in (*OFF, 0, 0.0):
+        found.put("loss.type", ["simpo", "sft"], "cpo_alpha")
+        found.put("loss.weights", [1.0, weight], "cpo_alpha")
 
 
 def reference(found: Conversion) -> None:
@@ -257,7 +246,7 @@ def schedule(found: Conversion) -> None:
     if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 takes a share here
         found.put("optimizer.warmup_ratio", found.take("warmup_steps"), "warmup_steps")
     optimizer = found.take("optim", "optimizer")
-    if optimizer is not None and re.search(r"8bit|4bit|paged", str(optimizer)):
+    if optimizer is not None and re.search(r"8bit|4bit", str(optimizer)):
         found.leave("optim", optimizer, "AdamW with states of 32 bits is used")
     elif optimizer is not None and "adamw" not in str(optimizer):
         found.leave("optim", optimizer, about_unknown("optim", KEYS).lstrip("; ") or "AdamW is used")
@@ -273,8 +262,11 @@ def schedule(found: Conversion) -> None:
             found.leave(steps_name, value, f"a share of all steps: give {key} as a number of steps")
         elif value is not None and how not in ("no", "epoch"):
             found.put(key, max(0, int(value)), steps_name)
-        elif how in ("epoch", "no"):
-            found.leave(strategy, how, f"set {key}, in steps; 0 is never, the end aside")
+        elif how == "no":
+            if key.startswith("checkpoint") or "eval" in found.run.get("data", {}):
+                found.put(key, 0, strategy)
+        elif how == "epoch":
+            found.leave(strategy, how, f"give {key} as a number of steps")
 
 
 def tracking(found: Conversion) -> None:
@@ -290,7 +282,9 @@ def tracking(found: Conversion) -> None:
     else:
         for name in ("run_name", "wandb_name", "wandb_run_name", "wandb_entity", "wandb_group", "wandb_org"):
             found.theirs.pop(name, None)
-    for name in set(reports) - {"wandb", "all", "none"}:
+    if "tensorboard" in reports:
+        found.put("tracking.tensorboard", True, "report_to")
+    for name in sorted(set(reports) - {"wandb", "tensorboard", "all", "none"}):
         found.leave("report_to", name, "metrics.jsonl is always written; see tracking for what else there is")
 
 
@@ -298,24 +292,34 @@ def engine(found: Conversion) -> None:
     """The DeepSpeed JSON."""
     path, stage = found.take("deepspeed", "deepspeed_config", "ds_config"), found.take("zero_stage")
     offload = found.take("adam_offload", "offload_optimizer")
-    if path not in OFF:
+    if path not in OFF and (Path(str(path)).is_file() or (found.folder / str(path)).is_file()):
         found.put("deepspeed", str(path), "deepspeed")
+    elif path not in OFF:
+        digit = re.search(r"z(?:ero)?_?([0-3])", Path(str(path)).name)
+        own = shipped_json(int(digit[1]) if digit else 3, offload="offload" in str(path))
+        found.put("deepspeed", own, "deepspeed")
+        found.leave("deepspeed", path, f"is not here, so {own} takes its place: give its path to keep it")
     elif stage is not None:
-        name = f"zero{stage or 1}" + ("_offload" if offload and stage in (2, 3) else "")
-        found.put("deepspeed", f"ds_configs/{name}.json", "zero_stage")
+        found.put("deepspeed", shipped_json(stage, offload=bool(offload)), "zero_stage")
     else:
         found.put("deepspeed", "ds_configs/zero3.json", "no DeepSpeed JSON there")
+
+
+def shipped_json(stage: int, *, offload: bool) -> str:
+    """Our DeepSpeed JSON of a stage; without ZeRO, optimizer states are partitioned still."""
+    return f"ds_configs/zero{stage or 1}{'_offload' if offload and stage in (2, 3) else ''}.json"
 
 
 def renames(found: Conversion) -> None:
     """Everything else: another name for the same thing, or nothing that we have."""
     for name, value in found.theirs.items():
         key = ours_of(name)
-        if key is not None and fits(key, value):
+        wrong = None if key is None or value in OFF else refusal(key, value)
+        if key is not None and wrong is None:
             if value not in OFF or isinstance(value, bool):
                 found.put(key, value, name)
         elif value not in OFF:
-            found.leave(name, value, about_unknown(name, KEYS).lstrip("; ") or "there is no such setting")
+            found.leave(name, value, wrong or about_unknown(name, KEYS).lstrip("; ") or "there is no such setting")
     if "output_dir" not in found.run:
         found.put("output_dir", "runs/converted", "no output folder there")
 
@@ -332,8 +336,8 @@ def ours_of(name: str) -> str | None:
     return own[0] if len(own) == 1 and not advice else None
 
 
-def fits(key: str, value: Any) -> bool:
-    """Whether a setting of ours takes a value as it is."""
+def refusal(key: str, value: Any) -> str | None:
+    """Why a setting of ours does not take a value, None where it does."""
     *sections, last = key.split(".")
     place = run = {"model": {"path": "-"}, "data": {"train": "-"}, "deepspeed": "-", "output_dir": "-"}
     for section in sections:
@@ -342,8 +346,11 @@ def fits(key: str, value: Any) -> bool:
     try:
         RunConfig.model_validate(run)
     except ValidationError as error:
-        return not any(".".join(map(str, detail["loc"])).startswith(key) for detail in error.errors())
-    return True
+        for detail in error.errors():
+            if ".".join(map(str, detail["loc"])).startswith(key):
+                reason = detail["msg"].replace("Input should be", "takes")
+                return f"{key} {reason}"
+    return None
 
 
 def silent(run: dict[str, Any]) -> list[str]:

@@ -46,6 +46,9 @@ _TABLE = {
     "rope_scaling rope_theta rope_factor": _NONE + "RoPE is what the model's config.json says",
     "shift_attn mixture_of_depths use_llama_pro infer_dtype": _NONE + "the model computes what its config.json says",
     "peft_init_lora_weights": "use model.lora.init_lora_weights",
+    "model_type tokenizer_type is_llama_derived_model is_mistral_derived_model": _NONE
+    + "classes are found by config.json and tokenizer_config.json",
+    "image_max_pixels video_max_pixels freeze_vision_tower": _NONE + "models of text alone are trained",
     "use_cache": _NONE + "training keeps no key-value cache",
     "resize_vocab resize_token_embeddings_to_32x new_special_tokens special_tokens add_special_tokens": _NONE
     + "give a model whose embedding has a row for each token; model.pad_token chooses the padding",
@@ -60,8 +63,9 @@ _TABLE = {
     "val_set_size val_size eval_ratio": _NONE + "give held-out pairs in data.eval, e.g. {path: ..., split: "
     "'train[95%:]'}, and the rest in data.train",
     "max_samples num_samples max_train_samples max_eval_samples sample_packing_group_size": "use data.train with "
-    "{path: ..., split: 'train[:1000]'}",
+    "{path: HUB_ID, split: 'train[:1000]'}; a file is read whole",
     "mix_strategy interleave_probs probs dataset_probs prompt_data_probs": "use data.train, a list of {path, weight}",
+    "dataset_exact_deduplication": _NONE + "dsdpo inspect counts doubled pairs",
     "streaming dataset_streaming": _NONE + "rows are tokenized once and kept; data.cache_dir says where",
     "prompt_key chosen_key rejected_key prompt_column chosen_column rejected_column input_key field_messages "
     "message_property_mappings columns": "use data.train with {path: ..., columns: {chosen: ...}}",
@@ -94,8 +98,8 @@ _TABLE = {
     "label_smoothing_factor dpo_label_smoothing": "use loss.label_smoothing",
     "gamma simpo_margin": "use loss.simpo_gamma with loss.type simpo",
     "length_normalization length_normalized average_log_prob": "use loss.type sigmoid_norm",
-    "kto_chosen_weight": "use loss.desirable_weight",
-    "kto_rejected_weight": "use loss.undesirable_weight",
+    "kto_chosen_weight kto_desirable_weight": "use loss.desirable_weight",
+    "kto_rejected_weight kto_undesirable_weight": "use loss.undesirable_weight",
     "kto_lambda kto_ftx": _NONE + "loss.type kto has loss.desirable_weight and loss.undesirable_weight",
     "orpo_beta orpo_alpha": "use loss.beta with loss.type orpo",
     "loss_weights": "use loss.weights",

@@ -188,6 +188,15 @@ def check_deepspeed_files(run: RunConfig) -> None:
             )
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def nested(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Settings with dotted names (`loss.beta`) put into their sections. Raises `ConfigError`, which names `where`."""
     found: dict[str, Any] = {}

@@ -37,7 +37,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "model": {"path": "org/model-8b", "dtype": "bfloat16", "gradient_checkpointing": True, "pad_token": "<|pad|>",
                   "attn_implementation": "flash_attention_2",
                   "lora": {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}},
-        "data": {"train": {"path": "org/pairs", "split": "train"}, "max_length": 4096},
+        "data": {"train": {"path": "org/pairs", "split": "train"}, "text": "chat", "max_length": 4096},
         "loss": {"type": "sigmoid", "beta": 0.2},
         "optimizer": {"learning_rate": 0.0002, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1},
         "batch": {"pairs_per_step": 2 * 4 * 2},
@@ -49,7 +49,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "llamafactory.yaml": {
         "model": {"path": "org/model-8b", "dtype": "bfloat16", "trust_remote_code": True, "lora": LORA},
         "data": {"train": {"path": str(FOREIGN / "data/pairs.json"), "columns": {"prompt": "instruction"}},
-                 "max_length": 2048, "dataset_num_proc": 16},
+                 "text": "chat", "max_length": 2048, "dataset_num_proc": 16},
         "loss": {"type": "sigmoid", "beta": 0.1, "rpo_alpha": 0.3},
         "optimizer": {"learning_rate": 5e-6, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1},
         "batch": {"pairs_per_step": 8 * 2},
@@ -76,11 +76,17 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "output_dir": "./checkpoint/dpo",
     },
 }  # fmt: skip
-WITHOUT = {
-    "trl.yaml": {"gradient_checkpointing_kwargs", "tf32", "use_liger_kernel"},
-    "axolotl.yaml": {"chat_template", "datasets.type", "optim", "val_set_size", "evals_per_epoch", "saves_per_epoch"},
-    "llamafactory.yaml": {"chat_template", "do_train", "max_samples", "overwrite_cache", "plot_loss", "ddp_timeout"},
-    "openrlhf.sh": {"packing_samples"},
+WITHOUT: dict[str, set[str]] = {
+    "trl.yaml": set(),
+    "axolotl.yaml": {"chat_template", "optim", "val_set_size", "evals_per_epoch", "saves_per_epoch"},
+    "llamafactory.yaml": {"chat_template", "max_samples", "ddp_timeout"},
+    "openrlhf.sh": set(),
+}
+IDLE: dict[str, list[str]] = {
+    "trl.yaml": ["gradient_checkpointing_kwargs", "tf32", "use_liger_kernel"],
+    "axolotl.yaml": [],
+    "llamafactory.yaml": ["do_train", "overwrite_cache", "plot_loss"],
+    "openrlhf.sh": [],
 }
 
 
@@ -90,7 +96,9 @@ def test_each_programs_settings_become_a_run(name: str, tmp_path: Path, capsys: 
     program = name.split(".")[0]
     assert main(["convert", "--from", program, str(FOREIGN / name), "--out", str(out), "--gpus", "2", "--json"]) == 0
     assert yaml.safe_load(out.read_text()) == EXPECTED[name]
-    left = json.loads(capsys.readouterr().out)["left"]
+    said = json.loads(capsys.readouterr().out)
+    left = said["left"]
+    assert said["of_no_consequence"] == IDLE[name]
     assert {each["theirs"].split(":")[0] for each in left} == WITHOUT[name]
     assert all(each["why"] for each in left)
     assert all(f"#   {each['theirs']}" in out.read_text() for each in left)
