@@ -107,7 +107,9 @@ bench: $(VENV)/installed
 		--starts 1 --quick-memory --out runs/bench/vs_trl.json
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing PyTorch, DeepSpeed and what else constraints.txt names into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_QUIET) wheel
 	$(VENV)/bin/pip install $(PIP_QUIET) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from dsdpo.accelerator import choose_accelerator, quiet_imports
 from dsdpo.commands.arguments import COMMANDS, PARSERS
-from dsdpo.console import Launched, is_main, launched, launched_rank
+from dsdpo.console import Launched, be_quiet, is_main, launched, launched_rank, waiting
 from dsdpo.errors import ConfigError, DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
 
@@ -92,7 +92,11 @@ def main(argv: list[str] | None = None) -> int:
         with noted_signals() if name in PARSERS else nullcontext():
             if name in PARSERS:
                 choose_accelerator(computes=name in ("train", "precompute"))
-            code: int = importlib.import_module(f"dsdpo.commands.{name}").main(given)
+            if getattr(given, "quiet", False):
+                be_quiet()
+            with waiting("loading torch, transformers and DeepSpeed"):
+                command = importlib.import_module(f"dsdpo.commands.{name}")
+            code: int = command.main(given)
             leave_process_group()
         return code
     except LostRankError as error:

@@ -224,8 +224,8 @@ def read_result(folder: str | os.PathLike[str]) -> Result:
     """What became of the run in a folder, also of one that another process trained. Raises `ConfigError`."""
     import json
 
-    from dsdpo.run.summary import read_metrics
     from dsdpo.training.checkpoint import whole_checkpoints
+    from dsdpo.training.jsonl import read_metrics
 
     files = RunFolder(Path(folder).expanduser())
     if not files.metrics.is_file():

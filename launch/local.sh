@@ -5,4 +5,4 @@
 set -euo pipefail
 case "${1:-}" in *.yaml | *.yml) set -- train "$@" ;; esac    # a run file alone is trained
 ranks=${RANKS:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
-exec deepspeed --num_gpus "$ranks" --module dsdpo "$@"
+exec deepspeed --num_gpus "$ranks" --log_level=error --module dsdpo "$@"

@@ -20,7 +20,7 @@ from pathlib import Path
 from dsdpo.accelerator import CHOICE, Device, choose_accelerator
 from dsdpo.commands.arguments import user_path
 from dsdpo.commands.plot import plot
-from dsdpo.console import quiet_libraries
+from dsdpo.console import quiet_libraries, waiting, wrapped
 from dsdpo.errors import ConfigError
 
 Row = dict[str, list[dict[str, str]]]
@@ -28,13 +28,13 @@ Row = dict[str, list[dict[str, str]]]
 RECIPE = "launch/recipes/demo.yaml"
 INPUTS = Path("runs/demo-inputs")
 RUN_FOLDER = Path("runs/demo")
+ABOUT = (
+    "The whole run took {seconds:.0f} s. At step 0 policy and reference are the same, so no pair is ranked right or "
+    "wrong and the accuracy, which counts strictly larger rewards, is 0; guessing would give 0.5."
+)
 NEXT = """
-The whole run took {seconds:.0f} s. At step 0 policy and reference are the same, so no pair is ranked right or wrong
-and the accuracy, which counts strictly larger rewards, is 0; guessing would give 0.5.
-
-Next: change a setting,   dsdpo demo --loss.beta 0.5
-      draw a run again,   dsdpo plot {folder}
-      train on your data, dsdpo init FOLDER   writes a run file, DeepSpeed JSONs and a start script"""
+change a setting     dsdpo demo --loss.beta 0.5
+train on your data   dsdpo init FOLDER"""
 COLOURS = {
     "yellow": ["banana", "lemon", "canary", "sun"],
     "red": ["tomato", "cherry", "ruby", "rose"],
@@ -87,11 +87,14 @@ def main(argv: list[str]) -> int:
     command = launch_command(arguments.ranks) + overrides + ["--verbose"] * arguments.verbose
     shown = " ".join(word for word in command[2:] if not word.startswith(("--master_port", "--log_level")))
     print(f"made a model and data in {INPUTS}; now\n\n  deepspeed {shown}\n", flush=True)
+    print("which takes a minute, and longer the first time, as libraries are read from the disk", flush=True)
     started = time.monotonic()
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code == 0:
-        print(f"picture  {plot(arguments.output_dir)}")
-        print(NEXT.format(seconds=time.monotonic() - started, folder=arguments.output_dir))
+        seconds = time.monotonic() - started
+        with waiting("drawing"):
+            picture = plot(arguments.output_dir)
+        print(f"picture  {picture}\n\n{wrapped(ABOUT.format(seconds=seconds), indent=0)}\n{NEXT}")
     return code
 
 

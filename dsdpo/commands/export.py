@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from dsdpo.accelerator import choose_accelerator
 from dsdpo.commands.arguments import new_folder, plain_parser, user_path
 from dsdpo.console import counted, quiet_libraries, say
 
@@ -30,9 +31,11 @@ def main(argv: list[str]) -> int:
     if given.public and not given.push_to_hub:
         parser.error("--public has no effect without --push-to-hub")
 
+    choose_accelerator(computes=False)
     from dsdpo.errors import ConfigError
-    from dsdpo.run.finished import choose_checkpoint, open_run
+    from dsdpo.run.finished import open_run
     from dsdpo.run.offline_export import export_checkpoint
+    from dsdpo.run.saved import choose_checkpoint
     from dsdpo.training.hub import check_hub_id, push_folder
 
     quiet_libraries(verbose=False)
@@ -62,4 +65,5 @@ def main(argv: list[str]) -> int:
 def describe(folder: Path) -> str:
     """Weight files and bytes of an exported folder."""
     files = list(folder.glob("*.safetensors"))
-    return f"{counted(len(files), 'weight file')}, {sum(path.stat().st_size for path in files) / 1e9:.2f} GB"
+    size = sum(path.stat().st_size for path in files)
+    return f"{counted(len(files), 'weight file')}, {f'{size / 1e9:.2f} GB' if size >= 1e8 else f'{size / 1e6:.1f} MB'}"

@@ -35,7 +35,7 @@ LOCAL = """#!/usr/bin/env bash
 # The run on this machine, one process a GPU; settings may follow, as in: ./train.sh --loss.beta 0.2
 set -euo pipefail
 cd "$(dirname "$0")"
-exec deepspeed --num_gpus {gpus} --module dsdpo train run.yaml "$@"
+exec deepspeed --num_gpus {gpus} --log_level=error --module dsdpo train run.yaml "$@"
 """
 HEADER = """# Written by dsdpo init from the recipe {recipe}. Paths are relative to this folder.
 #   dsdpo train run.yaml --dry-run      checks everything, prints the plan, loads no model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from dsdpo.accelerator import choose_accelerator
 from dsdpo.commands.arguments import new_folder, plain_parser, user_path
 from dsdpo.console import quiet_libraries, say
 
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     if given.memory < 1 or not 0 < given.shard_gb < float("inf"):
         parser.error("--memory and --shard-gb must be above 0")
 
+    choose_accelerator(computes=False)
     from dsdpo.config.model import ModelConfig
     from dsdpo.run.merge import merge_folders
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from dsdpo.commands.arguments import TrainArguments
-from dsdpo.console import be_quiet, is_main, quiet_libraries, say, waiting
+from dsdpo.console import is_main, quiet_libraries, say, waiting
 from dsdpo.distributed import rank
 from dsdpo.engine.build import device
 from dsdpo.errors import StoppedError
@@ -29,8 +29,6 @@ from dsdpo.training.lost_ranks import watched_ranks
 def main(given: TrainArguments) -> int:
     """Run the command; the exit code."""
     quiet_libraries(verbose=given.verbose)
-    if given.quiet:
-        be_quiet()
     plan = plan_run(given.run, run_file=given.run_file)
     say(describe_plan(plan))
     if given.dry_run:

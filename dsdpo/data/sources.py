@@ -268,11 +268,11 @@ def _check_fields(source: Source, rows: list[dict[str, Any]]) -> None:
     labels = [name for name in names if LABELS.match(name)]
     if missing:
         what = ", ".join(theirs if ours == theirs else f"{theirs} (for {ours})" for ours, theirs in missing.items())
-        hint = f" {labels[0]} looks like the column for preferred." if labels and "preferred" not in mapped else ""
+        hint = f", preferred: {labels[0]}" if labels and "preferred" not in mapped else ""
         raise DataError(
             f"{source.key}: {source.config.path} has no {what}; its fields are: {', '.join(names) or 'none'}. "
             "Preference pairs need chosen and rejected (and prompt, unless both are whole dialogues). If they have "
-            f"other names here, map them: {source.key}.columns: {{chosen: its name, rejected: its name}}.{hint} "
+            f"other names here, map them: {source.key}.columns: {{chosen: its name, rejected: its name{hint}}}. "
             "docs/data.md shows every layout that is read."
         )
     pair = [mapped.get(name, name) for name in ("chosen", "rejected")]

@@ -51,12 +51,12 @@ def in_three_lines(found: Forecast, machine: Machine) -> list[tuple[str, str]]:
         ),
         (
             "host, disk",
-            f"{gib(found.host_node)} GiB of host memory a node, {gib(found.checkpoint)} GiB a checkpoint"
-            + (f", {gib(found.nvme_node)} GiB of NVMe a node" if found.nvme_node else ""),
+            f"{size(found.host_node)} of host memory a node, {size(found.checkpoint)} a checkpoint"
+            + (f", {size(found.nvme_node)} of NVMe a node" if found.nvme_node else ""),
         ),
         (
             "speed",
-            f"{found.time.total:.3g} s a step, {found.pairs_per_second:.3g} pairs/s if kernels reach 40 % of the "
+            f"{found.time.total:.3g} s a step, {rate(found.pairs_per_second)} pairs/s if kernels reach 40 % of the "
             "device's peak (dsdpo estimate has the details)",
         ),
     ]
@@ -82,7 +82,7 @@ def overview(rows: Sequence[Row], machine: Machine) -> str:
                 gib(found.host_node),
                 gib(found.nvme_node),
                 f"{found.time.total:.3g}",
-                f"{found.pairs_per_second:.3g}",
+                rate(found.pairs_per_second),
             )
         )
     widths = [max(len(line[at]) for line in lines if at != 3 or line[2] != "refused") for at in range(len(heads))]
@@ -203,3 +203,13 @@ def gib(size: float) -> str:
     """Bytes as GiB, with as many digits as tell something."""
     value = size / GIB
     return f"{value:.1f}" if abs(value) >= 0.095 or value == 0 else f"{value:.3f}"
+
+
+def size(of: float) -> str:
+    """Bytes in the unit that tells something."""
+    return f"{gib(of)} GiB" if of >= 0.1 * GIB else f"{of / 2**20:.1f} MiB"
+
+
+def rate(value: float) -> str:
+    """A number in three digits, or whole where it has more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,20 +1,16 @@
-"""A run that has been started before: its folder, its settings and its checkpoints, without starting anything."""
+"""A run that has been started before: its folder and its settings, without starting or importing much."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsdpo.config.load import check_run, read_yaml
 from dsdpo.config.run import RunConfig
-from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
-from dsdpo.training.checkpoint import read_state, whole_checkpoints
-from dsdpo.training.patience import best_checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,34 +47,3 @@ def open_run(given: str | Path) -> FinishedRun:
     settings = check_run(read_yaml(folder.config), {}, source=folder.config, folder=path)
     # The folder may have been moved since.
     return FinishedRun(settings.model_copy(update={"output_dir": str(path)}), folder)
-
-
-def choose_checkpoint(run: FinishedRun, which: str) -> Path:
-    """The whole checkpoint that is asked for: last, best, a step or the name of its folder.
-
-    Raises `CheckpointError` where there is no such one.
-    """
-    whole = whole_checkpoints(run.folder.checkpoints)
-    if not whole:
-        finished = f"; the exported model is {run.folder.model}" if run.folder.model.exists() else ""
-        raise CheckpointError(f"{run.folder}: no whole checkpoint in {run.folder.checkpoints}{finished}")
-    if which == "last":
-        return whole[-1]
-    if which == "best":
-        metric = run.run.checkpoint.best_metric
-        found = best_checkpoint(run.folder.checkpoints, metric)
-        if found is None:
-            raise CheckpointError(f"{run.folder}: no checkpoint was evaluated by {metric}; give --checkpoint last")
-        return found
-    number = re.fullmatch(r"(?:step-)?0*(\d+)", Path(which).name)
-    there = {int(path.name.removeprefix("step-")): path for path in whole}
-    if number is None or int(number[1]) not in there:
-        steps = ", ".join(map(str, there))
-        raise CheckpointError(f"--checkpoint {which}: there is last, best and, by step, {steps} in {run.folder}")
-    return there[int(number[1])]
-
-
-def evaluation_at(checkpoint: Path) -> dict[str, float]:
-    """The held-out metrics that a checkpoint was saved with; nothing if its step was not evaluated."""
-    found = read_state(checkpoint).get("evaluation") or {}
-    return {name: math.nan if value is None else float(value) for name, value in found.items()}

@@ -17,9 +17,10 @@ from dsdpo.console import say
 from dsdpo.distributed import gather_objects, local_rank, node, on_some_ranks
 from dsdpo.engine.build import start_distributed
 from dsdpo.errors import ConfigError
-from dsdpo.run.finished import FinishedRun, choose_checkpoint
+from dsdpo.run.finished import FinishedRun
 from dsdpo.run.offline_export import export_checkpoint, model_of
 from dsdpo.run.plan import Plan, plan_run
+from dsdpo.run.saved import choose_checkpoint
 from dsdpo.training.checkpoint import read_state, whole_checkpoints
 
 KEPT = ("loss", "batch", "distributed", "deepspeed", "output_dir")  # sections that judging has a use for

@@ -174,4 +174,4 @@ def evaluation_line(step: int, metrics: dict[str, float]) -> str:
     """An evaluation in a line."""
     shown = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "nll/chosen": "nll"}
     figures = [f"{short} {metrics[f'eval/{name}']:.4f}" for name, short in shown.items() if f"eval/{name}" in metrics]
-    return f"evaluation after step {step}: {', '.join(figures)} ({counted(round(metrics['eval/pairs']), 'pair')})"
+    return f"step {step}: held-out {', '.join(figures)}"

@@ -23,7 +23,8 @@ from dsdpo.engine.lora import add_adapter, trained_names, with_settings_of, writ
 from dsdpo.engine.merge import write_merged, write_settings
 from dsdpo.engine.streamed import MEMORY_BYTES, SHARD_BYTES, Streamed, write_streamed
 from dsdpo.errors import CheckpointError
-from dsdpo.run.finished import FinishedRun, evaluation_at
+from dsdpo.run.finished import FinishedRun
+from dsdpo.run.saved import evaluation_at
 from dsdpo.training.checkpoint import find_damage, read_state
 from dsdpo.training.export import CARD
 from dsdpo.training.model_card import model_card

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsdpo.config.load import flat
 from dsdpo.config.run import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.run.finished import is_run_folder, open_run
-from dsdpo.run.summary import read_metrics
 from dsdpo.run_folder import RunFolder
-from dsdpo.training.resume import flat
+from dsdpo.training.jsonl import read_metrics
 
 TIMES = ("data", "reference", "forward_backward", "optimizer", "sync", "log", "other")  # parts of a step
 ASIDE = ("output_dir", "overwrite_output_dir", "checkpoint.resume")  # settings that differ for no reason of interest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from dsdpo.run.notes import run_notes
 from dsdpo.run.plan import Layout, Plan
 from dsdpo.run_folder import RunFolder
 from dsdpo.training.cadence import Cadence
+from dsdpo.training.jsonl import read_metrics
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
@@ -147,18 +147,6 @@ def describe_pairs(windows: BatchSource) -> str:
     """Number of pairs and their tokens."""
     tokens = int(sequence_tokens(windows.pairs.lengths).sum())
     return f"{counted(len(windows.pairs), 'pair')}, {tokens:,} tokens"
-
-
-def read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The training rows and the evaluation rows of a run folder's `metrics.jsonl`, by step."""
-    with RunFolder(folder).metrics.open(encoding="utf-8") as lines:
-        rows = [with_nan(json.loads(line)) for line in lines]
-    return [row for row in rows if "loss" in row], [row for row in rows if "eval/loss" in row]
-
-
-def with_nan(row: dict[str, Any]) -> dict[str, float]:
-    """A row with NaN again where it has null: JSON has no number that is not finite."""
-    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def describe_results(folder: Path, *, seconds: float | None = None, counts: tuple[int, int] | None = None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.atomic import write_bytes
+from dsdpo.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -71,3 +72,15 @@ def _belongs(row: bytes, after: int) -> bool:
         return row.endswith(b"\n") and json.loads(row)["step"] <= after
     except (ValueError, KeyError, TypeError):  # what the disk made of a row when the machine went down
         return False
+
+
+def read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The training rows and the evaluation rows of a run folder's `metrics.jsonl`, by step."""
+    with RunFolder(folder).metrics.open(encoding="utf-8") as lines:
+        rows = [with_nan(json.loads(line)) for line in lines]
+    return [row for row in rows if "loss" in row], [row for row in rows if "eval/loss" in row]
+
+
+def with_nan(row: dict[str, Any]) -> dict[str, float]:
+    """A row with NaN again where it has null: JSON has no number that is not finite."""
+    return {name: math.nan if value is None else value for name, value in row.items()}

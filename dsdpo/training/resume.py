@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from dsdpo.config.load import flat
 from dsdpo.config.run import RunConfig
 from dsdpo.distributed import world_size
 from dsdpo.errors import CheckpointError
@@ -125,12 +124,3 @@ def check_identity(path: Path, identity: ReferenceIdentity, *, allow: bool) -> l
             "checkpoint.allow_other_reference to true to go on against this one"
         )
     return differences
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted name."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

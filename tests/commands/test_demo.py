@@ -97,7 +97,7 @@ def test_demo_from_a_wheel_in_an_empty_folder_learns_and_shows_it(installed: Pat
     said = re.search(r"^picture +(.+)$", answer.stdout, re.MULTILINE)
     assert said is not None
     assert (tmp_path / said[1]).read_bytes().startswith(b"\x89PNG")
-    for shown in (f"model    {folder / 'model'}", f"metrics  {folder / 'metrics.jsonl'}", "Next:", f"plot {folder}"):
+    for shown in (f"model    {folder / 'model'}", f"metrics  {folder / 'metrics.jsonl'}", "dsdpo init FOLDER"):
         assert shown in answer.stdout
     assert (tmp_path / folder / "model" / "model.safetensors").is_file()
     assert json.loads((tmp_path / folder / "deepspeed_reference.json").read_text())["zero_optimization"]["stage"] == 3

@@ -39,7 +39,7 @@ def test_a_run_of_ones_own_from_every_recipe(recipe: str, tmp_path: Path) -> Non
     recipe_run = yaml.safe_load(recipes()[recipe].read_text())
     assert run["loss"]["type"] == recipe_run.get("loss", {}).get("type", "sigmoid")
     script = tmp_path / "own" / "train.sh"
-    assert "--num_gpus 3 --module dsdpo train run.yaml" in script.read_text()
+    assert "--num_gpus 3 --log_level=error --module dsdpo train run.yaml" in script.read_text()
     assert os.access(script, os.X_OK)
 
 

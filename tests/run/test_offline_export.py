@@ -53,8 +53,9 @@ def trained(stage: str, ranks: int, model: dict[str, Any], folder: Path, inputs:
 
 
 def exported(run: Path, out: Path, which: str = "last", **options: Any) -> Path:
-    from dsdpo.run.finished import choose_checkpoint, open_run
+    from dsdpo.run.finished import open_run
     from dsdpo.run.offline_export import export_checkpoint
+    from dsdpo.run.saved import choose_checkpoint
 
     found = open_run(run)
     export_checkpoint(found, choose_checkpoint(found, which), out, **options)
