@@ -1,10 +1,11 @@
-"""Inside a measured process: what the tensors of two training steps take in memory, counted one by one.
+"""Inside a measured process: what two training steps take in memory, by whom it belongs to and at their peak.
 
     python -m benchmarks.measured.memory_side RUN.yaml OUT_FOLDER                  (or under the deepspeed launcher)
 
-Resident memory has the interpreter, libraries and the allocator's habits in it, which are larger than the models that
-fit a benchmark. Here storages that are alive are counted by whom they belong to, and between steps torch's profiler
-reports every allocation.
+Resident memory has the interpreter and libraries in it, which are larger than the models that fit a benchmark. Here
+storages that are alive between steps are counted by whom they belong to; what comes and goes within steps is the rise
+of the kernel's peak of resident memory, under a malloc that gives every larger block back at once. (torch's profiler
+does not see what other threads free: gloo's give back the copies that reductions make, and would be counted as kept.)
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.recorder import forget_peak, give_back_memory, held_memory, peak_memory
 from dsdpo.config.load import load_run, run_parser
 from dsdpo.console import quiet_libraries
 from dsdpo.distributed import rank
@@ -49,11 +50,11 @@ def main(argv: list[str]) -> int:
             reference.after_step(1)
 
     steps(WARMUP)
-    gc.collect()
-    parts = by_owner(policy, reference)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        steps(2)
-    found = {"parts": parts, "static": sum(parts.values()), "rise": largest_rise(profile)}
+    give_back_memory()
+    parts, before = by_owner(policy, reference), held_memory()
+    forget_peak()
+    steps(2)
+    found = {"parts": parts, "static": sum(parts.values()), "rise": peak_memory() - before}
     (Path(out) / f"memory-{rank()}.json").write_text(json.dumps(found))
     return 0
 
@@ -99,16 +100,6 @@ def optimizer_states(optimizer: Any) -> Iterator[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor))
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         yield from (part.detach() for part in getattr(optimizer, name, ()))
-
-
-def largest_rise(profile: Any) -> int:
-    """Most bytes above what was there when the profile began."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 if __name__ == "__main__":

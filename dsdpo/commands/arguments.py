@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,24 @@ def user_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def new_folder(folder: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Path:
-    """The folder, if it may be written. Raises `ConfigError` if it holds inputs, or is not to be replaced."""
+def new_folder(
+    folder: Path, *, overwrite: bool | None = None, inputs: Sequence[Path] = (), option: str = "--out"
+) -> Path:
+    """The folder, if it may be written. Raises `ConfigError` if it holds inputs, or is not to be replaced.
+
+    `overwrite` is None for commands that replace nothing.
+    """
     for path in inputs:
         if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ConfigError(f"--out: {folder} holds {path}, which is read: choose another folder")
+            raise ConfigError(f"{option}: {folder} holds {path}, which is read: choose another folder")
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out: {folder} is a file: choose another")
+        raise ConfigError(f"{option}: {folder} is a file: choose another")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigError(f"--out: {folder} is not empty: choose another folder, or add --overwrite to replace it")
+        replace = "" if overwrite is None else ", or add --overwrite to replace it"
+        raise ConfigError(f"{option}: {folder} is not empty: choose another folder{replace}")
     existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"--out: {folder} cannot be written: {existing} is no folder that this user may write to")
+        raise ConfigError(f"{option}: {folder} cannot be written: {existing} is no folder that this user may write to")
     return folder
 
 
@@ -62,6 +69,7 @@ COMMANDS = {
     "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
     "doctor": "look for what would stop or slow a run, on all nodes: dsdpo doctor [RUN.yaml]",
     "demo": "make a small model and data set, train on two ranks and show what happened",
+    "compare": "try a run under several DeepSpeed JSONs, or finished runs side by side: dsdpo compare RUN.yaml|RUN ...",
     "plot": "draw the metrics of runs: dsdpo plot RUN ...",
     "report": "runs side by side as one page: dsdpo report RUN ... --html FILE",
     "completion": "print a script that completes commands and settings: dsdpo completion bash",
@@ -165,6 +173,100 @@ def estimate(argv: list[str]) -> EstimateArguments:
     )
 
 
+@dataclass(frozen=True)
+class CompareArguments:
+    """Of `dsdpo compare RUN.yaml`."""
+
+    run: RunConfig
+    run_file: Path
+    policies: tuple[str, ...]  # DeepSpeed JSONs
+    references: tuple[str | None, ...]  # None: the run's own, or derived from the policy's
+    ranks: int | None  # None: every GPU of this machine, without any 2
+    steps: int
+    limit_s: float  # of a trial
+    keep: Path | None  # folder for what trials write; None: nothing is kept
+    out: Path  # the suggestion
+    as_json: bool
+    trial: Path | None  # this process is a rank of a trial, which leaves its figures in this folder
+
+
+@dataclass(frozen=True)
+class FinishedArguments:
+    """Of `dsdpo compare RUN RUN ...`."""
+
+    folders: tuple[Path, ...]
+    as_json: bool
+
+
+def compare(argv: list[str]) -> CompareArguments | FinishedArguments:
+    """The arguments of `dsdpo compare`, of whichever form. Raises `ConfigError`; exits on --help."""
+    words = [word for word in argv if word != "--json" and not word.startswith("--local")]
+    given = list(takewhile(lambda word: not word.startswith("-"), words))
+    if len(given) > 1 or (given and user_path(given[0]).is_dir()):
+        return _finished(argv)
+    parser = run_parser("dsdpo compare", COMPARE)
+    add_config_options(parser)
+    parser.add_argument(
+        "--ranks", type=int, default=None, metavar="N", help="of a trial; default: a GPU each, or 2 without GPU"
+    )
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="of a trial, 2 or more; default: 5")
+    parser.add_argument(
+        "--limit", type=float, default=30.0, metavar="MIN", help="minutes after which a trial is ended; default: 30"
+    )
+    parser.add_argument(
+        "--keep", type=user_path, default=None, metavar="FOLDER", help="keep settings, logs and metrics of trials here"
+    )
+    parser.add_argument(
+        "--out", type=user_path, default=None, metavar="FILE", help="the suggestion; default: RUN.suggested.yaml"
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print everything as JSON, in bytes")
+    parser.add_argument("--trial", type=Path, default=None, help=argparse.SUPPRESS)
+    run, flags = load_run(argv, parser)
+    if not flags.policies:
+        check_deepspeed_files(run)
+    policies, references = config_files(run, flags)
+    if flags.steps < 2:
+        raise ConfigError(f"--steps is {flags.steps}: give 2 or more, as the first step is not timed")
+    limit = _above_0(flags.limit, "--limit", "minutes")
+    out = flags.out or Path(f"{flags.run.stem}.suggested.yaml")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out: {out} is no file that can be written; give one in a folder that is there")
+    if flags.trial is None and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("dsdpo compare starts its trials' ranks itself: leave out the launcher, and say --ranks N")
+    return CompareArguments(
+        run,
+        flags.run,
+        policies,
+        references,
+        ranks=_at_least_1(flags.ranks, "--ranks"),
+        steps=flags.steps,
+        limit_s=60.0 * (limit or 0.0),
+        keep=None if flags.keep is None else new_folder(flags.keep, option="--keep"),
+        out=out,
+        as_json=flags.as_json,
+        trial=flags.trial,
+    )
+
+
+COMPARE = (
+    "Try a run for a few steps under each pair of DeepSpeed JSONs, in processes of their own, and say which fit, what "
+    "they take and how fast they are. `dsdpo compare RUN RUN ... [--json]` lays finished runs side by side instead."
+)
+
+
+def _finished(argv: list[str]) -> FinishedArguments:
+    parser = plain_parser("dsdpo compare", "compare: Finished runs side by side: settings, results, speed and memory.")
+    parser.add_argument("run", metavar="RUN", type=user_path, nargs="+", help="output_dir of a run")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print everything as JSON")
+    given = parser.parse_args(argv)
+    if len(given.run) < 2:
+        raise ConfigError(
+            f"dsdpo compare {given.run[0]}: one finished run has nothing beside it: give two or more, or a run file to "
+            "try under several DeepSpeed JSONs"
+        )
+    return FinishedArguments(tuple(given.run), given.as_json)
+
+
 def add_machine_options(parser: RunParser) -> None:
     """The options that say what a run is to run on."""
     parser.add_argument("--ranks", type=int, default=None, metavar="N", help="GPUs in all; default: as launched, or 1")
@@ -238,9 +340,9 @@ def _at_least_1(value: int | None, option: str) -> int | None:
     return value
 
 
-def _above_0(value: float | None, option: str) -> float | None:
+def _above_0(value: float | None, option: str, unit: str = "GiB") -> float | None:
     if value is not None and not 0 < value < math.inf:
-        raise ConfigError(f"{option} is {value}: give GiB, above 0")
+        raise ConfigError(f"{option} is {value}: give {unit}, above 0")
     return value
 
 
@@ -280,5 +382,6 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "precompute": precompute,
     "estimate": estimate,
+    "compare": compare,
     "doctor": doctor,
 }

@@ -15,15 +15,31 @@ from dsdpo.config.run import RunConfig
 from dsdpo.config.section import Section
 
 SHELLS = ("bash", "zsh", "fish")
-RUN_COMMANDS = ("train", "prepare", "precompute")  # those that take a run file and every setting
+# Commands that take a run file and every setting, with options of their own.
+RUN_COMMANDS = {
+    "train": ("--dry-run", "--verbose", "--resume"),
+    "prepare": (),
+    "precompute": ("--verbose",),
+    "estimate": (
+        "--zero",
+        "--reference-zero",
+        "--ranks",
+        "--gpus-per-node",
+        "--gpu",
+        "--host-memory",
+        "--tokens",
+        "--json",
+    ),
+    "compare": ("--zero", "--reference-zero", "--ranks", "--steps", "--limit", "--keep", "--out", "--json"),
+}
 BASH = """_dsdpo() {{
-  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
+  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" options="{options}"
   if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "{commands}" -- "$word")); return; fi
   case "$before" in
 {cases}
   esac
   case "${{COMP_WORDS[1]}} $word" in
-{runs}) COMPREPLY=($(compgen -W "{options}" -- "$word"));;
+{runs}
     *) COMPREPLY=($(compgen -f -- "$word"));;
   esac
 }}
@@ -41,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 def script(shell: str) -> str:
     """The completion script for a shell; zsh runs bash's."""
-    options = ["--dry-run", "--verbose", "--resume", "--help", "--help-section", *(f"--{key}" for key in settings())]
+    options = ["--help", "--help-section", *(f"--{key}" for key in settings())]
     if shell == "fish":
         lines = [f"complete -c dsdpo -n __fish_use_subcommand -f -a {name} -d '{text.split(':')[0]}'"
                  for name, text in COMMANDS.items()]  # fmt: skip
@@ -51,13 +67,18 @@ def script(shell: str) -> str:
             lines.append(
                 f"complete -c dsdpo {among} -l {option[2:]}" + (f" -x -a '{' '.join(values)}'" if values else "")
             )
+        for name, own in RUN_COMMANDS.items():
+            lines += [f"complete -c dsdpo -n '__fish_seen_subcommand_from {name}' -l {option[2:]}" for option in own]
         return "\n".join(lines) + "\n"
     cases = [f'    --{key}) COMPREPLY=($(compgen -W "{" ".join(values)}" -- "$word")); return;;'
              for key, values in choices().items()]  # fmt: skip
     bash = BASH.format(
         commands=" ".join(COMMANDS),
         cases="\n".join(cases),
-        runs="    " + "|".join(f'"{name} --"*' for name in RUN_COMMANDS),
+        runs="\n".join(
+            f'    "{name} --"*) COMPREPLY=($(compgen -W "{" ".join(own)} $options" -- "$word"));;'
+            for name, own in RUN_COMMANDS.items()
+        ),
         options=" ".join(options),
     )
     return ("autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else "") + bash
