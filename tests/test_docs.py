@@ -90,7 +90,7 @@ def test_every_command_in_the_docs_is_there_with_its_options() -> None:
             if option.startswith("--"):
                 assert option in own | settings | {"--help", "--resume"}, f"{where}: {option}"
             if word.startswith(("launch/", "ds_configs/", "examples/")):
-                assert (ROOT / word).exists(), f"{where}: {word}"
+                assert any(ROOT.glob(word)), f"{where}: {word}"
 
 
 def test_the_quick_tour_works_as_it_stands(tmp_path: Path) -> None:
