@@ -38,9 +38,7 @@ def meet(who: Launched, *, limit_s: float, mistake: DsdpoError | None = None) ->
     """
     until = time.monotonic() + limit_s
     store = _open(who, limit_s)
-    # A store of torchrun's own outlives these ranks, and may hold what others have left in it.
-    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{who.world_size}"
-    place, host = f"dsdpo/meeting/{attempt}", socket.gethostname()
+    place, host = f"dsdpo/meeting/{_attempt(who)}", socket.gethostname()
     if mistake is not None and store.add(f"{place}/mistakes", 1) == 1:
         told = [type(mistake).__name__, str(mistake), who.rank, host]
         store.set(f"{place}/mistake", json.dumps(told))
@@ -57,10 +55,25 @@ def meet(who: Launched, *, limit_s: float, mistake: DsdpoError | None = None) ->
     return [host.decode() for host in store.multi_get([f"{place}/host/{rank}" for rank in range(who.world_size)])]
 
 
+def _outlives_ranks() -> bool:
+    """Whether torchrun keeps the store, with what earlier ranks have left in it; else it is rank 0's, and new."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _attempt(who: Launched) -> str:
+    """What tells these ranks from earlier ones in the same store.
+
+    torchrun's count of restarts names no attempt where nodes have agents of their own: when a host is lost, an agent
+    whose rank has failed of it has counted one more than an agent that ended its rank to start it anew.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _outlives_ranks() else "0"
+    return f"{count}-{who.world_size}"
+
+
 def _open(who: Launched, limit_s: float) -> TCPStore:
     """The store of the process group to come, which torch opens again. Raises TrainingError if it is out of reach."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    keeps = who.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun keeps it itself
+    keeps = who.rank == 0 and not _outlives_ranks()
     if not keeps:
         _await_answer(host, port, who, limit_s)
     store = TCPStore(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 
 import pytest
@@ -14,6 +15,8 @@ from dsdpo.engine.elastic import check_ranks, shares_store
 from dsdpo.errors import ConfigError, TrainingError
 from dsdpo.stop_request import STOPPED, stop_code
 from dsdpo.stop_signals import noted_signals
+from tests.commands.processes import free_port
+from tests.ranks import run_ranks
 
 TWO = Launched("RANK", 0, 2, 0, 1)
 
@@ -60,3 +63,21 @@ def test_shared_store_is_noticed(
     monkeypatch.setenv("GROUP_WORLD_SIZE", agents)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
     assert shares_store() is warned
+
+
+def meets(port: str) -> list[str]:
+    """Who this rank meets, started by an agent that has counted as many restarts as the rank's number."""
+    from dsdpo.distributed import rank
+    from dsdpo.engine.meeting import meet
+
+    changes = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": str(rank())}
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        for name, value in changes.items():
+            environment.setenv(name, value)
+        return meet(Launched("RANK", rank(), 2, 0, 1), limit_s=30)
+
+
+def test_ranks_of_agents_that_count_restarts_otherwise_meet() -> None:
+    """Of two agents that lose the ranks of a third, one sees its own rank fail and counts that; the other does not."""
+    assert run_ranks(2, meets, str(free_port())) == [[socket.gethostname()] * 2] * 2
