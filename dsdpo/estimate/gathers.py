@@ -25,6 +25,7 @@ class Gathers:
     persistent: int  # whole on every rank all the time
     received: int  # gathered in all, by collectives
     largest: int  # of one collective: its parts are copied into place, so that it stands twice for a moment
+    calls: int  # collectives
 
 
 def gathers_of(weights: Weights, zero: dict[str, Any], *, backward: bool, checkpointing: bool = False) -> Gathers:
@@ -45,12 +46,13 @@ def gathers_of(weights: Weights, zero: dict[str, Any], *, backward: bool, checkp
     uses = [owner[part] for part in trace]
     sizes = [needs[part] for part in trace]
     live: dict[int, int] = {}
-    most = received = largest = 0
+    most = received = largest = calls = 0
     ahead = 0  # place in the trace up to which parameters have been prefetched
     for at, (part, size) in enumerate(zip(uses, sizes, strict=True)):
         if part not in live:
             live[part] = size
             received += size
+            calls += 1
             largest = max(largest, size)
         ahead, asked = max(ahead, at + 1), 0
         while ahead < len(uses) and asked < min(most_live - sum(live.values()), prefetch):
@@ -59,11 +61,12 @@ def gathers_of(weights: Weights, zero: dict[str, Any], *, backward: bool, checkp
                 asked += sizes[ahead]
                 received += sizes[ahead]
             ahead += 1
+        calls += asked > 0
         largest = max(largest, asked)
         most = max(most, sum(live.values()))
         if not _reused(uses, sizes, at, reuse) and part not in uses[at + 1 : ahead]:
             live.pop(part, None)
-    return Gathers(most, persistent, received, largest)
+    return Gathers(most, persistent, received, largest, calls)
 
 
 def _without_persistent(weights: Weights, threshold: float, most: float | None) -> tuple[int, list[int]]:

@@ -177,7 +177,7 @@ def _gathers(
 ) -> Gathers:
     """What is gathered in a pass: nothing where one rank has it all on its device."""
     if ranks == 1 and offload_device(config, "param") == "none":
-        return Gathers(0, 0, 0, 0)
+        return Gathers(0, 0, 0, 0, 0)
     return gathers_of(weights, config["zero_optimization"], backward=backward, checkpointing=checkpointing)
 
 

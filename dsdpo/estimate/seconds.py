@@ -12,6 +12,7 @@ from dsdpo.engine.deepspeed_keys import lookup
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.estimate.hardware import GB, Hardware
 from dsdpo.estimate.memory import FLOAT32, EngineMemory, optimizer_states
+from dsdpo.estimate.traffic import Exchange, scoring_exchanges, training_exchanges
 from dsdpo.estimate.weights import Weights
 from dsdpo.objective.flops import ModelFlops, Work
 
@@ -20,6 +21,9 @@ from dsdpo.objective.flops import ModelFlops, Work
 EFFICIENCY = 0.4
 HOST_MEMORY = 200 * GB  # bytes a second that a node's CPUs read and write, for its ranks together
 NVME = 6 * GB  # bytes a second of a node's disks
+# Seconds of an NCCL collective beside its bytes, by NCCL's own table for rings (protocol Simple): at the start, and for
+# each hop over NVLink and over the network.
+START, HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,17 @@ class Machine:
         """Nodes that so many ranks fill."""
         return -(-self.ranks // self.per_node)
 
-    def collective(self, received: float, *, group: int | None = None) -> float:
-        """Seconds in which each of a group of ranks (None: all) receives so many bytes of what they share."""
-        group = group or self.ranks
-        speed = self.gpu.link if group <= self.per_node else self.gpu.network
-        return received * (group - 1) / group / speed
+    def seconds(self, exchange: Exchange) -> float:
+        """What these collectives take: a ring through all ranks of the group, node by node.
+
+        All devices of a node put their share of the network together: as many rings go round as there are of them.
+        """
+        ranks = exchange.group or self.ranks
+        spans = ranks > self.per_node
+        speed = min(self.gpu.link, self.gpu.network * self.per_node) if self.per_node > 1 else self.gpu.network
+        hops = -(-ranks // self.per_node) - 1 if spans else 0  # over the network
+        waited = 0.0 if self.gpu.is_cpu or ranks == 1 else START + HOP * (ranks - 1 - hops) + NETWORK_HOP * hops
+        return exchange.sent(self.ranks) / (speed if spans else self.gpu.link) + waited * exchange.laps * exchange.count
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class StepTime:
     offload: float
     optimizer: float
     total: float
+    exchanges: tuple[Exchange, ...]  # of which the collectives are
 
 
 def step_time(
@@ -80,7 +91,8 @@ def step_time(
     if checkpointing:
         operations += flops.forward(step.work) - 2 * flops.head * step.work.scored
     arithmetic = operations / speed
-    moved = training_traffic(machine, config, weights, memory, step.micro_batches)
+    sent = training_exchanges(config, weights, memory, step.micro_batches, gloo=machine.gpu.is_cpu)
+    moved = sum(map(machine.seconds, sent))
     offload = offload_time(machine, config, weights, memory, step.micro_batches, trains=True)
     hidden = overlaps(config)
     total = max(arithmetic, moved + offload.passes) if hidden else arithmetic + moved + offload.passes
@@ -89,12 +101,12 @@ def step_time(
     if reference is not None:
         config, weights, memory, flops = reference
         scored = flops.forward(step.work) / speed
-        if memory.scoring_gathers is not None:
-            received = weights.itemsize * memory.scoring_gathers.received * step.scoring_passes
-            scoring = machine.collective(gather_bytes(config, received), group=gather_group(config))
-            fetched = offload_time(machine, config, weights, memory, step.scoring_passes, trains=False).passes
+        theirs = scoring_exchanges(config, weights, memory, step.scoring_passes)
+        scoring = sum(map(machine.seconds, theirs))
+        sent += theirs
+        fetched = offload_time(machine, config, weights, memory, step.scoring_passes, trains=False).passes
         total += max(scored, scoring + fetched) if hidden else scored + scoring + fetched
-    return StepTime(arithmetic, scored, moved + scoring, offload.passes + fetched, offload.update, total)
+    return StepTime(arithmetic, scored, moved + scoring, offload.passes + fetched, offload.update, total, sent)
 
 
 def overlaps(config: dict[str, Any]) -> bool:
@@ -103,33 +115,6 @@ def overlaps(config: dict[str, Any]) -> bool:
         lookup(config, "zero_optimization.overlap_comm")
         or (lookup(config, "zero_optimization.overlap_comm") is None and stage(config) == 3)
     )
-
-
-def training_traffic(
-    machine: Machine, config: dict[str, Any], weights: Weights, memory: EngineMemory, micro_batches: float
-) -> float:
-    """Seconds of the collectives of a step: gathers of weights, reduction of gradients, updated weights."""
-    b, trained = weights.itemsize, weights.total(trained=True)
-    gradients = machine.collective(b * trained)
-    if lookup(config, "zero_optimization.zero_quantized_gradients"):
-        gradients /= 4  # int4 within 16 bits
-    if stage(config) == 3 and memory.gathers is not None:
-        received = gather_bytes(config, b * memory.gathers.received * micro_batches)
-        return machine.collective(received, group=gather_group(config)) + gradients * micro_batches
-    reductions = micro_batches if stage(config) == 2 else 1.0
-    # Stage 1 sums whole gradients, which is a reduction and a gather.
-    return gradients * reductions * (2 if stage(config) == 1 else 1) + machine.collective(b * trained)
-
-
-def gather_bytes(config: dict[str, Any], received: float) -> float:
-    """What goes over the wire for weights of so many bytes."""
-    return received / 2 if lookup(config, "zero_optimization.zero_quantized_weights") else received
-
-
-def gather_group(config: dict[str, Any]) -> int | None:
-    """Ranks that a gather is among: with hpZ the backward pass's, which are half of them, stay within a node."""
-    group = int(lookup(config, "zero_optimization.zero_hpz_partition_size") or 1)
-    return group if group > 1 else None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_offload_moves_weights_and_states_to_the_host() -> None:
 def test_gathers_with_nothing_kept() -> None:
     weights = parts(100, 30, 40, 20, blocks=(None, 0, 0, None))
     # Forward 190; backward 20, the layer again 30 + 40, backward 40 (kept from just before: not), 30, then 100.
-    assert gathers_of(weights, FEW, backward=False) == Gathers(100, 0, 190, 100)
+    assert gathers_of(weights, FEW, backward=False) == Gathers(100, 0, 190, 100, 4)
     assert gathers_of(weights, FEW, backward=True).received == 2 * 190
     assert gathers_of(weights, FEW, backward=True, checkpointing=True).received == 2 * 190 + 70
 
@@ -105,8 +105,9 @@ def test_gathers_that_are_kept() -> None:
     weights = parts(100, 30, 40, 20, blocks=(None, 0, 0, None))
     all_live = gathers_of(weights, {"stage3_param_persistence_threshold": 0}, backward=True)
     assert (all_live.live, all_live.received) == (190, 190)  # one gather serves forward and backward
+    assert all_live.calls == 2  # the first part's, and all others' ahead of their use
     assert gathers_of(weights, {**FEW, "stage3_param_persistence_threshold": 35}, backward=False) == Gathers(
-        100, 50, 140, 100
+        100, 50, 140, 100, 2
     )
 
 
