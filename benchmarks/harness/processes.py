@@ -35,9 +35,12 @@ class Side:
     launcher: str = "deepspeed"  # or accelerate; not used for one rank
     launcher_config: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    hosted: tuple[str, ...] = ()  # a command line that starts all ranks elsewhere, in place of a launcher's
 
     def command(self) -> list[str]:
         """The command line that starts all ranks."""
+        if self.hosted:
+            return list(self.hosted)
         run = [self.module, *self.arguments]
         if self.launcher == "accelerate" and self.launcher_config:
             port = f"--main_process_port={free_port()}"

@@ -25,12 +25,15 @@ from types import TracebackType
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = "10.78.0"  # of the simulated hosts, and known to nobody else
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LARGEST_FRAME = 2000.0  # bytes, and more than one
+BURST_S = 1.5e-3  # of its time that a throttled cable may be ahead: too little for a late timer, and it is slower
 # What each program is in, on Debian.
 PACKAGES = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
     "setpriv": "util-linux",
     "ip": "iproute2",
+    "tc": "iproute2",
     "sshd": "openssh-server",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
@@ -159,6 +162,19 @@ class Hosts:
         """Put the cable back."""
         self._in_fabric("ip", "link", "set", "dev", name, "up")
 
+    def throttle(self, name: str, bytes_per_s: float) -> None:
+        """Let the host send no more than so many bytes a second, of whole Ethernet frames, from now on."""
+        burst = max(LARGEST_FRAME, BURST_S * bytes_per_s)
+        rule = ["rate", f"{8 * bytes_per_s:.0f}bit", "burst", f"{burst:.0f}b", "latency", "400ms"]
+        inside = ["nsenter", f"--target={self._first(name)}", "--net"]
+        command = [*inside, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *rule]
+        subprocess.run(command, check=True, env=environment_of_hosts(), timeout=30)
+
+    def sent(self, name: str) -> int:
+        """Bytes that the host has sent over its cable, headers of large segments counted once."""
+        said = Path(f"/proc/{self._first(name)}/net/dev").read_text()
+        return next(int(line.split()[9]) for line in said.splitlines() if line.strip().startswith("eth0:"))
+
     def crash(self, name: str) -> None:
         """End every process of a host at once."""
         host = self._hosts.pop(name)
@@ -174,7 +190,7 @@ class Hosts:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             process = subprocess.Popen(
-                self._on(name, command, folder),
+                self.on(name, command, folder),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -218,7 +234,8 @@ class Hosts:
         space = os.readlink(f"/proc/{self._first(name)}/ns/pid")
         return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_in(pid, space, words)]
 
-    def _on(self, name: str, command: Sequence[str], folder: Path | None) -> list[str]:
+    def on(self, name: str, command: Sequence[str], folder: Path | None = None) -> list[str]:
+        """The command line that runs a command on a host, as `start` and `run` do."""
         spaces = ["--mount", "--uts", "--net", "--pid"]
         return ["nsenter", f"--target={self._first(name)}", *spaces, f"--wd={folder or self.folder}", *command]
 
