@@ -28,6 +28,14 @@ OF_STRATEGY = {
     "trdpo_adapter": "trdpo_adapter",
     "policy_snapshot": "trdpo_snapshot",
 }
+STRATEGIES = {
+    "separate": "a second model beside the policy, partitioned or offloaded as its own JSON says",
+    "adapter": "train LoRA; the policy without it is the reference: no further memory",
+    "precomputed": "a pass over all pairs before training, kept on disk: no further memory",
+    "trdpo": "a second model that moves towards the policy every so many steps",
+    "trdpo_adapter": "the same with LoRA: a second adapter that moves",
+    "policy_snapshot": "the policy as it was every so many steps, without a copy",
+}
 LAUNCHERS = ("local", "slurm", "ssh")
 OF_ITS_MODEL = ("pad_token", "revision", "tokenizer", "chat_template", "allow_pickle", "trust_remote_code")
 RUN_FILE, SCRIPT, POLICY, REFERENCE = "run.yaml", "train.sh", "policy.json", "reference.json"
@@ -47,8 +55,11 @@ HEADER = """# Written by dsdpo init from the recipe {recipe}. Paths are relative
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     given = arguments(argv)
+    asks = sys.stdin.isatty() and sys.stdout.isatty()
+    if asks and given.recipe is None and given.strategy is None:
+        ask_strategy(given)
     recipe, path = recipe_of(given)
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if asks:
         ask(given, read_yaml(path))
     if missing := [f"--{name}" for name in ("model", "data") if not getattr(given, name)]:
         raise ConfigError(f"init: {' and '.join(missing)} missing: say what to train and on which pairs")
@@ -113,6 +124,24 @@ def recipe_of(given: argparse.Namespace) -> tuple[str, Path]:
     return name, recipes()[name]
 
 
+def ask_strategy(given: argparse.Namespace) -> None:
+    """Ask in the terminal where the reference's log-probs come from. Raises `ConfigError` for what is none of them."""
+    print("where the reference's log-probs come from:")
+    for name, what in STRATEGIES.items():
+        print(f"  {name:<17}{what}")
+    given.strategy = answer_to("strategy", "strategy", "separate")
+    if given.strategy not in OF_STRATEGY:
+        raise ConfigError(f"init: strategy: there is no {given.strategy!r}; there are {', '.join(OF_STRATEGY)}")
+
+
+def answer_to(name: str, question: str, default: str) -> str:
+    """What is typed, or what stands in brackets. Raises `ConfigError` where nobody answers."""
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:
+        raise ConfigError(f"init: no answer for --{name}") from None
+
+
 def ask(given: argparse.Namespace, recipe: dict[str, Any]) -> None:
     """Ask in the terminal for what no option said; return takes what stands in brackets."""
     questions = [
@@ -124,10 +153,7 @@ def ask(given: argparse.Namespace, recipe: dict[str, Any]) -> None:
     for name, question, default in questions:
         if getattr(given, name) is not None:
             continue
-        try:
-            answer = input(f"{question} [{default}]: ").strip() or default
-        except EOFError:
-            raise ConfigError(f"init: no answer for --{name}") from None
+        answer = answer_to(name, question, default)
         if name == "gpus":
             if not answer.isdecimal() or int(answer) < 1:
                 raise ConfigError(f"init: {question}: {answer!r} is no number of processes")

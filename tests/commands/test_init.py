@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ import yaml
 from dsdpo.__main__ import main
 from dsdpo.commands.arguments import COMMANDS
 from dsdpo.commands.completion import choices, script, settings
+from dsdpo.commands.init import OF_STRATEGY, STRATEGIES
 from dsdpo.config.load import dotted_keys, load_run, run_parser
 from dsdpo.config.loss import LOSSES
 from dsdpo.config.shipped import recipes, shipped
 from tests.commands.processes import environment_of
 
+ROOT = Path(__file__).parents[2]
 OWN = ["--model", "some/model", "--data", "pairs.jsonl"]
 
 
@@ -78,6 +82,54 @@ def test_what_cannot_be_written_is_one_message(
     output, errors = capsys.readouterr()
     assert expected in errors
     assert (output, list(tmp_path.iterdir())) == ("", [])
+
+
+def in_terminal(words: list[str], answers: str, folder: Path) -> tuple[int, str]:
+    """Exit code and screen of `dsdpo init` in a terminal of its own where `answers` are typed, Ctrl-D after them."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "dsdpo", "init", *words]
+    environment = {**environment_of(), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=folder, env=environment)
+    os.close(terminal)
+    os.write(master, answers.encode() + b"\x04")
+    screen = b""
+    while True:
+        try:
+            screen += os.read(master, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(master)
+    return process.wait(timeout=60), screen.decode()
+
+
+def test_what_no_option_says_is_asked_in_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("")
+    code, screen = in_terminal(["own"], "adapter\nsome/model\nmine.jsonl\n\n3\n", tmp_path)
+    assert code == 0, screen
+    run = load(tmp_path / "own")
+    assert run["reference"]["strategy"] == "adapter"
+    assert run["model"]["path"] == "some/model"
+    assert run["data"]["train"][0]["path"] == str(tmp_path / "mine.jsonl")
+    assert run["data"]["eval"] is None
+    assert "--num_gpus 3 " in (tmp_path / "own" / "train.sh").read_text()
+    assert STRATEGIES.keys() == OF_STRATEGY.keys()
+    for question in (
+        *OF_STRATEGY,
+        "strategy [separate]: ",
+        "model to train",
+        "preference pairs",
+        "held-out pairs [none]",
+    ):
+        assert question in screen
+    code, screen = in_terminal(["two", "--recipe", "simpo", *OWN, "--eval", "held/out"], "0\n", tmp_path)
+    assert code == 2
+    assert "'0' is no number of processes" in screen
+    assert "strategy" not in screen
+    assert in_terminal(["three"], "nearby\n", tmp_path)[0] == 2
+    code, screen = in_terminal(["four", "--strategy", "trdpo"], "", tmp_path)
+    assert code == 2
+    assert "no answer for --model" in screen
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl", "own"]
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
