@@ -98,10 +98,15 @@ def _checked(given: Namespace) -> Condition | None:
 
 
 def _as_reward_bench(target: Target) -> Target:
-    """The target with RewardBench's texts put into the chat template."""
+    """The target with RewardBench's texts put into the chat template; of a Hub id or folder the split `filtered`."""
     data = target.run.data.model_copy(update={"text": "chat"})
     run: RunConfig = target.run.model_copy(update={"data": data})
-    return Target(run, target.folder, target.sources, target.name)
+    sources = [
+        source if source.split or Path(source.path).expanduser().is_file()
+        else source.model_copy(update={"split": "filtered"})
+        for source in target.sources
+    ]  # fmt: skip
+    return Target(run, target.folder, sources, target.name)
 
 
 def _report(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from dsdpo.__main__ import main
 from tests.ranks import run_ranks
@@ -151,6 +154,52 @@ def test_models_are_scored_without_a_run(inputs: Path, run: Path, tmp_path: Path
     assert "both" in refused("score", model, "--reference", model, "--data", few, "--out", out, *own)
     assert "--reference is missing" in refused("score", model, "--data", few, "--out", out)
     assert "--data is missing" in refused("score", model, "--reference", model, "--out", out)
+
+
+def by_hand(model: Any, tokenizer: Any, question: str, answer: str) -> float:
+    """log p(answer | question) under a model of transformers."""
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], return_tensors="pt"
+    ).input_ids
+    learned = len(tokenizer(f"{answer} <|end|>", add_special_tokens=False).input_ids)
+    with torch.no_grad():
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return float(logps[-learned:].sum())
+
+
+def test_files_of_reward_bench_are_scored_as_by_hand(run: Path, inputs: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    subsets = ("alpacaeval-easy", "mt-bench-hard", "donotanswer", "xstest-should-respond", "math-prm", "hep-go")
+    rows = [json.loads(line) for line in (inputs / "test.jsonl").read_text().splitlines()[:24]]
+    texts = [{name: row[name][0]["content"] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    models = {"chosen_model": "one", "rejected_model": "two"}
+    bench = [text | models | {"subset": subsets[k % 6], "id": k} for k, text in enumerate(texts)]
+    (tmp_path / "bench" / "data").mkdir(parents=True)
+    for split, part in (("filtered", bench), ("raw", bench[:1])):
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / f"bench/data/{split}-00000-of-00001.parquet")
+    out = tmp_path / "out.parquet"
+    said = said_by("score", run, "--data", tmp_path / "bench", "--out", out, "--rewardbench")
+
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    before = [[by_hand(base, tokenizer, t["prompt"], t[side]) for side in ("chosen", "rejected")] for t in texts]
+    policy = peft.PeftModel.from_pretrained(base, run / "model").eval()
+    after = [[by_hand(policy, tokenizer, t["prompt"], t[side]) for side in ("chosen", "rejected")] for t in texts]
+    rewards = 0.1 * (np.array(after) - np.array(before))
+    found = pq.read_table(out).to_pydict()
+    np.testing.assert_allclose(found["chosen_reward"], rewards[:, 0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["rejected_reward"], rewards[:, 1], rtol=0, atol=1e-5)
+    right = rewards[:, 0] > rewards[:, 1]
+    share = {name: float(np.mean([right[k] for k in range(24) if k % 6 == i])) for i, name in enumerate(subsets)}
+    assert 0 < right.mean() < 1, "all right or all wrong compares nothing"
+    sections = {"Chat": share["alpacaeval-easy"], "Chat Hard": share["mt-bench-hard"],
+                "Safety": (136 * share["donotanswer"] + 250 * share["xstest-should-respond"]) / (136 + 250),
+                "Reasoning": (984 * share["math-prm"] + 164 * share["hep-go"]) / (984 + 164)}  # fmt: skip
+    sections["RewardBench"] = sum(sections.values()) / 4
+    for name, value in (share | sections).items():
+        assert re.search(rf"^ *{name} .*{value:.1%}", said, re.MULTILINE), (name, value, said)
 
 
 def test_reward_bench_sections() -> None:
