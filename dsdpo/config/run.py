@@ -212,6 +212,8 @@ class TrackingConfig(Section):
     """Also write TensorBoard event files into the run folder; needs the package tensorboard."""
     names: Literal["dsdpo", "trl"] = "dsdpo"
     """What W&B and TensorBoard call metrics; trl: as TRL's reports do, train/loss and train/global_step."""
+    inspected_rows: NonNegativeInt = 0
+    """Training pairs, of all lengths, whose text W&B and TensorBoard show as it is trained on; 0: none leaves here."""
     peak_tflops: PositiveFloat | None = None
     """What one device can do at most, in TFLOP/s of 16-bit matrix products, for perf/mfu; null: known by its name."""
     pairs: bool = True
@@ -225,7 +227,14 @@ class TrackingConfig(Section):
 
     @model_validator(mode="after")
     def _names_have_effect(self) -> TrackingConfig:
-        if self.names != "dsdpo" and self.wandb is None and not self.tensorboard:
+        if self.wandb is not None or self.tensorboard:
+            return self
+        if self.inspected_rows:
+            raise ValueError(
+                f"tracking.inspected_rows {self.inspected_rows} has no effect without tracking.wandb or "
+                "tracking.tensorboard: set one of them, or use dsdpo inspect"
+            )
+        if self.names != "dsdpo":
             raise ValueError(
                 f"tracking.names {self.names} has no effect without tracking.wandb or tracking.tensorboard, as "
                 "metrics.jsonl has our names always: set one of them, or leave it out"

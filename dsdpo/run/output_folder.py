@@ -120,24 +120,6 @@ def git_commit(folder: Path) -> str | None:
     return answers[0] + ("+changes" if answers[1] else "")
 
 
-def facts(plan: Plan, policy: TrainingEngine, identity: dict[str, Any]) -> dict[str, Any]:
-    """What makes this run comparable with others, beside its settings."""
-    total, trainable = parameter_counts(policy)
-    return {
-        "resolved_deepspeed": plan.policy_config,
-        "resolved_deepspeed_reference": plan.reference_config if plan.reference.own_engine else None,
-        "environment": environment(),
-        "git_commit": git_commit(Path.cwd()),  # of the user's own folder
-        "parameters": total,
-        "trainable_parameters": trainable,
-        "training_pairs": len(plan.train.pairs),
-        "held_out_pairs": len(plan.evaluation.pairs) if plan.evaluation else 0,
-        "total_steps": plan.total_steps,
-        "layout": plan.layout.name,
-        "reference_identity": identity,
-    }
-
-
 def parameter_counts(policy: TrainingEngine) -> tuple[int, int]:
     """Numbers of the policy's parameters, and of those that are trained."""
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in policy.module.parameters()]

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsdpo.disks import find_disk
+from dsdpo.distributed import rank
 from dsdpo.engine.build import device
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.reference.base import Reference
 from dsdpo.run.finite_weights import check_start
 from dsdpo.run.models import build_policy_and_reference
-from dsdpo.run.output_folder import facts
 from dsdpo.run.plan import Plan
 from dsdpo.run.resume import checkpoint_record, restore_or_start, resumed_plan, state_of
+from dsdpo.run.tracked import expected, facts, inspected_rows
 from dsdpo.run_folder import RunFolder
 from dsdpo.stop_request import StopRequest
 from dsdpo.training.cadence import Cadence
@@ -68,11 +69,14 @@ def build_run(
     meter = Meter(top_k=plan.routing.top_k if plan.routing else 1)
     plan = resumed_plan(plan, state)
     stop.check_signals()
+    estimate = expected(plan)
     policy, reference = build_policy_and_reference(plan)
     stop.check_signals()
     identity = restore_or_start(checkpoint, plan, folder, policy=policy, reference=reference, meter=meter)
     check_start(plan, policy, reference, checkpoint)
-    tracker = Tracker(settings, folder, facts=facts(plan, policy, identity), start_step=state.step)
+    tracker = Tracker(settings, folder, facts=facts(plan, policy, identity, estimate), start_step=state.step)
+    if settings.tracking.inspected_rows and rank() == 0:
+        tracker.log_rows("inspected_rows", state.step, inspected_rows(plan))
     return Run(
         plan=plan,
         folder=folder,

@@ -79,6 +79,12 @@ class Tracker:
         table = [[row[name] for name in columns] for row in rows]
         self._mirror(lambda mirror: mirror.table(step, "samples", columns, table))
 
+    def log_rows(self, name: str, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """A table of rows with the same keys, in W&B and TensorBoard alone."""
+        if rows:
+            table = [list(row.values()) for row in rows]
+            self._mirror(lambda mirror: mirror.table(step, name, list(rows[0]), table))
+
     def alert(self, title: str, text: str, *, fatal: bool = False) -> None:
         """Tell whoever watches the run from elsewhere."""
         self._mirror(lambda mirror: mirror.alert(title, text, fatal=fatal))

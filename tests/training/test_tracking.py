@@ -17,9 +17,11 @@ from dsdpo.config.run import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
 from dsdpo.training import wandb_mirror
+from dsdpo.training.lost_ranks import LAST_WORDS
 from dsdpo.training.mirrors import check_mirrors
 from dsdpo.training.tracking import Tracker
 from tests.commands.processes import finish
+from tests.runs import settings, train_on
 
 
 def run_in(folder: Path, wandb: dict[str, Any] | None, **tracking: Any) -> RunConfig:
@@ -202,9 +204,13 @@ def test_an_offline_run_holds_config_metrics_best_values_files_and_alerts(tmp_pa
     tracker = Tracker(run, files, start_step=0)
     tracker.log(1, {"loss": 0.6})
     tracker.fail(ValueError("broken"))
+    # A third time a rank is cut off, and rank 0 has the last word beside its main thread that hangs.
+    Tracker(run, files)
+    for word in list(LAST_WORDS):
+        word("no sign of life of rank 1 for 60 s")
 
     records = wait_for(tmp_path, lambda records: len(history_of(records)) == 3 and
-                       sum(each.WhichOneof("record_type") == "exit" for each in records) == 2)  # fmt: skip
+                       sum(each.WhichOneof("record_type") == "exit" for each in records) == 3)  # fmt: skip
     kinds = {kind: [getattr(each, kind) for each in records if each.WhichOneof("record_type") == kind]
              for kind in ("run", "metric", "alert", "artifact", "exit", "request")}  # fmt: skip
     first = kinds["run"][0]
@@ -224,10 +230,11 @@ def test_an_offline_run_holds_config_metrics_best_values_files_and_alerts(tmp_pa
     assert [(each.title, each.text, each.level) for each in kinds["alert"]] == [
         ("Step skipped", "step 2: the gradient is not finite", "WARN"),
         ("Run failed", "ValueError: broken", "ERROR"),
+        ("Rank lost", "no sign of life of rank 1 for 60 s", "ERROR"),
     ]
     saved = [each.path for artifact in kinds["artifact"] for each in artifact.manifest.contents]
     assert {"config.yaml", "deepspeed.json"} <= set(saved)
-    assert [each.exit_code for each in kinds["exit"]] == [0, 1]
+    assert [each.exit_code for each in kinds["exit"]] == [0, 1, 1]
 
 
 def test_tensorboard_has_every_row_and_a_resumed_run_takes_later_ones_back(tmp_path: Path) -> None:
@@ -250,6 +257,34 @@ def test_a_mirror_without_its_package_is_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=r"pip install 'dsdpo\[tensorboard\]'"):
         check_mirrors(run_in(tmp_path, None, tensorboard=True))
     check_mirrors(run_in(tmp_path, None))
+
+
+def test_a_runs_estimate_and_rows_are_in_wandb(tmp_path: Path, inputs: Path) -> None:
+    wandb = {"mode": "offline"}
+    spec = settings(tmp_path, inputs, train={"max_steps": 1}, tracking={"wandb": wandb, "inspected_rows": 2})
+    train_on(2, spec)
+    folder = Path(spec["output_dir"])
+    records = wait_for(folder, lambda records: any(each.WhichOneof("record_type") == "exit" for each in records))
+    [run] = [each.run for each in records if each.WhichOneof("record_type") == "run"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    estimate = config["estimate"]
+    assert estimate["ranks"] == 2
+    assert estimate["fits"] is True
+    assert 0 < estimate["device_gib"] < 8
+    assert estimate["step_s"] > 0
+    assert [row["inspected_rows/nrows"] for row in history_of(records) if "inspected_rows/nrows" in row] == [2]
+    [file] = folder.glob("wandb/offline-run-*/files/media/table/inspected_rows*.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["source", "row", "prompt", "chosen", "rejected", "tokens"]
+    for source, number, prompt, chosen, rejected, _ in table["data"]:
+        text = json.loads(Path(source).read_text().splitlines()[number])
+        for name, shown in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+            assert text[name][0]["content"] in shown
+
+
+def test_inspected_rows_without_a_place_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no effect without"):
+        run_in(tmp_path, None, inspected_rows=2)
 
 
 SERVICE_KILLED = """
