@@ -18,6 +18,7 @@ from dsdpo.accelerator import choose_accelerator
 from dsdpo.errors import ConfigError
 
 _quiet = threading.Event()
+_amount: list[str] = []  # how much is done of what is being waited for, if that is known
 SILENCE_S = {True: 2.0, False: 20.0}  # in a terminal and elsewhere, before it is said what is being waited for
 LIBRARIES = ("transformers", "datasets", "accelerate")  # DeepSpeed's own logger: engine/build.py
 
@@ -177,6 +178,13 @@ def waiting(what: str) -> Iterator[None]:
     finally:
         over.set()
         teller.join()
+        _amount.clear()
+
+
+def tell_amount(done: float, total: float, *, seconds: float) -> None:
+    """Have the line of `waiting` say how many bytes there are by now, and at what rate."""
+    rate = f", {done / seconds / 1e9:.1f} GB/s" if seconds >= 1 else ""
+    _amount[:] = [f": {done / 1e9:.1f} of {total / 1e9:.1f} GB{rate}"]
 
 
 def _tell(what: str, over: threading.Event) -> None:
@@ -184,11 +192,12 @@ def _tell(what: str, over: threading.Event) -> None:
     pause_s = SILENCE_S[watched]
     while not over.wait(pause_s):
         seconds = time.monotonic() - started
+        amount = "".join(_amount)
         if watched:
-            sys.stderr.write(f"\r{what} ... {seconds:.0f} s")
+            sys.stderr.write(f"\r{what}{amount} ... {seconds:.0f} s\x1b[K")
             pause_s = 1.0
         else:
-            sys.stderr.write(f"{what} ... {seconds:.0f} s\n")
+            sys.stderr.write(f"{what}{amount} ... {seconds:.0f} s\n")
             pause_s = seconds
         sys.stderr.flush()
     if watched and time.monotonic() - started >= SILENCE_S[watched]:

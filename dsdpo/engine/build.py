@@ -96,13 +96,16 @@ def build_reference(
     token_weights: TokenWeights | None = None,
     longest: int | None = None,
     sequence: SequenceGroup | None = None,
+    like: nn.Module | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """An inference-only engine (no optimizer, no gradients) around a frozen `ResponseScorer`. Collective.
+
+    `like` is a model that holds the same weights, from which shards are copied.
 
     Never call `backward`, `step` or `save_checkpoint` on the result: without an optimizer they fail or hang
     (DeepSpeed 0.19).
     """
-    lm = load_lm(model, config, layout=layout, longest=longest)
+    lm = load_lm(model, config, layout=layout, longest=longest, like=like)
     if model.lora is not None:
         with partitioned_loading(config):
             lm = add_adapter(lm, model, seed=0, trainable=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -18,6 +18,7 @@ from dsdpo.config.model import ModelConfig
 from dsdpo.data.binning import LayoutName
 from dsdpo.engine.blank import attention_name, key_mapping, quiet_loading, refuse_unfit
 from dsdpo.engine.quantization import keep_packed, loading_options
+from dsdpo.engine.quirks.sharded_loading import loading_own_shards
 from dsdpo.engine.rope import fix_rope_factors
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
@@ -35,13 +36,23 @@ RANDOM = (
 )
 
 
-def load_lm(model: ModelConfig, config: dict[str, Any], *, layout: LayoutName, longest: int | None = None) -> Any:
+def load_lm(
+    model: ModelConfig,
+    config: dict[str, Any],
+    *,
+    layout: LayoutName,
+    longest: int | None = None,
+    like: nn.Module | None = None,
+) -> Any:
     """The causal language model, under stage 3 straight into shards, with nothing random in it. Collective.
 
     `longest` is the run's longest pair in tokens, by which the factors of position embeddings that depend on it are
-    fixed. Raises `ConfigError` if the weights do not fill the model.
+    fixed. `like` is a model that holds the same weights, from which shards are copied. Raises `ConfigError` if the
+    weights do not fill the model.
     """
-    with partitioned_loading(config), quiet_loading():
+    in_shards = stage(config) == 3 and model.quantization is None
+    by_parts = loading_own_shards(like=like) if in_shards else nullcontext()
+    with partitioned_loading(config), by_parts, quiet_loading():
         try:
             lm, found = AutoModelForCausalLM.from_pretrained(
                 model.path,

@@ -102,8 +102,11 @@ class Reference(ABC):
         """Load the state that `save` wrote. Collective."""
 
 
-def build_checked_reference(plan: RunPlan) -> tuple[InferenceEngine, Answers]:
-    """The reference in an engine of its own, found to be right, and what it answered on a few pairs. Collective."""
+def build_checked_reference(plan: RunPlan, policy: TrainingEngine | None = None) -> tuple[InferenceEngine, Answers]:
+    """The reference in an engine of its own, found to be right, and what it answered on a few pairs. Collective.
+
+    With a `policy` that has not trained yet, weights that both start from are copied from it instead of being read.
+    """
     model = plan.reference.model
     engine = build_reference(
         model,
@@ -112,10 +115,16 @@ def build_checked_reference(plan: RunPlan) -> tuple[InferenceEngine, Answers]:
         token_weights=TokenWeights.of(plan.run.loss),
         longest=plan.longest,
         sequence=plan.sequence,
+        like=policy.module.lm if policy is not None and _same_weights(plan) else None,
     )
     dtype = computing_dtype(plan.reference_config, model.dtype)
     key = "reference.path" if plan.run.reference.path else "reference"
     return engine, check_engine(engine, plan.train, dtype=dtype, key=key)
+
+
+def _same_weights(plan: RunPlan) -> bool:
+    ours, theirs = plan.run.model, plan.reference.model
+    return (ours.path, ours.revision) == (theirs.path, theirs.revision)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class SeparateReference(Reference):
         assert policy is not None
         settings, model = plan.reference.settings, plan.reference.model
         assert isinstance(settings, Separate)
-        engine, answers = build_checked_reference(plan)
+        engine, answers = build_checked_reference(plan, policy)
         reference: Reference = cls(engine, score_tokens=settings.score_tokens * plan.sequence.size)
         reference.identity = identify_reference(plan, engine.module, adapter=POLICY if model.lora else None)
         if settings.sync is not None:
