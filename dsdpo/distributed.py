@@ -237,21 +237,31 @@ def _await_all(store: Any, shift: str, silent_s: float) -> None:
         raise DsdpoError("the process group's store no longer answers: rank 0 is gone") from error
 
 
-def part(seconds: float) -> None:
-    """Wait until all ranks have come here, rank 0, which keeps the store, last; at most `seconds`.
+def met(where: str, seconds: float) -> bool:
+    """Wait until all ranks have come to `where`, at most `seconds`; whether they have.
 
-    For the end of a process, when some ranks may be gone already: never raises.
+    For when some ranks may be gone already: never raises. A `where` serves once.
     """
     if world_size() == 1:
-        return
-    keys = [f"dsdpo/part/{peer}" for peer in range(world_size())]
+        return True
+    keys = [f"dsdpo/{where}/{peer}" for peer in range(world_size())]
     until = time.monotonic() + seconds
     try:
         store = own_store()
         store.set(keys[rank()], "")
-        while time.monotonic() < until and not store.check(keys):
+        while time.monotonic() < until:
+            if store.check(keys):
+                return True
             time.sleep(0.05)
-        if rank() == 0:
-            time.sleep(0.2)  # for the others' last question
     except RuntimeError:
-        return  # rank 0 is gone
+        return False  # rank 0, which keeps the store, is gone
+    return False
+
+
+def part(seconds: float) -> None:
+    """Wait until all ranks have come here, rank 0, which keeps the store, last; at most `seconds`.
+
+    For the end of a process: never raises.
+    """
+    if met("part", seconds) and world_size() > 1 and rank() == 0:
+        time.sleep(0.2)  # for the others' last question

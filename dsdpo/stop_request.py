@@ -47,10 +47,10 @@ class StopRequest:
         self._deadline_s = None if deadline is None else deadline.total_seconds()
         self._device, self._lock, self._time_limit = device, lock, time_limit
 
-    def reason(self) -> str | None:
-        """Why to stop now, the same on every rank, or None. Collective."""
+    def reason(self, *, saving: bool = False) -> str | None:
+        """Why to stop now, the same on every rank, or None; `saving`: a checkpoint is being written. Collective."""
         code = noted_signal()
-        if self._time_limit is not None and self._time_limit.is_near():
+        if self._time_limit is not None and self._time_limit.is_near(saving=saving):
             code = max(code, _TIME_LIMIT)
         if self._deadline_s is not None and seconds_listened() > self._deadline_s:
             code = _DEADLINE
@@ -78,6 +78,11 @@ class StopRequest:
         for item in items:
             self.check()
             yield item
+
+    def waited(self) -> None:
+        """Do not count the time since the last step into the next one: a save took some of it."""
+        if self._time_limit is not None:
+            self._time_limit.waited()
 
     def saved(self, seconds: float) -> str | None:
         """Take note of how long a save took; what to warn of, if anything."""

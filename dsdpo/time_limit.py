@@ -29,19 +29,31 @@ class TimeLimit:
     @property
     def needed_s(self) -> float:
         """Seconds to keep: one more step and a save, each of which may take twice as long as the longest so far."""
-        return 2 * self._step_s + 2 * (self.save_s or UNMEASURED_SAVE_S) + SLACK_S
+        return 2 * self._step_s + 2 * self._one_save_s + SLACK_S
 
-    def is_near(self) -> bool:
-        """Whether there is no time for another step, to be asked after each. Never at first: something must get on."""
+    @property
+    def _one_save_s(self) -> float:
+        return self.save_s or UNMEASURED_SAVE_S
+
+    def is_near(self, *, saving: bool = False) -> bool:
+        """Whether there is no time for another step, to be asked after each. Never at first: something must get on.
+
+        `saving`: a checkpoint is still being written, and the last one waits for it.
+        """
         now, first, self._looked = time.monotonic(), not self._looked, True
         if self._looked_at is not None:
             self._step_s = max(self._step_s, now - self._looked_at)
         self._looked_at = now
-        return not first and seconds_listened() + self.needed_s > self.limit_s
+        needed_s = self.needed_s + (2 * self._one_save_s if saving else 0.0)
+        return not first and seconds_listened() + needed_s > self.limit_s
+
+    def waited(self) -> None:
+        """Count nothing since the last look as a step: the run has been saving."""
+        self._looked_at = None
 
     def saved(self, seconds: float) -> str | None:
         """Take note of how long a save took; a warning, once, if much of a job's time goes into its end."""
-        self.save_s, self._looked_at = max(self.save_s, seconds), None
+        self.save_s = max(self.save_s, seconds)
         if self._warned or self.needed_s < MUCH * self.limit_s:
             return None
         self._warned = True

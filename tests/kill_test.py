@@ -3,9 +3,10 @@
     python -m tests.kill_test --kills 20 [--seed 0] [--folder FOLDER]
 
 The run has two ranks under the deepspeed launcher, ZeRO-3 for the policy and for a reference that moves (TR-DPO), and a
-checkpoint every second step. At random moments, while it saves, trains or starts, all its processes or one rank get
-SIGKILL; then it goes on with `--resume auto`. At the end every weight must be the uninterrupted run's bit by bit, and
-every step's pair ids and metrics must stand exactly once in the records.
+checkpoint every second step, written while it trains on. At random moments, while it saves, trains or starts, all its
+processes or one rank get SIGKILL; then it goes on with `--resume auto`. After each kill, what has a whole checkpoint's
+name must be one. At the end every weight must be the uninterrupted run's bit by bit, and every step's pair ids and
+metrics must stand exactly once in the records.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dsdpo.atomic import digest_of_file, load_checksummed
+from dsdpo.training.checkpoint import read_state, whole_checkpoints
 from tests.commands.processes import Forked, launcher
 from tests.ranks import stop_all
 from tests.runs import demo_inputs, settings, train_on
@@ -57,6 +60,7 @@ class Report:
     exit_codes: list[int] = field(default_factory=list)
     resumed_from: list[int] = field(default_factory=list)  # step; 0: from the beginning
     seconds: float = 0.0
+    damaged: list[str] = field(default_factory=list)  # checkpoints that had a whole one's name after a kill
     same_weights: bool = False
     same_pairs: bool = False
     same_metrics: bool = False
@@ -89,12 +93,15 @@ def run_and_kill(folder: Path, kills: Sequence[Kill], *, steps: int) -> Report:
         "distributed": {"timeout_minutes": 2},
     }
     whole, killed = (settings(folder / name, inputs, **options) for name in ("whole", "killed"))
+    killed["checkpoint"] = {**killed["checkpoint"], "background": True}
+    whole["checkpoint"] = {**whole["checkpoint"], "background": False}
     report = Report()
     train_on(2, whole)  # what a launcher starts trains as these ranks do (tests/commands/test_train.py)
     for kill in kills:
         run = start(killed, folder)
         report.kills.append(asdict(kill) | run.interrupt(kill, Path(killed["output_dir"])))
         run.finish(report)
+        report.damaged += damaged(Path(killed["output_dir"]) / "checkpoints")
     assert start(killed, folder).finish(report) == 0
     report.resumed_from = [resumed_step(output) for output in report.outputs]
     compare(Path(whole["output_dir"]), Path(killed["output_dir"]), report)
@@ -111,6 +118,17 @@ def compare(whole: Path, killed: Path, report: Report) -> None:
     pairs = (killed / "pairs.jsonl").read_text()
     report.same_pairs = pairs == (whole / "pairs.jsonl").read_text() and pairs.count("\n") > 0
     report.same_metrics = computed(killed) == computed(whole)
+
+
+def damaged(folder: Path) -> list[str]:
+    """The checkpoints with a whole one's name whose files are not those of their list, read anew."""
+    found = []
+    for path in whole_checkpoints(folder):
+        listed = load_checksummed((path / "manifest.json").read_text())
+        read_state(path)
+        if not listed or any(digest_of_file(path / name) != digest for name, digest in listed.items()):
+            found.append(path.name)
+    return found
 
 
 def computed(folder: Path) -> list[dict[str, float]]:
@@ -241,8 +259,9 @@ def main() -> int:
     hit = [kill for kill in report.kills if kill["hit"]]
     during = sum(bool(kill["saving"]) for kill in hit)
     print(f"{len(hit)} kills landed, {during} of them during a save, in {report.seconds:.0f} s; see {folder}")
+    print(f"checkpoints that were not whole: {report.damaged or 'none'}")
     print(f"weights {report.same_weights}, pair ids {report.same_pairs}, metrics {report.same_metrics}")
-    return 0 if report.same_weights and report.same_pairs and report.same_metrics else 1
+    return 0 if not report.damaged and report.same_weights and report.same_pairs and report.same_metrics else 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ PACKAGE = Path(dsdpo.__file__).parent
 ROOMS = ["config", "data", "objective", "engine", "estimate", "reference", "training", "run", "commands"]
 BELOW = (  # all rooms
     "accelerator", "atomic", "errors", "distributed", "disks", "console", "phases", "run_folder", "run_lock",
-    "sequence_group", "stop_signals", "stop_request", "time_limit",
+    "host_memory", "sequence_group", "stop_signals", "stop_request", "time_limit",
 )  # fmt: skip
 BELOW_ALL = {"dsdpo", *(f"dsdpo.{name}" for name in BELOW)}
 ALLOWED = {

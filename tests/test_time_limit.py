@@ -55,10 +55,20 @@ def test_longest_step_counts_and_a_save_between_two_steps_is_none(clock: Clock) 
         clock.now += seconds
         limit.is_near()
     clock.now += 500
-    limit.saved(100)
+    limit.waited()
     clock.now += 10
     limit.is_near()
     assert limit.needed_s == 2 * 70 + 2 * 100 + 30
+
+
+def test_keeps_two_saves_while_one_is_under_way(clock: Clock) -> None:
+    """The last checkpoint waits for the one that is being written: 2 x 100 s more than without it."""
+    limit = TimeLimit(1000, save_s=100)
+    limit.is_near()
+    clock.now = 600
+    limit.waited()
+    assert not limit.is_near()
+    assert limit.is_near(saving=True)
 
 
 def test_first_look_lets_a_run_get_on_however_short_its_time_is(clock: Clock) -> None:

@@ -8,7 +8,7 @@ from dsdpo.commands.arguments import TrainArguments
 from dsdpo.console import is_main, quiet_libraries, say, waiting
 from dsdpo.distributed import rank
 from dsdpo.engine.build import device
-from dsdpo.errors import StoppedError
+from dsdpo.errors import DsdpoError, StoppedError
 from dsdpo.run.estimate import forecast_of_plan, is_quantized
 from dsdpo.run.estimate_report import in_three_lines
 from dsdpo.run.export import export_trained
@@ -59,6 +59,8 @@ def train(plan: Plan, callbacks: Callbacks | None = None, *, quiet: bool = False
             reason = train_until_done(run)
             return finish(run, reason, quiet=quiet, started=started)
         except Exception as error:
+            if isinstance(error, DsdpoError) and lock.taken_by is None:  # all ranks raise it, and the folder is ours
+                run.saver.settle()
             run.tracker.fail(error)
             raise
 

@@ -131,6 +131,9 @@ class CheckpointConfig(Section):
 
     every_steps: NonNegativeInt = 100
     """Optimizer steps between checkpoints; 0: none."""
+    background: bool | Literal["auto"] = "auto"
+    """Write checkpoints while training goes on, from a copy of their state in host memory. auto: where the copies of a
+    host's ranks take at most half of the host memory that is free; the last one of a run is written at once."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; older ones are deleted once a newer one is whole."""
     keep_best: NonNegativeInt = 0

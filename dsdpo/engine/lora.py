@@ -275,18 +275,14 @@ def merged_model(model: ModelConfig, adapter_folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(lm, adapter_folder, autocast_adapter_dtype=False).merge_and_unload()
 
 
-def save_reference_adapter(lm: peft.PeftModel, path: Path) -> None:
-    """Write the reference's adapter, whole, so that any number of ranks can read it. Collective."""
+def reference_adapter_state(lm: peft.PeftModel) -> dict[str, Tensor] | None:
+    """Copies of the reference's adapter, whole, so that any number of ranks can read it; on rank 0 only. Collective."""
     names = {name for name, _ in lm.named_parameters() if is_in(name, REFERENCE)}
-    state = whole_state_dict(lm, keep=rank() == 0, only=names)
-    with all_or_none():
-        if state is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, path)
+    return whole_state_dict(lm, keep=rank() == 0, only=names)
 
 
 def load_reference_adapter(engine: Any, path: Path) -> None:
-    """Put what `save_reference_adapter` wrote in place: each rank its own part, without communication.
+    """Put a saved `reference_adapter_state` in place: each rank its own part, without communication.
 
     Raises `CheckpointError` if the file is not this model's.
     """

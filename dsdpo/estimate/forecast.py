@@ -12,6 +12,7 @@ from dsdpo.config.run import RunConfig
 from dsdpo.engine.lora import POLICY, REFERENCE
 from dsdpo.engine.zero_config import stage
 from dsdpo.estimate.activations import Activations, PassSize, by_formula, rehearse
+from dsdpo.estimate.checkpoint_size import CheckpointSize, checkpoint_size
 from dsdpo.estimate.memory import (
     ACTIVATIONS,
     ALLOWANCE,
@@ -20,12 +21,11 @@ from dsdpo.estimate.memory import (
     Amounts,
     EngineMemory,
     average_memory,
-    optimizer_states,
     policy_memory,
     reference_memory,
 )
 from dsdpo.estimate.seconds import Machine, StepTime, step_time
-from dsdpo.estimate.weights import Blank, Weights
+from dsdpo.estimate.weights import Blank
 from dsdpo.estimate.workload import Workload
 from dsdpo.objective.chunked_head import CHUNK_BYTES, CHUNK_BYTES_ON_CPU
 from dsdpo.objective.flops import ModelFlops, model_flops
@@ -69,6 +69,7 @@ class Forecast:
     host_capacity: float | None
     nvme_node: float  # of a node's NVMe disk
     checkpoint: float  # bytes on the disk
+    copy_node: float  # of host memory of rank 0's node besides, for a checkpoint written in the background
     model: float  # bytes of the exported model
     time: StepTime
     pairs_per_second: float
@@ -94,7 +95,7 @@ def forecast(job: Job) -> Forecast:
     phase = max(totals, key=lambda name: totals[name])
     policy, reference = phases[phase]
     host = max(_at(both[0], "host") + _at(both[1], "host") for both in phases.values())
-    time = _time(job, *memory)
+    time, saved = _time(job, *memory), _checkpoint(job)
     return Forecast(
         phase=phase,
         policy=policy,
@@ -108,7 +109,8 @@ def forecast(job: Job) -> Forecast:
         host_node=_host_of_node(job, host),
         host_capacity=job.machine.host_memory,
         nvme_node=min(job.machine.ranks, job.machine.per_node) * sum(_at(part, "nvme") for part in (policy, reference)),
-        checkpoint=_checkpoint(job),
+        checkpoint=saved.total(job.machine.ranks),
+        copy_node=saved.of_node(job.machine.per_node, job.machine.ranks),
         model=float(job.policy.weights.itemsize * job.policy.weights.total(trained=True if _lora(job) else None)),
         time=time,
         pairs_per_second=job.work.pairs_per_step / time.total,
@@ -244,23 +246,17 @@ def _host_of_node(job: Job, while_training: float) -> float:
     return max(loading, trained + exported)
 
 
-def _checkpoint(job: Job) -> float:
-    """Bytes of one checkpoint: trained weights, masters and optimizer states, and a moving reference."""
-    weights, states = job.policy.weights, optimizer_states(job.policy_config)
-    trained = weights.total(trained=True)
-    size = float(weights.itemsize * trained + (1 + states) * FLOAT32 * trained)
-    if job.reference.sync is not None and job.reference.has_weights:
-        size += _moving_reference(job, job.policy.weights if job.reference.shares_policy else job.scorer.weights)
-    return size
-
-
-def _moving_reference(job: Job, weights: Weights) -> float:
-    shared = job.reference.shares_policy
-    elements = weights.total(trained=True if shared else None)
-    assert job.reference.sync is not None
-    itemsize = FLOAT32 if job.reference.sync.alpha < 1.0 else weights.itemsize
-    config = job.policy_config if shared else job.reference_config
-    return float(itemsize * elements * (1 if stage(config) == 3 else job.machine.ranks))
+def _checkpoint(job: Job) -> CheckpointSize:
+    """Bytes of one checkpoint."""
+    weights = job.policy.weights
+    return checkpoint_size(
+        job.policy_config,
+        job.reference_config,
+        job.reference,
+        trained=weights.total(trained=True),
+        whole=job.scorer.weights.total(),
+        itemsize=weights.itemsize,
+    )
 
 
 def _lora(job: Job) -> bool:

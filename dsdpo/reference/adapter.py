@@ -9,17 +9,19 @@ from typing import Any
 
 from dsdpo.config.reference import Adapter
 from dsdpo.data.batch import PreferenceBatch
-from dsdpo.engine.lora import REFERENCE, AdapterSwitch, adapter_pairs, load_reference_adapter, save_reference_adapter
+from dsdpo.engine.lora import REFERENCE, AdapterSwitch, adapter_pairs, load_reference_adapter, reference_adapter_state
 from dsdpo.engine.quirks.gather_trace import SecondOrder
 from dsdpo.engine.scoring_mode import scoring
 from dsdpo.engine.self_check import check_engine, computing_dtype
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
-from dsdpo.reference.base import Reference, score_batches
+from dsdpo.reference.base import Reference, SavedState, score_batches
 from dsdpo.reference.identity import identify_reference
 from dsdpo.reference.run_plan import RunPlan
 from dsdpo.reference.trdpo import with_trdpo
+
+FILE = "adapter.safetensors"  # in a checkpoint
 
 
 class AdapterReference(Reference):
@@ -67,14 +69,16 @@ class AdapterReference(Reference):
     def model_for_flops(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, self.adapter
 
-    def save(self, folder: Path) -> None:
-        if self.adapter is not None:
-            save_reference_adapter(self.policy.module.lm, folder / "adapter.safetensors")
+    def state(self) -> SavedState | None:
+        if self.adapter is None:
+            return None
+        tensors = reference_adapter_state(self.policy.module.lm)
+        return None if tensors is None else SavedState(FILE, tensors)
 
     def load(self, folder: Path) -> None:
         if self.adapter is None:
             return
-        path = folder / "adapter.safetensors"
+        path = folder / FILE
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, but the reference of this run has an adapter of its own")
         load_reference_adapter(self.policy, path)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dsdpo.data.batch import PreferenceBatch, filler
@@ -24,6 +28,30 @@ from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.phases import Phase, untimed
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.run_plan import RunPlan
+
+FACTS = "moving"  # the metadata of a state's file, as JSON
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A file of a reference's state: on the CPU, and not to be changed by anyone any more."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`. Raises OSError or SafetensorError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # One entry: safetensors writes several in any order, and saving twice would give different bytes.
+        save_file(self.tensors, folder / self.name, metadata={FACTS: json.dumps(self.facts)} if self.facts else None)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a file that `SavedState.write` wrote. Raises OSError, ValueError, KeyError or SafetensorError."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    return json.loads(metadata[FACTS]) if FACTS in metadata else {**metadata}
 
 
 class Reference(ABC):
@@ -95,11 +123,12 @@ class Reference(ABC):
         """Metrics of the reference itself, by their full names."""
         return {}
 
-    def save(self, folder: Path) -> None:  # noqa: B027 (a frozen reference has no state)
-        """Write into `folder` what cannot be rebuilt from the run's settings. Collective."""
+    def state(self) -> SavedState | None:
+        """This rank's part of what cannot be rebuilt from the run's settings, as copies; None: nothing. Collective."""
+        return None
 
-    def load(self, folder: Path) -> None:  # noqa: B027
-        """Load the state that `save` wrote. Collective."""
+    def load(self, folder: Path) -> None:  # noqa: B027 (a frozen reference has no state)
+        """Load the files of `state` that all ranks wrote into `folder`. Collective."""
 
 
 def build_checked_reference(plan: RunPlan, policy: TrainingEngine | None = None) -> tuple[InferenceEngine, Answers]:

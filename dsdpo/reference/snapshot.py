@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from dsdpo.config.reference import Snapshot
 from dsdpo.data.batch import PreferenceBatch
@@ -26,7 +26,7 @@ from dsdpo.engine.scoring_mode import scoring
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
 from dsdpo.objective.logps import PairLogps
-from dsdpo.reference.base import Reference, score_batches
+from dsdpo.reference.base import Reference, SavedState, read_facts, score_batches
 from dsdpo.reference.identity import identify_reference
 from dsdpo.reference.run_plan import RunPlan
 
@@ -92,19 +92,17 @@ class SnapshotReference(Reference):
             self.syncs += 1
             self.score_until_next_sync(step)
 
-    def save(self, folder: Path) -> None:
+    def state(self) -> SavedState:
         assert self._ids is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        table = self._logps.to("cpu").columns() | {"ids": self._ids.cpu()}
+        table = self._logps.columns() | {"ids": self._ids}
         facts = {"syncs": self.syncs, "age": self.age, "step": self._step, "world_size": world_size()}
-        metadata = {name: str(value) for name, value in facts.items()}
-        save_file(table, folder / f"rank-{rank()}.safetensors", metadata=metadata)
+        copies = {name: column.to("cpu", copy=True) for name, column in table.items()}
+        return SavedState(f"rank-{rank()}.safetensors", copies, facts)
 
     def load(self, folder: Path) -> None:
         """Take up what every rank saved: other ranks, or other micro-batches, ask for other pairs than this one did."""
         try:
-            with safe_open(folder / "rank-0.safetensors", framework="pt") as file:
-                facts = {name: int(value) for name, value in file.metadata().items()}
+            facts = {name: int(value) for name, value in read_facts(folder / "rank-0.safetensors").items()}
             # This rank's own first: of a pair that was scored twice it goes on with the answer that it has given.
             ranks = sorted(range(facts["world_size"]), key=lambda other: other != rank())
             tables = [load_file(folder / f"rank-{other}.safetensors") for other in ranks]

@@ -10,7 +10,6 @@ are lost in bfloat16 (at α = 0.01 a bfloat16 average moved a tenth of the way).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsdpo.config.reference import Sync
@@ -41,7 +39,7 @@ from dsdpo.engine.shards import (
 from dsdpo.engine.types import InferenceEngine
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.logps import PairLogps
-from dsdpo.reference.base import Reference
+from dsdpo.reference.base import Reference, SavedState, read_facts
 
 ParameterPair = tuple[str, Any, Any]  # name, the policy's parameter or `MergedWeight`, the reference's parameter
 
@@ -120,7 +118,7 @@ class MovingAverage:
         parts = {}
         for name, _, target in self.matches:
             with writable_shard(target) as (shard, _start):
-                parts[name] = self.averages.get(name, shard).detach().cpu().clone()
+                parts[name] = self.averages.get(name, shard).detach().to("cpu", copy=True)
         return parts
 
     @torch.no_grad()
@@ -222,16 +220,14 @@ class MovingReference(Reference):
     def metrics(self) -> dict[str, float]:
         return {"reference/syncs": float(self.syncs), "reference/age_steps": float(self.age), **self.last_sync}
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def state(self) -> SavedState:
         facts: dict[str, Any] = {"syncs": self.syncs, "age": self.age, "world_size": world_size()}
         facts["sync_bytes"] = self.last_sync.get("reference/sync_bytes")
-        save_file(self.average.state(), folder / f"rank-{rank()}.safetensors", metadata={"moving": json.dumps(facts)})
+        return SavedState(f"rank-{rank()}.safetensors", self.average.state(), facts)
 
     def load(self, folder: Path) -> None:
         try:
-            with safe_open(folder / "rank-0.safetensors", framework="pt") as file:
-                facts = json.loads(file.metadata()["moving"])
+            facts = read_facts(folder / "rank-0.safetensors")
             with ShardReader(folder) as parts:
                 self.average.restore(parts)
         except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -51,7 +51,8 @@ def in_three_lines(found: Forecast, machine: Machine) -> list[tuple[str, str]]:
         ),
         (
             "host, disk",
-            f"{size(found.host_node)} of host memory a node, {size(found.checkpoint)} a checkpoint"
+            f"{size(found.host_node)} of host memory a node, {size(found.checkpoint)} a checkpoint, "
+            f"{size(found.copy_node)} of host memory to write it in the background"
             + (f", {size(found.nvme_node)} of NVMe a node" if found.nvme_node else ""),
         ),
         (
@@ -138,6 +139,9 @@ def details(row: Row) -> str:
                  + ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items() if seconds)
                  + "; collectives run beside arithmetic where overlap_comm allows)")  # fmt: skip
     lines.append(f"  on disk: {gib(found.checkpoint)} GiB a checkpoint, {gib(found.model)} GiB the trained model")
+    lines.append(
+        f"  to write a checkpoint in the background: {gib(found.copy_node)} GiB of host memory on rank 0's node besides"
+    )
     return "\n".join(lines)
 
 
@@ -187,6 +191,7 @@ def forecast_json(found: Forecast) -> dict[str, Any]:
         "host_bytes_per_node": found.host_node,
         "nvme_bytes_per_node": found.nvme_node,
         "checkpoint_bytes": found.checkpoint,
+        "checkpoint_copy_bytes_per_node": found.copy_node,
         "model_bytes": found.model,
         "seconds": asdict(found.time),
         "pairs_per_second": found.pairs_per_second,

@@ -22,6 +22,7 @@ from dsdpo.config.run import ModelConfig, RunConfig
 from dsdpo.data.tokenize import cache_folder
 from dsdpo.engine.quirks.compiled_ops import extensions_folder, stale_locks, unbuildable
 from dsdpo.engine.zero_config import needed_ops
+from dsdpo.host_memory import machine_memory
 from dsdpo.run.agreement import driver_version, installed, nccl_version
 from dsdpo.run.plan import nearest_existing, store_folder
 from dsdpo.training.wandb_mirror import logged_in
@@ -80,11 +81,9 @@ def _devices() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    path = Path("/proc/meminfo")
-    if not path.exists():
+    if (found := machine_memory()) is None:
         return
-    lines = dict(line.split(":") for line in path.read_text().splitlines())
-    free, total = (int(lines[name].split()[0]) / 2**20 for name in ("MemAvailable", "MemTotal"))
+    free, total = (size / GIB for size in found)
     level: Level = "ok" if free > 0.1 * total else "yellow"
     yield Finding(level, "host memory", f"{free:.1f} of {total:.1f} GiB free", "" if level == "ok" else "see top")
 

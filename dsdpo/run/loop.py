@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 
 from dsdpo.console import counted
@@ -49,28 +48,30 @@ def train_until_done(run: Run) -> str | None:
             if due.evaluate(state.step):
                 log_evaluation(run, held_out or held_out_metrics(run))
             with perf.phase("other"):
-                reason = run.stop.reason() if state.step < due.total_steps else None
+                saving = run.saver.in_flight is not None
+                reason = run.stop.reason(saving=saving) if state.step < due.total_steps else None
             ended = reason is not None or out_of_patience(settings, state.means)
-            if due.checkpoint(state.step) or run.saver.owed(state.step) or ended:
-                with perf.phase("save"):
-                    save(run, last=ended or state.step == due.total_steps)
-                if run.saver.saved is not None:
-                    metrics = run.tracker.evaluation_of(state.step)
-                    run.callbacks.call(
-                        "save", run.folder, state.step, due.total_steps, metrics, checkpoint=run.saver.saved
-                    )
+            save(run, ended=ended)
             run.profiler.after_step(state.step)
             if ended:
                 return reason
     return None
 
 
-def save(run: Run, *, last: bool) -> None:
-    """Save the run as it stands, and take note of how long that took. Collective."""
-    started = time.monotonic()
-    run.saver.save(last=last)
-    if warning := run.stop.saved(time.monotonic() - started):
-        say_above_bar(warning)
+def save(run: Run, *, ended: bool) -> None:
+    """Save the run if that is due, or if it has `ended`; tell of checkpoints that are whole now. Collective."""
+    saver, step, total_steps = run.saver, run.state.step, run.due.total_steps
+    if run.due.checkpoint(step) or saver.owed(step) or ended:
+        with run.perf.phase("save"):
+            saver.save(last=ended or step == total_steps)
+        run.stop.waited()
+    elif saver.in_flight is not None:
+        with run.perf.phase("save"):
+            saver.look()
+    for saved in saver.take_named():
+        if warning := run.stop.saved(saved.seconds):
+            say_above_bar(warning)
+        run.callbacks.call("save", run.folder, saved.step, total_steps, saved.evaluation, checkpoint=saved.path)
 
 
 def take_step(run: Run, window: StepBatches, anchor: list[PairLogps]) -> bool:

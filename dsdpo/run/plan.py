@@ -33,6 +33,7 @@ from dsdpo.engine.elastic import check_ranks
 from dsdpo.engine.load import refuse_on_device
 from dsdpo.engine.trial import check_with_deepspeed
 from dsdpo.engine.zero_config import (
+    offload_device,
     own_reference_json,
     read_deepspeed_json,
     resolve_policy_config,
@@ -202,7 +203,8 @@ def check_inputs(
         check_store(store_folder(run))
     hidden_size = int(models["model.path"].get_text_config().hidden_size)
     check_rank(run.model, hidden_size)
-    resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=ranks)
+    policy_config, _ = resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None, ranks=ranks)
+    check_background(run, policy_config)
     tokenizer = load_tokenizer(run.model)
     check_tokenizers(run, reference.model, tokenizer, models)
     return reference, models, layout, tokenizer
@@ -250,6 +252,15 @@ def check_split(run: RunConfig, layout: Layout, models: dict[str, Any], *, ranks
             "it out, or train another model"
         )
     check_heads(models, size)
+
+
+def check_background(run: RunConfig, policy_config: dict[str, Any]) -> None:
+    """Raise `ConfigError` where the run asks for what cannot be saved in the background."""
+    if run.checkpoint.background is True and offload_device(policy_config, "optimizer") == "nvme":
+        raise ConfigError(
+            f"checkpoint.background: true, but {run.deepspeed} has zero_optimization.offload_optimizer.device nvme, "
+            "whose states are copied from disk to disk: set it to auto or false"
+        )
 
 
 def store_folder(run: RunConfig) -> Path:

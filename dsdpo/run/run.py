@@ -10,6 +10,7 @@ from dsdpo.distributed import rank
 from dsdpo.engine.build import device
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.reference.base import Reference
+from dsdpo.run.background import host_copies
 from dsdpo.run.finite_weights import check_start
 from dsdpo.run.models import build_policy_and_reference
 from dsdpo.run.plan import Plan
@@ -110,6 +111,7 @@ def build_run(
             tracker=tracker,
             record=checkpoint_record(plan),
             disk=find_disk(folder.path, key="output_dir"),
+            copies=host_copies(plan, policy),
         ),
         stop=stop,
         profiler=StepProfiler(settings.tracking.profile_steps, folder.profile),

@@ -47,10 +47,20 @@ def describe_plan(plan: Plan) -> str:
             f"{counted(first.pairs, 'pair')}, {first.tokens:,} tokens, micro-batches a rank: {len(first.batches)}",
         ),
         ("layout", describe_layout(plan.layout)),
+        ("checkpoints", describe_checkpoints(run)),
         ("output", run.output_dir),
         *(("note", text) for text in remarks(plan)),
     ]
     return as_table(rows)
+
+
+def describe_checkpoints(run: RunConfig) -> str:
+    """How often the run is saved, and whether training waits for that."""
+    settings = run.checkpoint
+    if not settings.every_steps:
+        return "none, but where the run stops early (checkpoint.every_steps)"
+    background = "in the background" + (" where host memory allows" if settings.background == "auto" else "")
+    return f"{every(settings.every_steps, 'step')}, {background if settings.background else 'while training waits'}"
 
 
 def as_table(rows: Iterable[tuple[str, str]]) -> str:

@@ -25,7 +25,7 @@ class Event:
     """What a callback is told; changing it changes nothing in the run."""
 
     kind: Kind
-    step: int  # optimizer steps taken
+    step: int  # optimizer steps taken; of a save, by the checkpoint
     total_steps: int  # of the whole run
     metrics: dict[str, float]  # the row of metrics.jsonl; of a save, the evaluation of that step, if there was one
     output_dir: Path  # of the run

@@ -1,4 +1,4 @@
-"""Save and load checkpoints, atomically: every file's checksum, then `state.json`, then one rename.
+"""What a checkpoint is, how it is loaded and checked, and which ones stay; `saving.py` writes them.
 
 A checkpoint holds DeepSpeed's files of the policy engine, the reference's state, and one file a rank with its random
 number generators and the metrics counted since the last row. `state.json` has the progress and settings of the run.
@@ -14,29 +14,24 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import dsdpo
 from dsdpo.atomic import (
     delete_atomically,
     digest_of_file,
-    dump_checksummed,
-    flush_to_disk,
     load_checksummed,
-    partial_path,
-    write_json,
     write_text,
 )
 from dsdpo.disks import Disk, find_disk
-from dsdpo.distributed import all_or_none, barrier, broadcast_object, gather_objects, rank, world_size
+from dsdpo.distributed import all_or_none, gather_objects, rank, world_size
 from dsdpo.engine.build import device
-from dsdpo.engine.quirks.checkpoint_files import TAG, load_engine, save_engine
+from dsdpo.engine.quirks.checkpoint_files import TAG, load_engine
 from dsdpo.engine.quirks.repartition import same_layout
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError
@@ -72,102 +67,6 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    *,
-    policy: TrainingEngine,
-    reference: Reference,
-    meter: Meter,
-    record: dict[str, Any],
-    keep: Retention,
-    disk: Disk | None = None,
-) -> Path:
-    """Write `folder/step-000100`, then delete those that `keep` does not keep. Collective.
-
-    `record` goes into `state.json`. Everything goes to `step-000100.partial`, is flushed to the disk, and gets its name
-    by rename after all ranks have finished, on rank 0's disk last where `folder` is on several (`disk`). DeepSpeed 0.19
-    would move its own `latest` before that, hence `save_latest=False`. Raises `CheckpointError` where the disk fails,
-    and gives back the room that was taken.
-    """
-    disk = disk or Disk((tuple(range(world_size())),))
-    final = checkpoint_path(folder, state.step)
-    partial = partial_path(final)
-    named = False
-    try:
-        _write(partial, state, policy=policy, reference=reference, meter=meter, record=record, disk=disk)
-        with all_or_none(), writing(partial):
-            if disk.leads:
-                for path in [*partial.rglob("*"), partial]:
-                    flush_to_disk(path)
-        with all_or_none(), writing(partial):
-            if disk.leads and rank():
-                _name(partial, final)
-                named = True
-        with all_or_none(), writing(partial):
-            if rank() == 0:
-                _name(partial, final)
-    except CheckpointError:
-        if disk.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-        if named:  # rank 0's disk has no such checkpoint
-            shutil.rmtree(final, ignore_errors=True)
-        barrier()
-        raise
-    _delete_superseded(folder, keep, disk)
-    return final
-
-
-def _name(partial: Path, final: Path) -> None:
-    delete_checkpoint(final)  # of a run that went on from an earlier one
-    partial.rename(final)
-    flush_to_disk(final.parent)
-
-
-def _delete_superseded(folder: Path, keep: Retention, disk: Disk) -> None:
-    """Delete older checkpoints, each disk its part. Collective."""
-    whole = all_checkpoints(folder)
-    gone = broadcast_object(superseded(whole, keep) if rank() == 0 else [])
-    with all_or_none(), writing(folder):
-        for old in gone if disk.leads else []:
-            delete_checkpoint(old)
-
-
-def _write(
-    partial: Path,
-    state: TrainState,
-    *,
-    policy: TrainingEngine,
-    reference: Reference,
-    meter: Meter,
-    record: dict[str, Any],
-    disk: Disk,
-) -> None:
-    """Write all files of a checkpoint, `state.json` last; each disk gets that and the whole list. Collective."""
-    with all_or_none(), writing(partial):
-        if disk.leads:
-            delete_leftovers(partial.parent)
-            (partial / TAG).mkdir(parents=True)
-    # One agreement each: a rank whose disk is full must not miss the collectives of what is saved next.
-    with all_or_none(), writing(partial):
-        save_engine(policy, partial)
-    with all_or_none(), writing(partial):
-        reference.save(partial / "reference")
-    with all_or_none(), writing(partial):
-        save_file(rank_state(meter), rank_file(partial, rank()))
-    barrier()
-    with all_or_none(), writing(partial):
-        if disk.leads and reference.identity is not None:
-            write_json(partial / "identity.json", reference.identity.to_json())
-    manifest, hosts = checksums(partial, disk)
-    with all_or_none(), writing(partial):
-        if disk.leads:
-            progress = {**asdict(state), "world_size": world_size(), "dsdpo": dsdpo.__version__, **record}
-            progress |= {} if disk.shared else {"parts": hosts}
-            (partial / MANIFEST).write_text(dump_checksummed(manifest))
-            (partial / STATE).write_text(dump_checksummed(progress))
-
-
 @contextmanager
 def writing(partial: Path) -> Iterator[None]:
     """Turns the errors of a full or failing disk into `CheckpointError`."""
@@ -181,7 +80,7 @@ def writing(partial: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path, *, policy: TrainingEngine, reference: Reference, meter: Meter, seed: int) -> TrainState:
-    """Restore everything that `save_checkpoint` saved, from a checkpoint without damage. Collective.
+    """Restore everything that a save has put into it, from a checkpoint without damage. Collective.
 
     On another number of ranks the sums of metrics are redistributed, and random numbers follow from `seed`, the step
     and the rank.
@@ -218,8 +117,8 @@ def rank_file(folder: Path, of_rank: int) -> Path:
 
 
 def rank_state(meter: Meter) -> dict[str, torch.Tensor]:
-    """This rank's random number generators and its sums of metrics since they were last read."""
-    state = {f"meter/{name}": sums.cpu() for name, sums in meter.state().items()}
+    """Copies of this rank's random number generators and of its sums of metrics since they were last read."""
+    state = {f"meter/{name}": sums.to("cpu", copy=True) for name, sums in meter.state().items()}
     state["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         state["rng/cuda"] = torch.cuda.get_rng_state()
@@ -256,8 +155,8 @@ def redistributed_sums(folder: Path, ranks: int) -> dict[str, torch.Tensor]:
     return total
 
 
-def checksums(folder: Path, disk: Disk) -> tuple[dict[str, str], dict[str, str]]:
-    """The sha256 of each file below `folder` on any disk, by its path there, and a host that has it. Collective.
+def checksums(folder: Path, disk: Disk) -> dict[str, str]:
+    """The sha256 of each file below `folder` on any disk, by its path there. Collective.
 
     The ranks of a disk share the reading.
     """
@@ -269,6 +168,11 @@ def checksums(folder: Path, disk: Disk) -> tuple[dict[str, str], dict[str, str]]
                 mine[name] = digest_of_file(folder / name)
             except OSError as error:
                 raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+    return all_sums(mine)[0]
+
+
+def all_sums(mine: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The checksums of all ranks' files, and a host that has each file. Collective."""
     digests: dict[str, str] = {}
     hosts: dict[str, str] = {}
     for found, host in gather_objects((mine, socket.gethostname())):
@@ -294,7 +198,7 @@ def find_damage(path: Path) -> str | None:
     if any(part != found[0] for part in found):
         return "its parts on different disks were not written by the same save"
     files, hosts = load_checksummed(manifest), load_checksummed(state).get("parts", {})
-    digests, _ = checksums(path, disk)
+    digests = checksums(path, disk)
     if missing := sorted(files.keys() - digests.keys()):
         where = f", which lay on {hosts[missing[0]]}'s own disk" if missing[0] in hosts else ""
         return f"{missing[0]} is missing{where}"

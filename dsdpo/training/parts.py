@@ -29,6 +29,19 @@ def files_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def written_by(of_rank: int, folder: Path, disk: Disk) -> list[str]:
+    """The files below a checkpoint's folder that a rank has written itself.
+
+    Of a disk's files that no rank of it is in the name of, these are the leader's.
+    """
+    own = []
+    for name in files_below(folder):
+        found = OF_RANK.search(name)
+        writer = int(found[1]) if found is not None and int(found[1]) in disk.members else disk.members[0]
+        own += [name] if writer == of_rank else []
+    return own
+
+
 def read_by(of_rank: int, names: Sequence[str]) -> set[str]:
     """Of a checkpoint's files, those that a rank reads where ranks and partitions are what they were.
 

@@ -191,6 +191,12 @@ DEEPSPEED = [
         {"reference": {"deepspeed": "reference.json"}},
         {"reference.json": NVME, "ds.json": NVME},
     ),
+    Case(
+        "background saves of states on NVMe",
+        ("checkpoint.background: true", "offload_optimizer.device nvme", "set it to auto or false"),
+        {"checkpoint": {"background": True}},
+        {"ds.json": NVME.replace("offload_param", "offload_optimizer")},
+    ),
 ]
 DEEPSPEED += [
     Case(

@@ -22,7 +22,7 @@ SECRETS = {"WANDB_API_KEY": SECRET[:40], "HF_TOKEN": f"hf_{SECRET}"}
 
 
 def test_killed_runs_resume_to_the_same_weights_and_metrics(tmp_path: Path) -> None:
-    """A kill while saving, the death of one rank, a SIGTERM to one rank; `python -m tests.kill_test` does more."""
+    """A kill while saving beside training, a rank's death, a SIGTERM to one; `python -m tests.kill_test` does more."""
     kills = [
         Kill("save", "all", rows=3),
         Kill("train", "rank 1", rows=2),
@@ -38,6 +38,7 @@ def test_killed_runs_resume_to_the_same_weights_and_metrics(tmp_path: Path) -> N
     assert "died or lost the connection" in report.outputs[1]
     assert f"stopped after step {report.resumed_from[3]} by SIGTERM; everything is saved" in report.outputs[2]
     assert report.kills[2]["rows_then"] <= report.resumed_from[3] <= report.kills[2]["rows_then"] + 2
+    assert report.damaged == []
     assert report.same_weights
     assert report.same_pairs
     assert report.same_metrics

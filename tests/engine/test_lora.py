@@ -248,8 +248,9 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     from dsdpo.config.loss import LossConfig
     from dsdpo.distributed import barrier, rank
     from dsdpo.engine.shards import parameter_count
-    from dsdpo.training.checkpoint import Retention, TrainState, save_checkpoint
+    from dsdpo.training.checkpoint import Retention, TrainState
     from dsdpo.training.metrics import Meter
+    from dsdpo.training.saving import begin_checkpoint, finish_checkpoint
     from dsdpo.training.step import train_step
     from dsdpo.training.step_loss import StepLoss
 
@@ -266,7 +267,7 @@ def save_and_resume_here(run: dict[str, Any], folder: str) -> tuple[list[float],
     policy, reference, windows = build_here(run)
     steps(policy, reference, windows[:2])
     parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
-    path = save_checkpoint(Path(folder), TrainState(2, 16), keep=Retention(last=1), **parts)
+    path = finish_checkpoint(begin_checkpoint(Path(folder), TrainState(2, 16), **parts), Retention(last=1))
     whole = steps(policy, reference, windows[2:])
     barrier()
     fresh, fresh_reference, windows = build_here(run)

@@ -243,7 +243,9 @@ def save_and_load_here(run: dict[str, Any], folder: str) -> dict[str, float]:
     for window in windows:
         train_step(policy, reference.score(window.batches), StepLoss(LossConfig()), window, Meter())
     assert torch.equal(answer(), first), "the reference moved with the policy"
-    reference.save(Path(folder))
+    if (state := reference.state()) is not None:
+        state.write(Path(folder))
+    torch.distributed.barrier()
     with torch.no_grad():
         trained_away = float((pair_logps(policy, batch).chosen - first).abs().max())
     release_gathered(policy)

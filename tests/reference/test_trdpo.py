@@ -403,7 +403,7 @@ def saved_and_loaded(run: dict[str, Any], folder: Path) -> bool:
     batch = plan.train.largest_batch(torch.device("cpu"))
     steps(3, start=1)
     saved, answers = reference.average.state(), reference.score([batch])[0].chosen
-    reference.save(folder)
+    reference.state().write(folder)
     torch.distributed.barrier()
     steps(4, start=4)
     assert not torch.equal(reference.score([batch])[0].chosen, answers)

@@ -10,22 +10,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dsdpo.engine.quirks.put_off import HostCopies
 from dsdpo.errors import CheckpointError
-from dsdpo.training.checkpoint import Retention, TrainState, save_checkpoint, whole_checkpoints
+from dsdpo.training.checkpoint import Retention, TrainState, whole_checkpoints
 from dsdpo.training.metrics import Meter
+from dsdpo.training.saving import begin_checkpoint, finish_checkpoint
 from tests.engines import planned, policy_of, reference_of, train_steps
 from tests.ranks import run_ranks
 from tests.runs import POLICIES, settings
 from tests.tiny import random_batch
 
 
-def save(plan: Any, policy: Any, folder: str, step: int, keep_last: int = 2) -> Path:
+def save(plan: Any, policy: Any, folder: str, step: int, keep_last: int = 2, copies: HostCopies | None = None) -> Path:
     from dsdpo.reference.separate import SeparateReference
 
     reference = SeparateReference(reference_of(plan), score_tokens=1000)
     state = TrainState(step=step, consumed_pairs=8 * step)
     parts = {"policy": policy, "reference": reference, "meter": Meter(), "record": {}}
-    return save_checkpoint(Path(folder), state, keep=Retention(last=keep_last), **parts)
+    return finish_checkpoint(begin_checkpoint(Path(folder), state, **parts, copies=copies), Retention(last=keep_last))
 
 
 def test_newest_are_kept_and_half_written_ones_ignored(inputs: Path, tmp_path: Path) -> None:
@@ -56,15 +58,19 @@ def save_often(run: dict[str, Any], folder: str, steps: list[int]) -> None:
 def test_full_disk_on_one_rank_fails_on_all(broken: int, room: int, inputs: Path, tmp_path: Path) -> None:
     run, folder = settings(tmp_path, inputs), tmp_path / "checkpoints"
     messages = run_ranks(2, save_with_a_full_disk, run, str(folder), broken, room)
-    for message in messages:
+    for message in (message for of_rank in messages for message in of_rank):
         assert "step-000002.partial" in message
         assert "earlier ones are intact" in message
     assert [path.name for path in whole_checkpoints(folder)] == ["step-000001", "step-000003"]
     assert list(folder.glob("*.partial")) == [], "what a failed save wrote takes up room"
 
 
-def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int, room: int) -> str:
-    """The error of the second of three checkpoints, while `broken` may write no file beyond `room` bytes."""
+def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int, room: int) -> list[str]:
+    """The errors of the second of three checkpoints, at once and in the background.
+
+    Meanwhile `broken` may write no file beyond `room` bytes.
+    """
+    messages = []
     plan = planned(run)
     policy = policy_of(plan)
     save(plan, policy, folder, 1)
@@ -72,13 +78,14 @@ def save_with_a_full_disk(run: dict[str, Any], folder: str, broken: int, room: i
     if dist.get_rank() == broken:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        save(plan, policy, folder, 2, keep_last=1)
-    except CheckpointError as error:
-        message = str(error)
+        for copies in (None, HostCopies()):
+            with pytest.raises(CheckpointError) as caught:
+                save(plan, policy, folder, 2, keep_last=1, copies=copies)
+            messages.append(str(caught.value))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     save(plan, policy, folder, 3, keep_last=5)
-    return message
+    return messages
 
 
 @pytest.mark.parametrize("stage", POLICIES)

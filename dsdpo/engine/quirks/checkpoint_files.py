@@ -11,6 +11,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch.optim.lr_scheduler import LambdaLR
 
+from dsdpo.engine.quirks.put_off import HostCopies, Write, put_off
 from dsdpo.engine.quirks.repartition import load_cut_anew, same_layout
 from dsdpo.engine.shards import has_frozen
 from dsdpo.errors import CheckpointError
@@ -73,13 +74,16 @@ def count_through(optimizer: torch.optim.Optimizer) -> None:
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, *hyperparameters, *element)
 
 
-def save_engine(engine: Any, folder: Path) -> None:
+def save_engine(engine: Any, folder: Path, copies: HostCopies | None = None) -> list[Write]:
     """Write a training engine's state to `folder`, which holds a folder TAG already. Collective.
+
+    With `copies` the large files are not written yet, but copied there: what writes them is returned, for any thread.
 
     Raises the first OSError of this rank's writing once all ranks are through: DeepSpeed 0.19 waits for all of them at
     the end, and a rank that left on a full disk would leave the others there until the collective times out.
     """
     failures: list[Exception] = []
+    later: list[Write] = []
 
     def kept(write: Callable[..., Any]) -> Callable[..., Any]:
         def attempt(*arguments: Any, **options: Any) -> None:
@@ -90,8 +94,12 @@ def save_engine(engine: Any, folder: Path) -> None:
 
         return attempt
 
+    def copy(state_dict: Any, path: str) -> None:
+        assert copies is not None
+        later.append(put_off(state_dict, path, copies))
+
     files = engine.checkpoint_engine
-    files.save = kept(files.save)
+    files.save = kept(files.save if copies is None else copy)
     engine._copy_recovery_script = kept(engine._copy_recovery_script)
     try:
         # The frozen base of an adapter is on disk already, as the model that training starts from.
@@ -102,3 +110,4 @@ def save_engine(engine: Any, folder: Path) -> None:
         del files.save, engine._copy_recovery_script  # the class's own again
     if failures:
         raise OSError(str(failures[0])) from failures[0]
+    return later
