@@ -98,6 +98,7 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.packing $(SHORT) --out runs/bench/packing.json
 	$(VENV)/bin/python -m benchmarks.precompute $(SHORT) --tiny --pairs 256 --out runs/bench/precompute.json
 	$(VENV)/bin/python -m benchmarks.overhead $(SHORT) --tiny --pairs-per-step 8 --out runs/bench/overhead.json
+	$(VENV)/bin/python -m benchmarks.saves $(SHORT) --tiny --out runs/bench/saves.json
 	$(VENV)/bin/python -m benchmarks.window $(SHORT) --tiny --quick-memory --out runs/bench/window.json
 	$(VENV)/bin/python -m benchmarks.strategies $(TINY) --out runs/bench/strategies.json
 	$(VENV)/bin/python -m benchmarks.objectives $(SHORT) --tiny --out runs/bench/objectives.json

@@ -67,6 +67,18 @@ def test_precompute_is_timed_against_its_forwards(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_saves_are_timed_beside_steps(tmp_path: Path) -> None:
+    result = run_benchmark("saves", tmp_path / "saves.json", "--tiny", "--rounds", "2", "--steps", "3")
+    *rounds, memory = result["measured"]["1 ranks"][0]["rounds"]
+    assert len(rounds) == 2
+    for found in rounds:
+        assert found["at once"]["stall"]["wall_s"] > 0
+        assert found["background"]["stall"]["wall_s"] > found["background"]["copy"]["wall_s"] > 0
+        assert len(found["none"]["steps"]) == 3
+    assert memory["memory"]["said_mib"] > 0
+
+
+@pytest.mark.nightly
 def test_the_bare_loop_takes_the_steps_of_the_run(tmp_path: Path) -> None:
     options = ("--tiny", "--ranks", "1", "--rounds", "2", "--steps", "2", "--pairs-per-step", "8")
     result = run_benchmark("overhead", tmp_path / "overhead.json", *options)
