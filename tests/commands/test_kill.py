@@ -14,6 +14,7 @@ import yaml
 from tests.commands.processes import ENVIRONMENT, SLURM, start_ranks
 from tests.kill_test import Kill, Report, Started, count_rows, run_and_kill
 from tests.runs import settings
+from tests.training.test_tracking import wait_for
 
 STOPPED, LOST = 75, 1
 HOST = socket.gethostname()
@@ -66,6 +67,11 @@ def run(inputs: Path, tmp_path: Path) -> dict[str, Any]:
     )
 
 
+def has_alert(records: list[Any]) -> bool:
+    """Whether one of an offline W&B run's records is an alert."""
+    return any(each.WhichOneof("record_type") == "alert" for each in records)
+
+
 def test_ranks_without_a_launcher(run: dict[str, Any], tmp_path: Path) -> None:
     """All are signalled at once as by srun; then one is frozen; then the first one is killed."""
     folder, report = Path(run["output_dir"]), Report()
@@ -90,6 +96,10 @@ def test_ranks_without_a_launcher(run: dict[str, Any], tmp_path: Path) -> None:
     assert f"dsdpo (rank 0 on {HOST}): rank 1 (" in report.outputs[-1]
     assert "gave no sign of life for 10 s. Go on with --resume auto" in report.outputs[-1]
     assert f"resumed from {folder}/checkpoints/step-{record['step']:06d}" in report.outputs[-1]
+    [alert] = [each.alert for each in wait_for(folder, has_alert) if each.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.level) == ("Rank lost", "ERROR")
+    assert "rank 1 (" in alert.text
+    assert "gave no sign of life for 10 s" in alert.text
 
     ranks = start(run, tmp_path)
     ranks[0].wait_until(lambda: "resumed from" in ranks[0].log.read_text() and count_rows(folder) > record["step"])
