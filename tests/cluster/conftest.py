@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from tests.cluster import hosts as rig
 from tests.cluster.hosts import ROOT, Hosts
+from tests.cluster.readme import command_of
 from tests.runs import settings, train_on
 
 ASKED = "DSDPO_TEST_CLUSTER"
@@ -48,11 +50,34 @@ class Project:
         return self.folder / name / "run"
 
 
+def multi_node(
+    hosts: Hosts, project: Project, words: str, *, limit_s: float, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """launch/multi_node.sh on the first host with these words: its exit code, and what it and all ranks said."""
+    command = command_of("ssh with a hostfile").replace("train RUN.yaml", words)
+    words_of_shell = ["bash", "-c", command]
+    return hosts.run("node-1", words_of_shell, limit_s=limit_s, folder=project.folder, **environment)
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     """Three hosts, of which tests give back what they have cut or crashed."""
     need(rig.PACKAGES)
     with Hosts(RANKS) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is a disk of its own on each of `hosts_with_disks`."""
+    return tmp_path_factory.mktemp("disk")
+
+
+@pytest.fixture(scope="module")
+def hosts_with_disks(disk: Path) -> Iterator[Hosts]:
+    """Three hosts of which each has the folder `disk` to itself."""
+    need(rig.PACKAGES)
+    with Hosts(RANKS, private=[disk]) as started:
         yield started
 
 
