@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -30,9 +30,11 @@ from benchmarks.harness.scale import (
 )
 from benchmarks.harness.sides import Task, ours
 from benchmarks.harness.throttled import Place, Turn, check_machine, folder_of, on_hosts, raw, take_turns
+from dsdpo.estimate.traffic import Exchange
 
 MBIT = 1e6 / 8
 WARMUP = 2
+PROBED = {"gather": 12, "all-reduce": 3}  # collectives in a turn
 ALLOWED = 0.15
 PAIRS = 2  # of a rank
 SMALL_LAYERS = Size(hidden=256, layers=6, heads=4, kv_heads=2, vocabulary=2048, intermediate=704)
@@ -110,7 +112,7 @@ def measured_case(given: argparse.Namespace, folder: Path, model: Path, zero: st
         for kind, size in kinds_of(exchanges):
             name = f"{kind} {size}"
             probe = Side(name, "benchmarks.measured.collective", (kind, str(size)), folder_of(folder, name) / "turns")
-            sides[name] = (on_hosts(probe, hosts, place), 4)
+            sides[name] = (on_hosts(probe, hosts, place), PROBED[kind])
         turns = take_turns(hosts, sides, rates=rates, rounds=given.rounds, warmup=WARMUP)
     return {"exchanges": [asdict(one) for one in exchanges], "turns": raw(turns)}
 
@@ -130,7 +132,7 @@ def run_side(given: argparse.Namespace, folder: Path, model: Path, zero: str, ra
     return ours("run", task, batch={"pairs_per_micro_batch": PAIRS}, tracking={"every_steps": 1})
 
 
-def exchanges_of(run_yaml: Path, ranks: int) -> tuple[Any, ...]:
+def exchanges_of(run_yaml: Path, ranks: int) -> tuple[Exchange, ...]:
     """What `dsdpo estimate` says that a step of the run sends, on ranks with a CPU each."""
     from dsdpo.config.load import load_run, run_parser
     from dsdpo.estimate.hardware import hardware
@@ -142,12 +144,12 @@ def exchanges_of(run_yaml: Path, ranks: int) -> tuple[Any, ...]:
     return forecast_of(subject_of(run, run_yaml, tokens=None), machine).time.exchanges
 
 
-def kinds_of(exchanges: Sequence[Any]) -> Iterator[tuple[str, int]]:
+def kinds_of(exchanges: Sequence[Exchange]) -> Iterator[tuple[str, int]]:
     """The kinds of collectives among them with the mean size of one, each once."""
     yield from {(kind_of(one), round(one.size / one.count)): None for one in exchanges}
 
 
-def kind_of(exchange: Any) -> str:
+def kind_of(exchange: Exchange) -> str:
     """How gloo does it: a reduce-scatter as an all-reduce."""
     return "gather" if exchange.laps == 1 else "all-reduce"
 
@@ -163,28 +165,28 @@ class Point:
     by_probe: list[float]  # predicted from collectives timed on it
 
 
+def by_collectives(timed: dict[tuple[str, int], float]) -> Callable[[Exchange], float]:
+    """Seconds of collectives of which one of each kind's mean size has been timed."""
+    return lambda exchange: exchange.count * timed[kind_of(exchange), round(exchange.size / exchange.count)]
+
+
 def points_of(found: dict[str, Any], ranks: int) -> list[Point]:
     """Each rate of a case, round by round."""
-    from dsdpo.estimate.traffic import Exchange
-
     exchanges = [Exchange(**one) for one in found["exchanges"]]
     turns = {name: [Turn(**one) for one in of_side] for name, of_side in found["turns"].items()}
     points = []
     for rate in sorted({turn.rate for turn in turns[MANY]}):
         at = [number for number, turn in enumerate(turns[MANY]) if turn.rate == rate]
-        by_rate, by_probe = [], []
-        for number in at:
-            # One step's arithmetic is the run's on one host, where what it sends stays in memory.
-            profile = Profile(turns[ONE][number].seconds, 0.0, 0.0)
-            timed = {(kind, size): turns[f"{kind} {size}"][number].seconds for kind, size in kinds_of(exchanges)}
-            by_rate.append(scaled(profile, exchanges, by_bandwidth(rate, ranks), overlap=False).total)
-            probed = scaled(
-                profile,
-                exchanges,
-                lambda one, timed=timed: one.count * timed[kind_of(one), round(one.size / one.count)],
-                overlap=False,
-            )
-            by_probe.append(probed.total)
+        timed = {
+            (kind, size): median(turns[f"{kind} {size}"][number].seconds for number in at)
+            for kind, size in kinds_of(exchanges)
+        }
+        # A step's arithmetic is that of the run on one host, where what it sends stays in memory.
+        profiles = [Profile(turns[ONE][number].seconds, 0.0, 0.0) for number in at]
+        by_rate, by_probe = (
+            [scaled(profile, exchanges, seconds, overlap=False).total for profile in profiles]
+            for seconds in (by_bandwidth(rate, ranks), by_collectives(timed))
+        )
         sent = median(turns[MANY][number].sent for number in at) / sum(one.sent(ranks) for one in exchanges)
         points.append(Point(rate, sent, [turns[MANY][number].seconds for number in at], by_rate, by_probe))
     return points
