@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from dsdpo.config.conversion import KEYS, OFF, OWN, Conversion, as_list, source, templated
 from dsdpo.config.foreign_names import FOREIGN
 from dsdpo.config.loss import LOSSES
+from dsdpo.config.optimizer import NO_ADAFACTOR, OPTIMIZERS
 from dsdpo.config.run import RunConfig
 from dsdpo.config.script import read_script
 from dsdpo.config.unknown_keys import about_unknown
@@ -245,11 +246,7 @@ def schedule(found: Conversion) -> None:
     steps = found.theirs.get("warmup_steps")
     if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 takes a share here
         found.put("optimizer.warmup_ratio", found.take("warmup_steps"), "warmup_steps")
-    optimizer = found.take("optim", "optimizer")
-    if optimizer is not None and re.search(r"8bit|4bit", str(optimizer)):
-        found.leave("optim", optimizer, "AdamW with states of 32 bits is used")
-    elif optimizer is not None and "adamw" not in str(optimizer):
-        found.leave("optim", optimizer, about_unknown("optim", KEYS).lstrip("; ") or "AdamW is used")
+    optimizer(found)
     for strategy, steps_name, key in (
         ("eval_strategy", "eval_steps", "evaluation.every_steps"),
         ("save_strategy", "save_steps", "checkpoint.every_steps"),
@@ -267,6 +264,30 @@ def schedule(found: Conversion) -> None:
                 found.put(key, 0, strategy)
         elif how == "epoch":
             found.leave(strategy, how, f"give {key} as a number of steps")
+
+
+def optimizer(found: Conversion) -> None:
+    """transformers' `optim`, as TRL, axolotl and LLaMA-Factory have it, and what goes with it."""
+    name, muon = found.take("optim", "optimizer"), found.take("use_muon")
+    if name is None and not muon:
+        return
+    theirs = "muon" if muon else str(name)
+    bare = re.sub(r"^paged_|_(torch|hf|bnb|apex|fused|xla|npu|32bit|8bit|4bit)", "", theirs)
+    kind = "adamw_8bit" if bare == "adamw" and "8bit" in theirs else bare
+    if kind == "adafactor":
+        found.leave("optim", theirs, NO_ADAFACTOR.partition(": ")[0] + "; adamw is used")
+        return
+    if kind not in OPTIMIZERS:
+        found.leave("optim", theirs, f"adamw is used; optimizer.type has {', '.join(OPTIMIZERS)}")
+        return
+    if kind != "adamw":
+        found.put("optimizer.type", kind, "use_muon" if muon else "optim")
+    if re.search(r"4bit", theirs) or (kind == "lion" and "8bit" in theirs):
+        found.leave("optim", theirs, f"{kind} with states of 32 bits is used")
+    if kind == "lion" and "adam_beta2" not in found.theirs:
+        found.put("optimizer.adam_beta2", 0.999, "transformers' default of adam_beta2")
+    if kind == "muon" and (norm := found.take("max_grad_norm")):
+        found.leave("max_grad_norm", norm, "muon's updates do not depend on the size of gradients")
 
 
 def tracking(found: Conversion) -> None:

@@ -133,6 +133,7 @@ _TABLE = {
     "num_warmup_steps lr_warmup_steps": "use optimizer.warmup_steps",
     "optim optimizer_name optim_args optim_target_modules": "use optimizer.type (AdamW if left out) | "
     "there is none: AdamW, or the optimizer block of the DeepSpeed JSON that deepspeed names",
+    "use_muon": "use optimizer.type muon",
     "adam_betas betas": "use optimizer.adam_beta1 and optimizer.adam_beta2",
     "beta1": "use optimizer.adam_beta1",
     "beta2": "use optimizer.adam_beta2",
@@ -140,7 +141,7 @@ _TABLE = {
     "max_norm grad_clip gradient_clipping max_gradient_norm clip_grad": "use optimizer.max_grad_norm",
     "adam_offload offload_optimizer cpu_offload": "use zero_optimization.offload_optimizer in the DeepSpeed JSON, as "
     "in ds_configs/zero3_offload.json",
-    "loraplus_lr_ratio loraplus_lr_embedding embedding_learning_rate use_galore use_badam use_apollo use_muon": _NONE
+    "loraplus_lr_ratio loraplus_lr_embedding embedding_learning_rate use_galore use_badam use_apollo": _NONE
     + "one learning rate serves all weights",
     # batch
     "per_device_train_batch_size micro_train_batch_size micro_batch_size per_gpu_train_batch_size": "use "

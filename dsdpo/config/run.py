@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -24,61 +23,9 @@ from dsdpo.config.durations import Duration, PositiveDuration
 from dsdpo.config.evaluation import EvaluationConfig, HeldOutMetric
 from dsdpo.config.loss import LOSSES, LossConfig, listed
 from dsdpo.config.model import ModelConfig
+from dsdpo.config.optimizer import OptimizerConfig
 from dsdpo.config.reference import AUTO, STRATEGIES, ReferenceConfig
 from dsdpo.config.section import FolderText, PathText, Section
-
-Scheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-]
-
-# transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
-POLYNOMIAL_END = 1e-7
-
-
-class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule."""
-
-    learning_rate: NonNegativeFloat = 1e-6
-    """Peak learning rate."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay per unit of learning rate."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean, per step."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the squared gradient's running mean, per step."""
-    adam_epsilon: PositiveFloat = 1e-8
-    """Added to the update's denominator."""
-    lr_scheduler_type: Scheduler = "linear"
-    """transformers' name of the schedule."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps in which the learning rate rises from 0."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The same as a share of all steps; set only one of the two."""
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Global gradient norm above which gradients are scaled down; 0: no clipping."""
-
-    @model_validator(mode="after")
-    def _one_schedule(self) -> OptimizerConfig:
-        if self.warmup_steps and self.warmup_ratio:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.warmup_steps} and optimizer.warmup_ratio {self.warmup_ratio} "
-                "both set the warm-up: keep one"
-            )
-        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
-            raise ValueError(
-                "optimizer.warmup_steps and optimizer.warmup_ratio have no effect with optimizer.lr_scheduler_type "
-                "constant: use constant_with_warmup"
-            )
-        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
-            raise ValueError(
-                f"optimizer.learning_rate {self.learning_rate} must be above {POLYNOMIAL_END}, where "
-                "optimizer.lr_scheduler_type polynomial ends"
-            )
-        return self
-
-    def num_warmup_steps(self, total_steps: int) -> int:
-        """Warm-up length in steps, out of `total_steps`."""
-        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
 
 
 class BatchConfig(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -15,15 +14,16 @@ from torch import nn
 from transformers import get_scheduler
 
 from dsdpo.config.model import ModelConfig
-from dsdpo.config.run import OptimizerConfig, RunConfig
+from dsdpo.config.run import RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.binning import LayoutName
 from dsdpo.distributed import rank
 from dsdpo.engine.load import load_lm, partitioned_loading
 from dsdpo.engine.lora import add_adapter, add_reference_adapter
+from dsdpo.engine.optimizer_limits import makes_optimizer
+from dsdpo.engine.optimizers import make_optimizer, parameter_groups
 from dsdpo.engine.quirks.gather_trace import count_gathers_of
 from dsdpo.engine.start import start_distributed as start_distributed
-from dsdpo.engine.zero_config import offload_device
 from dsdpo.objective.logps import ResponseScorer
 from dsdpo.objective.token_weights import TokenWeights
 from dsdpo.sequence_group import SequenceGroup
@@ -50,8 +50,7 @@ def build_policy(
 
     Its packed rows are split over the ranks of `sequence`.
 
-    The optimizer is the JSON's own if it has one; else DeepSpeed's CPU Adam when optimizer states are offloaded, and
-    torch's AdamW (fused where the device has it) when they are not.
+    The optimizer is the run's (`make_optimizer`), or DeepSpeed's own where only the JSON names one.
     """
     lm = load_lm(run.model, config, layout=layout, longest=longest)
     if run.model.gradient_checkpointing:
@@ -72,6 +71,7 @@ def build_policy(
         sequence=sequence,
     )
     groups = parameter_groups(model, run.optimizer.weight_decay)
+    ours = "optimizer" not in config or makes_optimizer(run)
 
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
         warmup = run.optimizer.num_warmup_steps(total_steps)
@@ -81,7 +81,7 @@ def build_policy(
         model=model,
         config=config,
         model_parameters=groups,
-        optimizer=None if "optimizer" in config else make_optimizer(groups, run.optimizer, config),
+        optimizer=make_optimizer(model, groups, run.optimizer, config) if ours else None,
         lr_scheduler=None if "scheduler" in config else schedule,
     )
     engine.train()
@@ -135,30 +135,3 @@ def warm_up(policy: deepspeed.DeepSpeedEngine, batch: PreferenceBatch) -> None:
     pass: were that one without gradient, training passes would break the record for ever (DeepSpeed 0.19).
     """
     policy.backward(policy(batch=batch).sum() * 0.0, scale_wrt_gas=False)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters for an optimizer; biases and norms are not decayed, as in Hugging Face's Trainer."""
-    no_decay = re.compile(r"(^|\.)bias$|norm", re.IGNORECASE)
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not weight_decay:
-        return [{"params": [parameter for _, parameter in trainable], "weight_decay": 0.0}]
-    groups = [
-        {"params": [p for name, p in trainable if not no_decay.search(name)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if no_decay.search(name)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
-) -> torch.optim.Optimizer:
-    """AdamW for where the DeepSpeed config keeps optimizer states."""
-    options: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon,
-    }
-    if offload_device(config, "optimizer") != "none":
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda" or None, **options)

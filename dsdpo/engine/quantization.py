@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from dsdpo.config.model import ModelConfig
+from dsdpo.engine.optimizer_limits import INSTALL
 from dsdpo.errors import ConfigError
-
-INSTALL = "pip install bitsandbytes, or 'dsdpo[quantized]'"
 
 
 def check_installed(model: ModelConfig, *, key: str) -> None:

@@ -156,7 +156,9 @@ def _toy_config(config: Config) -> Config:
     for what in ("offload_param", "offload_optimizer"):
         if zero.get(what, {}).get("device") == "nvme":
             zero[what] = {"device": "cpu", "pin_memory": zero[what].get("pin_memory", False)}
-    if str(lookup(toy, "optimizer.type")).lower() in OPTIMIZERS and not lookup(toy, "optimizer.params.torch_adam"):
+    kind = str(lookup(toy, "optimizer.type")).lower()
+    torchs = lookup(toy, "optimizer.params.torch_adam") and kind != "muon"
+    if kind == "adamw_8bit" or (kind in OPTIMIZERS and not torchs):
         toy.pop("optimizer")
     if offload_device(config, "optimizer") != "none":
         # Which then want DeepSpeed's CPU Adam, an operator to compile.

@@ -11,12 +11,13 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dsdpo.config.run import RunConfig
 from dsdpo.engine.deepspeed_keys import OPTIMIZERS, Config, find_mistakes, lookup
+from dsdpo.engine.optimizer_limits import makes_optimizer, name_optimizer, optimizer_problems
+from dsdpo.engine.statements import Statement, optimizer, precision, schedule, schedule_problems, sizes
 from dsdpo.engine.zero_limits import (
     NUMERIC_KEYS,
     batch_problems,
@@ -29,13 +30,6 @@ from dsdpo.engine.zero_limits import (
     type_problems,
 )
 from dsdpo.errors import ConfigError
-
-# DeepSpeed's schedule -> transformers' names of that shape, and the parameters that the run decides.
-SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "WarmupLR": (("constant_with_warmup", "constant"), ("warmup_min_lr", "warmup_max_lr")),
-    "WarmupDecayLR": (("linear",), ("warmup_min_lr", "warmup_max_lr", "total_num_steps")),
-    "WarmupCosineLR": (("cosine",), ("total_num_steps",)),
-}
 
 # What a reference needs of a stage-3 policy's block; the rest is about gradients, optimizer states or hpZ groups.
 REFERENCE_KEYS = (
@@ -61,16 +55,6 @@ DEFAULTS: dict[str, Any] = {
     "reduce_scatter": True, "allgather_partitions": True, "round_robin_gradients": False,
     "stage3_gather_16bit_weights_on_model_save": False,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Statement:
-    """What the run says about one key of the JSON."""
-
-    key: str  # dotted, in the JSON
-    value: Any  # filled in for "auto"
-    run_key: str | None = None  # the setting it comes from: a different value in the JSON is then a contradiction
-    if_absent: bool = True  # filled in also where the JSON leaves the key out
 
 
 def read_deepspeed_json(path: str | Path) -> Config:
@@ -112,10 +96,11 @@ def resolve_policy_config(
     """
     _refuse(source, find_mistakes(raw))
     config = copy.deepcopy(raw)
+    problems = [*name_optimizer(config, run, run_source)]
     _fill_typical_auto(config)
-    statements = [*_precision(run), *_optimizer(config, run), *_schedule(config, run, total_steps)]
-    problems = [*_settle(config, [*statements, *_sizes(hidden_size)], run_source)]
-    problems += _schedule_problems(config, run, run_source)
+    statements = [*precision(run), *optimizer(config, run), *schedule(config, run, total_steps)]
+    problems += _settle(config, [*statements, *sizes(hidden_size)], run_source)
+    problems += schedule_problems(config, run, run_source)
     problems += batch_problems(config, run, run_source)
     _keep_books(config, world_size)
     config["managed_gradient_accumulation"] = False
@@ -123,7 +108,8 @@ def resolve_policy_config(
     config["timers"] = {"throughput": {"enabled": False}} | config.get("timers", {})
     if str(lookup(config, "optimizer.type")).lower() not in OPTIMIZERS:  # ours, or one of torch's
         config.setdefault("zero_allow_untested_optimizer", True)
-    problems += type_problems(config)
+    problems += type_problems(config) if not makes_optimizer(run) else ()
+    problems += optimizer_problems(config, run)
     problems += [*left_auto(config)] or [*training_problems(config, run), *stage_problems(config, world_size)]
     _refuse(source, problems)
     return config
@@ -151,7 +137,7 @@ def resolve_reference_config(
     config = {key: copy.deepcopy(value) for key, value in raw.items() if key not in TRAINING_KEYS}
     _fill_typical_auto(config)
     _take_over_numerics(config, policy_config)
-    problems = [*_settle(config, [*_precision(run), *_sizes(hidden_size)], run_source)]
+    problems = [*_settle(config, [*precision(run), *sizes(hidden_size)], run_source)]
     problems += inference_problems(config)
     _keep_books(config, world_size)
     problems += [*left_auto(config)] or stage_problems(config, world_size)
@@ -190,7 +176,8 @@ def offload_device(config: Config, what: Literal["param", "optimizer"]) -> Liter
 def needed_ops(config: Config) -> set[str]:
     """DeepSpeed's names of the C++ operators that an engine with this resolved config loads.
 
-    Without an optimizer block dsdpo makes AdamW itself: DeepSpeedCPUAdam if its states are offloaded.
+    Without an optimizer block dsdpo makes AdamW itself: DeepSpeedCPUAdam if its states are offloaded. Of those that a
+    run names, Lion alone needs an operator, where its states are offloaded.
     """
     on_cpu = offload_device(config, "optimizer") != "none"
     ops = {"async_io"} if "nvme" in (offload_device(config, "param"), offload_device(config, "optimizer")) else set()
@@ -200,7 +187,8 @@ def needed_ops(config: Config) -> set[str]:
     if kind in ("adam", "adamw", "muon") and not config["optimizer"]["params"].get("torch_adam"):
         ops.add("cpu_adam" if on_cpu else "fused_adam")
     elif kind == "lion":
-        ops.add("cpu_lion" if on_cpu else "fused_lion")
+        # On the device dsdpo's own is bitsandbytes', which DeepSpeed calls untested.
+        ops |= {"cpu_lion"} if on_cpu else set() if config.get("zero_allow_untested_optimizer") else {"fused_lion"}
     elif kind == "adagrad" and on_cpu:
         ops.add("cpu_adagrad")
     elif kind == "lamb":
@@ -224,7 +212,7 @@ def _refuse(source: str | Path | None, problems: Iterable[str]) -> None:
         raise ConfigError("\n".join(lines))
 
 
-def _settle(config: Config, statements: list[_Statement], run_source: str | Path) -> Iterator[str]:
+def _settle(config: Config, statements: list[Statement], run_source: str | Path) -> Iterator[str]:
     """Fill in place what the JSON leaves open; one message for each value that it states differently."""
     for said in statements:
         given = lookup(config, said.key)
@@ -239,74 +227,6 @@ def _settle(config: Config, statements: list[_Statement], run_source: str | Path
                 f"{said.key} is {json.dumps(given)}, but {run_source} has {said.run_key} "
                 f'{json.dumps(said.value)}: make them agree, or write "auto" in the JSON'
             )
-
-
-def _precision(run: RunConfig) -> list[_Statement]:
-    dtype = run.model.dtype
-    says = f"model.dtype {dtype}, which needs"
-    return [
-        _Statement("bf16.enabled", dtype == "bfloat16", says),
-        _Statement("fp16.enabled", dtype == "float16", says),
-    ]
-
-
-def _optimizer(config: Config, run: RunConfig) -> Iterator[_Statement]:
-    """Clipping, and the parameters of the optimizer block if there is one."""
-    ours = run.optimizer
-    yield _Statement("gradient_clipping", ours.max_grad_norm, "optimizer.max_grad_norm")
-    if "optimizer" not in config:
-        return
-    yield _Statement("optimizer.params.lr", ours.learning_rate, "optimizer.learning_rate")
-    yield _Statement("optimizer.params.weight_decay", ours.weight_decay, "optimizer.weight_decay")
-    kind = str(config["optimizer"].get("type")).lower()
-    if kind == "lion":
-        betas = [ours.adam_beta1, ours.adam_beta2]
-        yield _Statement("optimizer.params.betas", betas, "optimizer.adam_beta1 and adam_beta2", if_absent=False)
-    if kind in ("adam", "adamw"):
-        betas = [ours.adam_beta1, ours.adam_beta2]
-        yield _Statement("optimizer.params.betas", betas, "optimizer.adam_beta1 and adam_beta2")
-        yield _Statement("optimizer.params.eps", ours.adam_epsilon, "optimizer.adam_epsilon")
-
-
-def _schedule(config: Config, run: RunConfig, total_steps: int | None) -> Iterator[_Statement]:
-    """The parameters of the scheduler block if there is one, warm-up linear as in transformers."""
-    names = SCHEDULES.get(lookup(config, "scheduler.type"), ((), ()))[1]
-    known = total_steps is not None
-    # DeepSpeed refuses a warm-up of 0 steps.
-    warmup = max(1, run.optimizer.num_warmup_steps(total_steps or 1))
-    statements = {
-        "warmup_min_lr": _Statement("scheduler.params.warmup_min_lr", 0),
-        "warmup_max_lr": _Statement(
-            "scheduler.params.warmup_max_lr", run.optimizer.learning_rate, "optimizer.learning_rate"
-        ),
-        "total_num_steps": _Statement(
-            "scheduler.params.total_num_steps", total_steps or 1, "a number of steps of" if known else None
-        ),
-    }
-    if names:
-        yield _Statement("scheduler.params.warmup_type", "linear")
-        yield _Statement("scheduler.params.warmup_num_steps", warmup, "optimizer.warmup_steps" if known else None)
-    yield from (statements[name] for name in names)
-
-
-def _schedule_problems(config: Config, run: RunConfig, run_source: str | Path) -> Iterator[str]:
-    kind, ours = lookup(config, "scheduler.type"), run.optimizer.lr_scheduler_type
-    names = SCHEDULES.get(kind, ((), ()))[0]
-    if names and ours not in names:
-        yield (
-            f"scheduler.type is {kind}, but {run_source} has optimizer.lr_scheduler_type {ours}: "
-            f"set that to {names[0]}, or delete the scheduler block"
-        )
-
-
-def _sizes(hidden_size: int) -> list[_Statement]:
-    """Bucket sizes in elements, by the formulas of transformers' Trainer."""
-    sizes = {
-        "reduce_bucket_size": hidden_size * hidden_size,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    return [_Statement(f"zero_optimization.{name}", size, if_absent=False) for name, size in sizes.items()]
 
 
 def _keep_books(config: Config, world_size: int) -> None:

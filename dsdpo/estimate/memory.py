@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsdpo.engine.deepspeed_keys import lookup
+from dsdpo.engine.optimizer_limits import optimizer_kind
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.estimate.gathers import Gathers, gathers_of
 from dsdpo.estimate.weights import Weights
@@ -24,10 +25,13 @@ GATHERED, BUFFERS, ACTIVATIONS, HEAD = "gathered layers", "buffers", "activation
 ALLOWANCE = "allowance"
 PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, ACTIVATIONS, HEAD, GATHERED, BUFFERS, ALLOWANCE)
 
-# float32 numbers that an optimizer keeps for each element beside the master weight; Adam's two where it is not named.
-STATES = {"lion": 1, "adagrad": 1, "sgd": 1, "muon": 1}
-ADAM_STATES = 2
 FLOAT32 = 4
+BLOCK = 256  # elements that share two scales in float32 under 8-bit AdamW
+# float32 numbers that an optimizer keeps for each element beside the master weight; Adam's two where it is not named.
+STATES = {"lion": 1, "adagrad": 1, "sgd": 1, "adamw_8bit": 2 / FLOAT32 + 2 / BLOCK}
+ADAM_STATES = 2
+# What a step that is not fused makes for each element, where that is not as many as it keeps (measured on a CPU).
+TEMPORARIES = {"lion": 3, "sgd": 2, "adamw_8bit": 5.25}
 SUB_GROUP = 1_000_000_000  # elements, DeepSpeed's default
 REDUCE_BUCKET, GATHER_BUCKET = 500_000_000, 500_000_000
 
@@ -75,9 +79,22 @@ def average_memory(weights: Weights, config: dict[str, Any], *, ranks: int, trai
     return {(AVERAGE, place): float(FLOAT32 * elements)}
 
 
-def optimizer_states(config: dict[str, Any]) -> int:
-    """float32 numbers for each trained element beside its master weight."""
-    return STATES.get(str(lookup(config, "optimizer.type")).lower(), ADAM_STATES)
+def optimizer_states(config: dict[str, Any], weights: Weights | None = None) -> float:
+    """float32 numbers for each trained element beside its master weight; of Muon at most, without the `weights`.
+
+    Muon keeps one for each element of the layers, twice at stages 1 and 2 on the device, and Adam's two for the rest.
+    """
+    kind, on_host = optimizer_kind(config), offload_device(config, "optimizer") != "none"
+    if kind == "muon" and weights is not None:
+        layers = sum(sum(size for size, trains in zip(part.sizes, part.trained, strict=True) if trains)
+                     for part in weights.parts if part.block is not None)  # fmt: skip
+        share = layers / max(1, weights.total(trained=True))
+        return share * (1 if on_host or stage(config) == 3 else 2) + (1 - share) * ADAM_STATES
+    if kind == "lion" and on_host:
+        return 2  # DeepSpeed's keeps one that it has no use for
+    if kind == "sgd" and not lookup(config, "optimizer.params.momentum"):
+        return 0
+    return STATES.get(kind, ADAM_STATES)
 
 
 def sums_bytes(config: dict[str, Any], itemsize: int) -> int:
@@ -89,7 +106,7 @@ def _stage12(config: dict[str, Any], weights: Weights, *, ranks: int, fused: boo
     zero, b, level = config["zero_optimization"], weights.itemsize, stage(config)
     trained = weights.total(trained=True)
     share = -(-trained // ranks)
-    sums, states = sums_bytes(config, b), optimizer_states(config)
+    sums, states = sums_bytes(config, b), optimizer_states(config, weights)
     on_host = offload_device(config, "optimizer") != "none"
     place: Place = "host" if on_host else "device"
     held = {
@@ -107,7 +124,7 @@ def _stage12(config: dict[str, Any], weights: Weights, *, ranks: int, fused: boo
         if sums == FLOAT32 > b:  # DeepSpeed keeps these sums on the device all the same
             training[GRADIENTS, "device"] = float(FLOAT32 * share)
         return EngineMemory(held, training, {}, {}, None, None)
-    step = _step_temporaries(share, states, fused=fused)
+    step = _step_temporaries(share, TEMPORARIES.get(optimizer_kind(config), states), fused=fused)
     if level == 1 and sums == FLOAT32 > b and lookup(config, "bf16.enabled"):  # BF16_Optimizer
         held[GRADIENTS, "device"] = float(FLOAT32 * trained)
         whole = float(b * trained)  # each micro-batch's, before it is added
@@ -123,7 +140,7 @@ def _stage12(config: dict[str, Any], weights: Weights, *, ranks: int, fused: boo
 def _stage3(config: dict[str, Any], weights: Weights, *, ranks: int, checkpointing: bool, fused: bool) -> EngineMemory:
     zero, b = config["zero_optimization"], weights.itemsize
     share = weights.sharded(ranks, trained=True)
-    sums, states = sums_bytes(config, b), optimizer_states(config)
+    sums, states = sums_bytes(config, b), optimizer_states(config, weights)
     device = offload_device(config, "optimizer")
     held: dict[tuple[str, Place], float] = {**_shards(config, weights, ranks), **_parameter_buffers(config, weights)}
     group = min(share, int(zero.get("sub_group_size", SUB_GROUP)))
@@ -134,7 +151,8 @@ def _stage3(config: dict[str, Any], weights: Weights, *, ranks: int, checkpointi
         held[OPTIMIZER, "device"] = optimizer
         held[GRADIENTS, "device"] = float(sums * share)
         flat = FLOAT32 * group
-        update[BUFFERS, "device"] = flat + _step_temporaries(group, states, fused=fused)
+        made = TEMPORARIES.get(optimizer_kind(config), states)
+        update[BUFFERS, "device"] = flat + _step_temporaries(group, made, fused=fused)
     elif device == "cpu":
         held[OPTIMIZER, "host"] = optimizer
         held[GRADIENTS, "host"] = float((sums + FLOAT32) * share)
@@ -186,9 +204,9 @@ def _gathered(gathers: Gathers, weights: Weights) -> dict[tuple[str, Place], flo
     return {(GATHERED, "device"): float(weights.itemsize * (gathers.live + gathers.largest))}
 
 
-def _step_temporaries(elements: int, states: int, *, fused: bool) -> float:
-    """What torch's Adam makes of a group's size while it steps, when it is not fused."""
-    return 0.0 if fused else float(states * FLOAT32 * elements)
+def _step_temporaries(elements: int, made: float, *, fused: bool) -> float:
+    """What an optimizer makes of a group's size while it steps, when it is not fused: torch's Adam two numbers each."""
+    return 0.0 if fused else float(made * FLOAT32 * elements)
 
 
 def _plus(first: Mapping[tuple[str, Place], float], second: Amounts) -> dict[tuple[str, Place], float]:

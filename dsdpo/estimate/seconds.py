@@ -135,7 +135,7 @@ def offload_time(
         fetched = passes * b * gathers.received / ranks / min(machine.gpu.host, disk if place == "nvme" else 1e15)
     if not trains:
         return OffloadTime(fetched, 0.0)
-    share, states = weights.total(trained=True) / ranks, optimizer_states(config)
+    share, states = weights.total(trained=True) / ranks, optimizer_states(config, weights)
     touched = FLOAT32 * share * (2 * (1 + states) + 1)  # masters and states read and written, gradients read
     place = offload_device(config, "optimizer")
     if place == "none":

@@ -10,6 +10,7 @@ from dsdpo.atomic import write_json
 from dsdpo.console import say
 from dsdpo.data.plan import remaining_steps
 from dsdpo.distributed import all_or_none, rank
+from dsdpo.engine.optimizer_limits import optimizer_kind
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
@@ -40,7 +41,8 @@ def checkpoint_to_resume(plan: Plan) -> Path | None:
                 "output_dir, or add --overwrite_output_dir true to replace it"
             )
         return None
-    for line in check_settings(path, run, stage=stage(plan.policy_config), data=plan.train.pairs.digest):
+    config, data = plan.policy_config, plan.train.pairs.digest
+    for line in check_settings(path, run, stage=stage(config), optimizer=optimizer_kind(config), data=data):
         say(f"changed since {path.name}: {line}")
     return path
 
@@ -51,6 +53,7 @@ def checkpoint_record(plan: Plan) -> dict[str, Any]:
         "settings": plan.run.model_dump(mode="json"),
         "data": plan.train.pairs.digest,
         "stage": stage(plan.policy_config),
+        "optimizer": optimizer_kind(plan.policy_config),
     }
 
 

@@ -16,6 +16,7 @@ from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
 from dsdpo.engine.config_remarks import json_remarks
 from dsdpo.engine.deepspeed_keys import untested_deepspeed
+from dsdpo.engine.optimizer_limits import optimizer_kind
 from dsdpo.engine.zero_config import TRAINING_KEYS, offload_device, read_deepspeed_json, serves_both, stage
 from dsdpo.run.datasets import describe_source
 from dsdpo.run.notes import run_notes
@@ -146,6 +147,8 @@ def describe_reference(plan: Plan) -> str:
 def describe_engine(config: dict[str, Any]) -> str:
     """ZeRO stage and offloads of a DeepSpeed config."""
     text = f"ZeRO-{stage(config)}"
+    if "optimizer" in config:
+        text += f", {optimizer_kind(config)}"
     devices = {"parameters": offload_device(config, "param"), "optimizer": offload_device(config, "optimizer")}
     for name, device in devices.items():
         if device != "none":

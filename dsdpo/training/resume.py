@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dsdpo.config.load import flat
 from dsdpo.config.run import RunConfig
+from dsdpo.config.section import Section
+from dsdpo.console import counted
 from dsdpo.distributed import world_size
+from dsdpo.engine.quirks.repartition import WHOLE
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.store import read_identity
@@ -72,14 +76,18 @@ def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
     return path, []
 
 
-def check_settings(path: Path, run: RunConfig, *, stage: int, data: str) -> list[str]:
-    """A line for each setting that has changed since the checkpoint.
+def check_settings(path: Path, run: RunConfig, *, stage: int, optimizer: str, data: str) -> list[str]:
+    """A line for each setting that has changed since the checkpoint; one that it does not know had its default.
 
     Raises `CheckpointError` for those that change what is learned, unless `checkpoint.allow_changes` names them. The
-    number of ranks and the ZeRO stage do not. `data` is the digest of the training pairs.
+    number of ranks and the ZeRO stage do not, with most kinds of `optimizer`. `data` is the digest of the training
+    pairs.
     """
     state = read_state(path)
-    before, now = dict(flat(state["settings"])), dict(flat(run.model_dump(mode="json")))
+    before, now = defaults() | dict(flat(state["settings"])), dict(flat(run.model_dump(mode="json")))
+    check_optimizer(path, state, stage=stage, optimizer=optimizer)
+    before.pop("optimizer.type", None)  # the JSON may have named it
+    now.pop("optimizer.type")
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     allowed = tuple(run.checkpoint.allow_changes)
     lines: list[str] = []
@@ -110,6 +118,30 @@ def check_settings(path: Path, run: RunConfig, *, stage: int, data: str) -> list
     if state["stage"] != stage:
         lines.append(f"ZeRO stage was {state['stage']} and is {stage}")
     return [line for line in lines if not line.startswith(("checkpoint.", "overwrite_output_dir"))]
+
+
+def check_optimizer(path: Path, state: dict[str, Any], *, stage: int, optimizer: str) -> None:
+    """Raise `CheckpointError` where this optimizer cannot take up the states of a checkpoint with this state."""
+    saved = state.get("optimizer") or optimizer  # old checkpoints do not say it
+    if saved != optimizer:
+        raise CheckpointError(
+            f"{path}: optimizer.type was {saved} and is {optimizer}, which cannot go on from the other's states: put "
+            "it back, or start a new run from the exported model"
+        )
+    then, now = (state["world_size"], state["stage"]), (world_size(), stage)
+    if optimizer in WHOLE and then != now:
+        words = [f"{counted(ranks, 'rank')} at ZeRO stage {level}" for ranks, level in (then, now)]
+        raise CheckpointError(
+            f"{path} was saved by {words[0]} and cannot go on with {words[1]} under {WHOLE[optimizer]}: resume with "
+            "the ranks and the stage that saved it"
+        )
+
+
+def defaults() -> dict[str, Any]:
+    """Default values by dotted name, of sections that have some for all their settings."""
+    sections = {name: field.default for name, field in RunConfig.model_fields.items()}
+    own = {name: section.model_dump(mode="json") for name, section in sections.items() if isinstance(section, Section)}
+    return dict(flat(own))
 
 
 def check_identity(path: Path, identity: ReferenceIdentity, *, allow: bool) -> list[str]:

@@ -39,7 +39,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
                   "lora": {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}},
         "data": {"train": {"path": "org/pairs", "split": "train"}, "text": "chat", "max_length": 4096},
         "loss": {"type": "sigmoid", "beta": 0.2},
-        "optimizer": {"learning_rate": 0.0002, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1},
+        "optimizer": {"type": "adamw_8bit", "learning_rate": 0.0002, "lr_scheduler_type": "cosine",
+                      "warmup_ratio": 0.1},
         "batch": {"pairs_per_step": 2 * 4 * 2},
         "train": {"num_train_epochs": 4},
         "tracking": {"wandb": {"project": "mine", "name": "first"}},
@@ -78,7 +79,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 WITHOUT: dict[str, set[str]] = {
     "trl.yaml": set(),
-    "axolotl.yaml": {"chat_template", "optim", "val_set_size", "evals_per_epoch", "saves_per_epoch"},
+    "axolotl.yaml": {"chat_template", "val_set_size", "evals_per_epoch", "saves_per_epoch"},
     "llamafactory.yaml": {"chat_template", "max_samples", "ddp_timeout"},
     "openrlhf.sh": set(),
 }
@@ -118,6 +119,28 @@ def test_what_a_file_leaves_out_is_the_programs_default(tmp_path: Path, capsys: 
     run = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert (run["data"]["max_length"], run["loss"]) == (512, {"type": "ipo"})
     assert "dsdpo's own default: loss.beta, optimizer.learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "left"),
+    [
+        ("adamw_torch_fused", {}, set()),
+        ("paged_adamw_32bit", {}, set()),
+        ("paged_adamw_8bit", {"type": "adamw_8bit"}, set()),
+        ("lion_32bit", {"type": "lion", "adam_beta2": 0.999}, set()),
+        ("lion_8bit", {"type": "lion", "adam_beta2": 0.999}, {"optim"}),
+        ("sgd", {"type": "sgd"}, set()),
+        ("muon", {"type": "muon"}, set()),
+        ("adafactor", {}, {"optim"}),
+        ("galore_adamw", {}, {"optim"}),
+    ],
+)
+def test_optimizers(theirs: str, ours: dict[str, Any], left: set[str], tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(f"base_model: m\ndatasets: [{{path: d}}]\nrl: dpo\noptimizer: {theirs}\n")
+    found = convert(file, "axolotl", gpus=1)
+    assert found.run.get("optimizer", {}) == ours
+    assert {each.split(":")[0] for each, _ in found.left} == left
 
 
 def test_a_token_on_a_command_line_is_not_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,15 @@ def test_sources_in_every_form_are_one_list(train):
             ["optimizer.learning_rate", "optimizer.lr_scheduler_type polynomial"],
         ),
         (
+            {"optimizer": {"type": "sgd", "adam_beta1": 0.8}},
+            ["optimizer.adam_beta1 0.8", "optimizer.type sgd", "adamw or adamw_8bit or lion or muon"],
+        ),
+        ({"optimizer": {"momentum": 0.9}}, ["optimizer.momentum 0.9", "optimizer.type adamw", "muon or sgd"]),
+        ({"optimizer": {"type": "lion", "adam_epsilon": 1e-6}}, ["optimizer.adam_epsilon 1e-06", "lion"]),
+        ({"optimizer": {"type": "sgd", "nesterov": True}}, ["optimizer.nesterov true", "optimizer.momentum above 0"]),
+        ({"optimizer": {"type": "muon", "max_grad_norm": 1.0}}, ["optimizer.max_grad_norm 1", "optimizer.type muon"]),
+        ({"optimizer": {"type": "adafactor"}}, ["optimizer.type adafactor", "one flat vector", "adamw_8bit"]),
+        (
             {"batch": {"pairs_per_step": 4, "pairs_per_micro_batch": 8}},
             ["batch.pairs_per_micro_batch 8", "batch.pairs_per_step 4"],
         ),
@@ -124,3 +133,10 @@ def test_a_wrong_setting_is_found_without_importing_torch():
     code = f"import sys, dsdpo.config.load, dsdpo.engine.zero_config; print({heavy} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
+
+
+def test_an_optimizer_brings_its_own_defaults_and_a_saved_run_keeps_them():
+    lion, muon = (make(optimizer={"type": kind}).optimizer for kind in ("lion", "muon"))
+    assert (lion.adam_beta2, lion.max_grad_norm, muon.momentum, muon.max_grad_norm) == (0.99, 1.0, 0.95, 0.0)
+    assert make(optimizer={"type": "lion", "adam_beta2": 0.999}).optimizer.adam_beta2 == 0.999
+    assert make(optimizer=muon.model_dump(mode="json")).optimizer == muon

@@ -36,13 +36,15 @@ SOURCES = ["zero1", "zero3", "zero3_offload", "robin"]
 TARGETS = {1: ["zero1", "zero3_offload"], 2: ["zero3", "offload2", "robin"], 3: ["sub_groups"]}
 
 
-def run_of(folder: Path, inputs: Path, kind: str, **sections: Any) -> dict[str, Any]:
+def run_of(
+    folder: Path, inputs: Path, kind: str, optimizer: dict[str, Any] | None = None, **sections: Any
+) -> dict[str, Any]:
     """A run with two groups of parameters (decayed or not) and a learning rate that falls."""
     folder.mkdir(exist_ok=True)
     return settings(
         folder,
         inputs,
-        optimizer={"learning_rate": 1e-2, "weight_decay": 0.01},
+        optimizer={"learning_rate": 1e-2, "weight_decay": 0.01, **(optimizer or {})},
         deepspeed=write_json(folder / f"{kind}.json", KINDS[kind]),
         **sections,
     )
@@ -59,14 +61,21 @@ def facts_of(policy: Any) -> dict[str, Any]:
         optimizer._hp_optimizer_states_linked = False  # DeepSpeed 0.19 links what is there after the first group's step
         optimizer._lazy_init_hp_params_optimizer_state()
     found: dict[str, Any] = {"lr": policy.get_lr(), "steps": policy.global_steps}
-    found["counts"] = {int(state["step"]) for state in optimizer.optimizer.state.values()}
+    states = list(optimizer.optimizer.state.values())
+    found["counts"] = {int(state["step"]) for state in states if "step" in state}
+    keys = [
+        key
+        for key, value in states[0].items()
+        if isinstance(value, torch.Tensor) and value.dim() and all(key in state for state in states)
+    ]
+    assert keys or "Muon" in type(optimizer.optimizer).__name__, "no states to compare"
     found |= whole_state_dict(policy.module, keep=True) or {}
     # DeepSpeed 0.19.8 mixes parameters up when it is asked for these: there only what follows from them is compared.
     mixed_up = lookup(policy.config, "zero_optimization.round_robin_gradients")
     for name, parameter in policy.module.named_parameters():
         if parameter.requires_grad and not mixed_up:
             found[f"{name}/fp32"] = safe_get_full_fp32_param(parameter).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in keys:
                 found[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
     return found
 
@@ -148,6 +157,31 @@ def test_bfloat16_and_adapters(inputs: Path, tmp_path: Path) -> None:
     run_ranks(2, save_all, {"zero3": run_of(tmp_path / "d", inputs, "zero3", **lora)}, tmp_path / "lora")
     targets = {kind: run_of(tmp_path / "e", inputs, kind, **lora) for kind in ("zero1", "zero3")}
     check(run_ranks(1, load_all, targets, tmp_path / "lora", ["zero3"]), tolerance=1e-5)
+
+
+def test_lion_and_sgd_move_too_and_muon_is_refused_by_name(inputs: Path, tmp_path: Path) -> None:
+    others = {"lion": {"type": "lion", "learning_rate": 1e-3}, "sgd": {"type": "sgd", "momentum": 0.9}}
+    others["muon"] = {"type": "muon", "learning_rate": 1e-3}
+    runs = {name: run_of(tmp_path / "from", inputs, "zero3", optimizer) for name, optimizer in others.items()}
+    for spread in run_ranks(2, save_all, runs, tmp_path / "saved"):
+        assert min(spread) > 1e-6, "nothing was learned, so nothing is compared"
+    for name in ("lion", "sgd"):
+        target = {name: run_of(tmp_path / "to", inputs, "zero1", others[name])}
+        check(run_ranks(1, load_all, target, tmp_path / "saved", [name]), tolerance=1e-3)
+    case = (run_of(tmp_path / "to", inputs, "zero3", others["muon"]), tmp_path / "saved" / "muon")
+    assert "ZeRO stage or offload with optimizer.type muon, whose states" in run_ranks(1, refusals, [case])[0][0]
+
+
+@pytest.mark.nightly  # DeepSpeed's CPU Lion takes minutes to compile
+def test_lion_moves_to_host_memory_and_back(inputs: Path, tmp_path: Path) -> None:
+    lion = {"type": "lion", "learning_rate": 1e-3}
+    for source, target in (("zero2", "offload2"), ("offload2", "zero2")):
+        folder = tmp_path / source
+        run_ranks(2, save_all, {source: run_of(tmp_path / "from", inputs, source, lion)}, folder)
+        moved = {target: run_of(tmp_path / "to", inputs, target, lion)}
+        for report in run_ranks(2, load_all, moved, folder, [source]):
+            ((_, gap),) = report.values()
+            assert gap < 1e-3
 
 
 def refusals(cases: list[tuple[dict[str, Any], Path]]) -> list[str]:

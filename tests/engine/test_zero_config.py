@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.config.run import RunConfig
+from dsdpo.engine.optimizer_limits import optimizer_kind
 from dsdpo.engine.zero_config import (
     needed_ops,
     offload_device,
@@ -485,3 +486,85 @@ def deepspeed_config(config):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     return DeepSpeedConfig(config)
+
+
+CPU = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+NVME_STATES = {"stage": 3, "offload_optimizer": NVME}
+
+
+def with_optimizer(kind, **options):
+    return make_run(optimizer={"type": kind, **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "params", "ops"),
+    [
+        ("lion", {}, {"betas": [0.9, 0.99]}, set()),
+        ("sgd", {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "nesterov": True}, set()),
+        ("adamw_8bit", {"adam_epsilon": 1e-6}, {"betas": [0.9, 0.999], "eps": 1e-6}, set()),
+        (
+            "muon",
+            {"adam_learning_rate": 1e-5},
+            {"momentum": 0.95, "betas": [0.9, 0.999], "eps": 1e-8, "adam_lr": 1e-5, "torch_adam": True},
+            set(),
+        ),
+    ],
+)
+def test_the_runs_optimizer_stands_in_the_resolved_config(kind, options, params, ops):
+    run = with_optimizer(kind, **options)
+    config = policy({}, run)
+    assert config["optimizer"]["params"] == {"lr": 1e-6, "weight_decay": 0.0, **params}
+    assert optimizer_kind(config) == kind
+    assert needed_ops(config) == ops
+    assert policy(config, run) == config, "a resolved config is not one for the same run"
+    if kind == "muon":
+        assert config["zero_optimization"]["reduce_scatter"] is False
+        assert "reduce_scatter" not in policy({"zero_optimization": {"stage": 2}}, run)["zero_optimization"]
+    if kind == "lion":
+        assert needed_ops(policy({"zero_optimization": CPU}, run)) == {"cpu_lion"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "message"),
+    [
+        ("lion", {"optimizer": {"type": "AdamW"}}, "optimizer.type is AdamW, but run.yaml has optimizer.type lion"),
+        ("adamw", {"optimizer": {"type": "SGD"}}, "optimizer.type is SGD, but run.yaml has optimizer.type adamw"),
+        (
+            "sgd",
+            {"optimizer": {"type": "SGD", "params": {"dampening": 0.1}}},
+            "params.dampening has no effect",
+        ),
+        ("sgd", {"optimizer": {"type": "SGD", "params": {"momentum": 0.5}}}, "run.yaml has optimizer.momentum 0.0"),
+        ("lion", {"zero_optimization": NVME_STATES}, "device is nvme, which keeps states of adamw only"),
+        (
+            "adamw_8bit",
+            {"zero_optimization": CPU},
+            "unpacks all 8-bit states for each step of",
+        ),
+        ("muon", {"zero_optimization": {"stage": 3, "reduce_scatter": True}}, 'write "reduce_scatter": false'),
+        ("muon", {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "muon has not been shown to work"),
+        ("muon", {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "muon has not been shown to work"),
+        (
+            "sgd",
+            {"bf16": {"bf16_master_weights_and_grads": True}},
+            "DeepSpeed has for adamw only, not for",
+        ),
+        (None, {"optimizer": {"type": "Adafactor"}}, "is not adafactor under ZeRO"),
+        (
+            None,
+            {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Muon", "params": {}}},
+            "set optimizer.max_grad_norm of the run to 0, not 1",
+        ),
+    ],
+)
+def test_what_does_not_go_with_an_optimizer_is_refused(kind, raw, message):
+    said = refusal(policy, raw, with_optimizer(kind))
+    assert message in said
+    assert "ds.json: " in said
+
+
+def test_the_runs_optimizer_may_stand_in_the_json_too():
+    config = policy({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, with_optimizer("sgd", momentum=0.9))
+    assert config["optimizer"]["params"]["momentum"] == 0.9
+    assert policy({"optimizer": {"type": "AdamW"}}, with_optimizer("adamw"))["optimizer"]["type"] == "AdamW"
+    assert "optimizer" not in policy({}, with_optimizer("adamw"))

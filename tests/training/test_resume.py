@@ -35,6 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
     "moving-adapter-zero2": {**LORA, "policy_zero": "zero2", "reference": {"strategy": "adapter", **MOVES}},
     "looking-ahead-zero3": {"reference": {"look_ahead_steps": 4}},
     "moving-bf16-zero3": {"model": {"dtype": "bfloat16"}, "reference": MOVES},
+    "lion-zero2": {"policy_zero": "zero2", "optimizer": {"type": "lion"}},
+    "sgd-zero3_offload": {"policy_zero": "zero3_offload", "optimizer": {"type": "sgd", "momentum": 0.9}},
+    "muon-bf16-zero1": {"policy_zero": "zero1", "optimizer": {"type": "muon"}, "model": {"dtype": "bfloat16"}},
+    "muon-adapter-zero2": {**KINDS["adapter"], "policy_zero": "zero2", "optimizer": {"type": "muon"}},
+    "muon-zero3": {"policy_zero": "zero3", "optimizer": {"type": "muon"}},
+    "adamw_8bit-zero3": {"policy_zero": "zero3", "optimizer": {"type": "adamw_8bit"}, "reference": MOVES},
 }
 
 
@@ -122,6 +128,9 @@ def test_another_run_is_refused_by_the_names_of_what_differs(inputs: Path, tmp_p
     decayed = resumed({**run, "optimizer": {"weight_decay": 0.1}}, allow_changes=["optimizer"])
     with pytest.raises(RankError, match=r"weight_decay was 0.0 and is 0.1(.|\n)*zero in both or in neither"):
         run_ranks(2, train_here, decayed)
+    other_kind = resumed({**run, "optimizer": {"type": "sgd"}}, allow_changes=["optimizer"])
+    with pytest.raises(RankError, match=r"optimizer.type was adamw and is sgd, which cannot go on from"):
+        run_ranks(2, train_here, other_kind)
     changed = {"learning_rate": 4 * run["optimizer"]["learning_rate"], "adam_beta1": 0.8}
     allowed = resumed(
         {**other, "optimizer": changed},
@@ -184,3 +193,16 @@ def test_another_reference_is_refused_unless_allowed(inputs: Path, tmp_path: Pat
     run_ranks(2, train_here, resumed(run, allow_other_reference=True))
     identity = json.loads((Path(run["output_dir"]) / "identity.json").read_text())
     assert identity["overridden"]
+
+
+def test_states_that_cannot_be_cut_anew_are_refused_before_anything_loads(tmp_path: Path) -> None:
+    from dsdpo.errors import CheckpointError
+    from dsdpo.training.resume import check_optimizer
+
+    for kind in ("muon", "adamw_8bit"):
+        state = {"world_size": 1, "stage": 2, "optimizer": kind}
+        check_optimizer(tmp_path, state, stage=2, optimizer=kind)
+        with pytest.raises(CheckpointError, match=f"1 rank at ZeRO stage 3 under optimizer.type {kind}, whose states"):
+            check_optimizer(tmp_path, state, stage=3, optimizer=kind)
+    old = {"world_size": 2, "stage": 2, "settings": {"optimizer": {"learning_rate": 1e-6}}}
+    check_optimizer(tmp_path, old, stage=3, optimizer="lion")  # the JSON's, of which old checkpoints say nothing

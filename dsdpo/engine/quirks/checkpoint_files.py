@@ -41,7 +41,7 @@ def own_hyperparameters(engine: Any) -> Iterator[None]:
 
     They are the same unless the user asked for others. A schedule goes on from the loaded step, at the engine's rates.
     """
-    names = ("betas", "eps", "weight_decay", "initial_lr")
+    names = ("betas", "eps", "weight_decay", "momentum", "nesterov", "initial_lr")
     kept = [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
     schedule = engine.lr_scheduler
     rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else []

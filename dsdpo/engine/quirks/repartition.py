@@ -21,6 +21,7 @@ from torch import Tensor
 from dsdpo.console import counted
 from dsdpo.distributed import all_or_none, world_size
 from dsdpo.engine.deepspeed_keys import lookup
+from dsdpo.engine.optimizer_limits import optimizer_kind
 from dsdpo.errors import CheckpointError
 
 MASTER = "float32 weights"  # beside the names of optimizer states
@@ -39,6 +40,12 @@ LAYOUT = (
     "optimizer.type",
     "optimizer.params.torch_adam",
 )
+WRAPPED = "__bnb_optimizer_quant_state__"
+# Why the states of an optimizer cannot be cut anew.
+WHOLE = {
+    "muon": "optimizer.type muon, whose states DeepSpeed keeps by matrices at some stages",
+    "adamw_8bit": "optimizer.type adamw_8bit, whose states are kept by blocks of 256 weights of a rank's partition",
+}
 # Switches of torch's optimizers that choose an implementation: the new run's own stay.
 IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable", "maximize")
 
@@ -90,6 +97,9 @@ def load_cut_anew(engine: Any, folder: Path) -> None:
         for config in (read_file(model_file(folder))["ds_config"], engine.config):
             check_movable(config, folder)
         saved = read_checkpoint(folder)
+        flats = [flat for rank in saved.values for flat in rank]
+        if any(flat.keys() != flats[0].keys() for flat in flats):
+            raise _stays(folder, "an optimizer that keeps other states for some parameters than for others")
         load_optimizer(engine, saved)
         load_progress(engine, saved)
     if hasattr(optimizer, "fp16_groups"):  # stage 3
@@ -102,7 +112,7 @@ def load_cut_anew(engine: Any, folder: Path) -> None:
 
 def check_movable(config: dict[str, Any], folder: Path) -> None:
     """Raise `CheckpointError` for a config whose states this module cannot move."""
-    if reason := lies_elsewhere(config):
+    if reason := lies_elsewhere(config) or WHOLE.get(optimizer_kind(config)):
         raise _stays(folder, reason)
 
 
@@ -136,12 +146,10 @@ def read_checkpoint(folder: Path) -> Saved:
         masters = states["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
         flats = []
         for index, master in enumerate(masters):
-            state = states[inner]["state"].get(index, {})
+            state = _unwrapped(states[inner]["state"].get(index, {}))
             flats.append({MASTER: master.view(-1)} | {k: v for k, v in state.items() if _is_elementwise(v)})
             constants.append({name: value for name, value in state.items() if not _is_elementwise(value)})
         values.append(flats)
-    if len({tuple(sorted(flat)) for flats in values for flat in flats}) != 1:
-        raise _stays(folder, "an optimizer that keeps other states for some parameters than for others")
     return Saved(
         values=values,
         stretches=_stretches_3(shapes, len(values)) if third else _stretches_1_and_2(shapes, optimizers),
@@ -150,6 +158,11 @@ def read_checkpoint(folder: Path) -> Saved:
         model=model,
         scaler=optimizers[0].get("loss_scaler"),
     )
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """One partition's states with those in it that bitsandbytes packs into a block of their own (0.50)."""
+    return {**{k: v for k, v in state.items() if k != WRAPPED}, **state.get(WRAPPED, {})}
 
 
 def _is_elementwise(value: Any) -> bool:
@@ -208,7 +221,8 @@ def load_optimizer(engine: Any, saved: Saved) -> None:
             f"the checkpoint is not of this model: {len(odd)} parameters are trained in one of them only, the first is "
             f"{odd[0]}; resume with the run's own model"
         )
-    names = [name for name in saved.values[0][0] if name != MASTER]
+    called = {name: _own_name(optimizer.optimizer, name) for name in saved.values[0][0] if name != MASTER}
+    names = [name for name in called if called[name] is not None]
     states = [{name: torch.zeros_like(flat) for name in names} for flat in flats]
     for flat in flats:
         flat.data.zero_()  # the padding
@@ -236,10 +250,23 @@ def load_optimizer(engine: Any, saved: Saved) -> None:
     ]
     for group in groups:
         group["params"] = [order[id(parameter)] for parameter in group["params"]]
-    state = {order[id(flat)]: {**constants, **values} for flat, values in zip(flats, states, strict=True)}
+    state = {
+        order[id(flat)]: {**constants, **{called[name]: value for name, value in values.items()}}
+        for flat, values in zip(flats, states, strict=True)
+    }
     inner.load_state_dict({"state": state, "param_groups": groups})
     if hasattr(optimizer, "fp16_groups"):
         optimizer._clear_fp32_optimizer_param_groups()
+
+
+def _own_name(optimizer: torch.optim.Optimizer, name: str) -> str | None:
+    """What an optimizer calls a state that another implementation of it has saved; None where it has no use for it."""
+    kind = type(optimizer).__name__
+    if kind == "Lion32bit":  # of bitsandbytes
+        return {"exp_avg": "state1", "exp_avg_sq": None}.get(name, name)
+    if kind == "DeepSpeedCPULion":
+        return {"state1": "exp_avg"}.get(name, name)
+    return name
 
 
 def _flats(optimizer: Any) -> list[Tensor]:
