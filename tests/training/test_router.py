@@ -1,4 +1,4 @@
-"""A mixture of experts in whole runs: one load-balancing loss a step, however it is batched, laid out and dealt out."""
+"""A mixture of experts in whole runs: one load-balancing loss a step, however it is batched, laid out, dealt out or split."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "whole": (1, {"batch": {"pairs_per_micro_batch": 8}}),
     "padded": (1, {"batch": {"pairs_per_micro_batch": 3}, "data": {"layout": "padded"}}),
     "ranks": (2, {"batch": {"pairs_per_micro_batch": 2}, "model": {"gradient_checkpointing": True}}),
+    "split": (2, {"batch": {"pairs_per_micro_batch": 2}, "distributed": {"sequence_parallel": 2}}),
     "off": (1, {"model": {"router_aux_loss_coef": 0.0}}),
     "own": (1, {"model": {"router_aux_loss_coef": None}}),
 }
@@ -41,7 +42,7 @@ def test_the_load_balancing_loss_is_of_the_whole_step(tmp_path: Path) -> None:
         run_ranks(ranks, train_all, those)
     found = {name: [row for row in metrics(tmp_path / name / "run") if "loss" in row] for name in WAYS}
     assert found["whole"][0]["router/aux_loss"] > 2.0, "the experts are used evenly, so nothing is compared"
-    for name in ("padded", "ranks", "own"):
+    for name in ("padded", "ranks", "split", "own"):
         for row, expected in zip(found[name], found["whole"], strict=True):
             # The first step's weights are the same; later ones have gone through Adam.
             tolerance = 1e-5 if row["step"] == 1 else 5e-4
