@@ -40,7 +40,7 @@ class Hints:
         if "loss" not in row:
             return []
         self._rows.append(row)
-        found = [_unlikely(row)] if step == 1 and "nll/chosen" in row else []
+        found = [self._unlikely(row)] if step == 1 and "nll/chosen" in row else []
         if len(self._rows) == ROWS and "perf/imbalance_s" in row:
             found.append(_straggler(list(self._rows)))
         if self.loss.rows == "pairs" and len(self._rows) == ROWS:
@@ -64,13 +64,28 @@ class Hints:
     def _fallen(self, mean: Mapping[str, float]) -> tuple[str, str] | None:
         if self.loss.reference_use == "unused" or {"sft", "dpop", "cal_dpo"} & set(self.loss.types):
             return None
-        chosen, rejected = mean["rewards/chosen"] / self.loss.beta, mean["rewards/rejected"] / self.loss.beta
+        beta = mean.get("loss/beta", self.loss.beta)
+        chosen, rejected = mean["rewards/chosen"] / beta, mean["rewards/rejected"] / beta
         if self.loss.rpo_alpha is not None or not rejected < chosen < -FALLEN:
             return None
         return "chosen-falls", (
             f"rewards/chosen {mean['rewards/chosen']:.2f}: chosen responses have become less likely by {-chosen:.0f} "
             f"nats, beside rejected ones by {-rejected:.0f}. Cures: loss.rpo_alpha 1 (adds their likelihood), "
             "loss.type dpop (forbids the fall), loss.type apo_zero (raises them by itself)."
+        )
+
+    def _unlikely(self, row: Mapping[str, float]) -> tuple[str, str] | None:
+        """The policy before training, or a reference of other weights, whose log-probs the rewards tell."""
+        nll, whose = row["nll/chosen"], "policy"
+        if self.loss.reference_use != "unused" and {"rewards/chosen", "logps/chosen", "lengths/chosen"} <= set(row):
+            beta = row.get("loss/beta", self.loss.beta)
+            theirs = (row["rewards/chosen"] / beta - row["logps/chosen"]) / max(1.0, row["lengths/chosen"])
+            nll, whose = max((nll, whose), (theirs, "reference"))
+        if nll < UNLIKELY_NLL:
+            return None
+        return "far-from-data", (
+            f"nll/chosen {nll:.2f} nats a token before training: the {whose} finds the chosen responses unlikely. "
+            "Fine-tune on them first, or check the chat template."
         )
 
     def _far(self, mean: Mapping[str, float]) -> tuple[str, str] | None:
@@ -91,15 +106,6 @@ def _straggler(rows: Sequence[Mapping[str, float]]) -> tuple[str, str] | None:
     return "straggler", (
         f"{name_of(int(ranks.pop()))} is the slowest of all in each of {len(rows)} rows, and others wait {waited:.2f} "
         f"of {step:.2f} s a step for it: see what else runs on its node, its clocks, and its data's disk."
-    )
-
-
-def _unlikely(row: Mapping[str, float]) -> tuple[str, str] | None:
-    if row["nll/chosen"] < UNLIKELY_NLL:
-        return None
-    return "far-from-data", (
-        f"nll/chosen {row['nll/chosen']:.2f} nats a token before training: the reference finds the chosen responses "
-        "unlikely. Fine-tune on them first, or check the chat template."
     )
 
 

@@ -52,6 +52,11 @@ def heard(loss: LossConfig, first_step: int = 1, **changes: float) -> list[str]:
         ({}, 1, {"rewards/accuracies_chosen_longer": 0.9, "rewards/accuracies_chosen_shorter": 0.4}, ["length-bias"]),
         ({}, 1, {"nll__chosen": 4.0}, ["far-from-data"]),
         ({}, 2, {"nll__chosen": 4.0}, []),
+        # 0.1 * (-100 + 400) nats: the policy finds 100 tokens likely, the reference does not.
+        ({}, 1, {"rewards__chosen": 30.0, "logps__chosen": -100.0, "lengths__chosen": 100.0}, ["far-from-data"]),
+        ({}, 1, {"rewards__chosen": 1.0, "logps__chosen": -100.0, "lengths__chosen": 100.0}, []),
+        # Of a beta that has grown tenfold the rewards are a tenth of what they seem.
+        ({}, 1, {"loss__beta": 1.0, "rewards__chosen": -0.6, "rewards__rejected": -1.5}, []),
     ],
 )
 def test_a_hint_is_said_once_where_the_metrics_call_for_it(

@@ -1,4 +1,4 @@
-"""A mixture of experts in whole runs: one load-balancing loss a step, however it is batched, laid out, dealt out or split."""
+"""A mixture of experts in whole runs: one load-balancing loss a step, however it is batched, laid out and dealt out."""
 
 from __future__ import annotations
 
