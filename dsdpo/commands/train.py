@@ -9,7 +9,7 @@ from dsdpo.console import is_main, quiet_libraries, say, waiting
 from dsdpo.distributed import rank
 from dsdpo.engine.build import device
 from dsdpo.errors import DsdpoError, StoppedError
-from dsdpo.run.estimate import forecast_of_plan, is_quantized
+from dsdpo.run.estimate import forecast_of_plan
 from dsdpo.run.estimate_report import in_three_lines
 from dsdpo.run.export import export_trained
 from dsdpo.run.loop import evaluate_at_start, train_until_done
@@ -32,7 +32,7 @@ def main(given: TrainArguments) -> int:
     plan = plan_run(given.run, run_file=given.run_file)
     say(describe_plan(plan))
     if given.dry_run:
-        if is_main() and not is_quantized(plan.reference, plan.run):  # one process is enough
+        if is_main():  # one process is enough
             say(as_table(in_three_lines(*forecast_of_plan(plan))))
         return 0
     with watched_ranks(lost_after=given.run.distributed.lost_after):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from dsdpo.config.section import Section
+
+
+def _number(value: object) -> object:
+    """A number that the command line gives as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class QuantizationConfig(Section):
     """How linear layers below the output head are quantized by bitsandbytes while a model loads."""
 
-    bits: Literal[4] = 4
+    bits: Annotated[Literal[4], BeforeValidator(_number)] = 4
     """Bits of a weight."""
     type: Literal["nf4", "fp4"] = "nf4"
     """The sixteen values: of a normal distribution's quantiles, or of a 4-bit float."""

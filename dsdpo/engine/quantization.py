@@ -1,8 +1,9 @@
-"""Models whose linear layers hold 4-bit weights of bitsandbytes: loading them, and telling what their tensors hold."""
+"""Models whose linear layers hold 4-bit weights of bitsandbytes: loading them, what their tensors hold, their size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from dsdpo.config.model import ModelConfig
+from dsdpo.config.quantization import QuantizationConfig
 from dsdpo.engine.optimizer_limits import INSTALL
 from dsdpo.errors import ConfigError
 
@@ -46,6 +48,61 @@ def keep_packed(lm: nn.Module) -> None:
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights of a scale, and scales of a scale of scales
+
+
+@dataclass(frozen=True)
+class MeantShape:
+    """Of a blank model's packed parameter, where a loaded one has bitsandbytes' `QuantState`."""
+
+    shape: tuple[int, ...]
+
+
+class BlankPackedLinear(nn.Linear):
+    """A linear layer on the meta device that takes as much memory as bitsandbytes' with its weights in 4 bits.
+
+    The packed bits are counted in elements of the type that holds them. A pass unpacks the weight for its product, and
+    the backward pass once more.
+    """
+
+    def __init__(self, linear: nn.Linear, settings: QuantizationConfig) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        dtype = linear.weight.dtype
+        numel = linear.weight.numel()
+        packed = nn.Parameter(torch.empty(-(-numel // (2 * dtype.itemsize)), dtype=dtype, device="meta"), False)
+        packed.quant_state = MeantShape(tuple(linear.weight.shape))  # type: ignore[attr-defined]
+        self.weight, self.bias = packed, linear.bias
+        self.compute_dtype = getattr(torch, settings.compute_dtype) if settings.compute_dtype else dtype
+        scales = -(-numel // BLOCK)
+        self.scale_bytes = scales + 4 * -(-scales // NESTED_BLOCK) if settings.double else 4 * scales
+
+    def forward(self, input: Tensor) -> Tensor:
+        product: Tensor = _PackedProduct.apply(input.to(self.compute_dtype), self.weight, meant_shape(self.weight))
+        return product.to(input.dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """The product with an unpacked weight, which is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.shape = shape
+        return input @ input.new_empty(shape).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad @ grad.new_empty(ctx.shape), None, None
+
+
+def pack_blank(lm: Any, settings: QuantizationConfig) -> None:
+    """Put `BlankPackedLinear` in place of the linear layers of a model on the meta device, but for its output head."""
+    head = {id(module) for module in lm.get_output_embeddings().modules()}
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and id(child) not in head:
+                setattr(module, name, BlankPackedLinear(child, settings))
 
 
 def is_quantized(parameter: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from dsdpo.config.reference_plan import ReferencePlan
 from dsdpo.config.run import RunConfig
 from dsdpo.engine.lora import POLICY, REFERENCE
+from dsdpo.engine.shards import full_shape
 from dsdpo.engine.zero_config import stage
 from dsdpo.estimate.activations import Activations, PassSize, by_formula, rehearse
 from dsdpo.estimate.checkpoint_size import CheckpointSize, checkpoint_size
@@ -18,6 +19,7 @@ from dsdpo.estimate.memory import (
     ALLOWANCE,
     FLOAT32,
     HEAD,
+    WEIGHTS,
     Amounts,
     EngineMemory,
     average_memory,
@@ -157,12 +159,29 @@ def _phases(job: Job, policy: EngineMemory, reference: EngineMemory | None) -> d
             phases["scoring"] = (base, _add(theirs, reference.scoring, scoring))
         else:
             phases["scoring"] = (_add(base, policy.scoring), _add(theirs, scoring))
+    phases |= _loading(job, base)
     if moving and reference is not None and stage(job.policy_config) != stage(job.reference_config):
         gathered = min(SYNC_BUDGET, job.policy.weights.itemsize * job.policy.weights.total())
         if stage(job.policy_config) == 3:
             phases["sync"] = (_add(base, {("gathered layers", "device"): float(gathered)}), beside)
     found = {name: (_with_allowance(job, ours, base), others) for name, (ours, others) in phases.items()}
     return {**found, "between steps": (base, beside)}
+
+
+def _loading(job: Job, policy: Amounts) -> dict[str, tuple[Amounts, Amounts]]:
+    """While models in 4 bits load: each is whole on every rank's device before stage 3 takes it apart."""
+    found: dict[str, tuple[Amounts, Amounts]] = {}
+    if job.policy.weights.scales:
+        found["loading the policy"] = ({(WEIGHTS, "device"): _whole(job.policy)}, {})
+    if job.reference.own_engine and job.scorer.weights.scales:
+        beside: Amounts = {} if job.reference.before_training else policy
+        found["loading the reference"] = (beside, {(WEIGHTS, "device"): _whole(job.scorer)})
+    return found
+
+
+def _whole(blank: Blank) -> float:
+    """Bytes of all weights of a model."""
+    return float(blank.weights.itemsize * blank.weights.total() + blank.weights.scales)
 
 
 def _with_allowance(job: Job, amounts: Amounts, held: Amounts) -> Amounts:
@@ -227,7 +246,7 @@ def _time(job: Job, policy: EngineMemory, reference: EngineMemory | None) -> Ste
 
 @lru_cache(maxsize=64)
 def _flops(blank: Blank, adapter: str | None) -> ModelFlops:
-    return model_flops(blank.lm, adapter=adapter)
+    return model_flops(blank.lm, adapter=adapter, shape_of=full_shape)
 
 
 def _host_of_node(job: Job, while_training: float) -> float:
@@ -240,8 +259,7 @@ def _host_of_node(job: Job, while_training: float) -> float:
         (job.reference_config, job.scorer, job.reference.own_engine),
     ):
         if there and stage(config) != 3:  # each rank reads the whole model
-            whole = blank.weights.itemsize * blank.weights.total()
-            loading = max(loading, float(ranks * (whole + (0.0 if job.machine.gpu.is_cpu else PROCESS))))
+            loading = max(loading, ranks * (_whole(blank) + (0.0 if job.machine.gpu.is_cpu else PROCESS)))
     exported = job.policy.weights.itemsize * job.policy.weights.total(trained=True if _lora(job) else None)
     return max(loading, trained + exported)
 

@@ -65,7 +65,7 @@ def reference_memory(config: dict[str, Any], weights: Weights, *, ranks: int) ->
         held = _plus(held, {(GATHERED, "device"): weights.itemsize * gathers.persistent})
         scoring = _gathered(gathers, weights)
         return EngineMemory(held, {}, scoring, {}, gathers, gathers)
-    held = {(WEIGHTS, "device"): float(weights.itemsize * weights.total())}
+    held = {(WEIGHTS, "device"): float(weights.itemsize * weights.total() + weights.scales)}
     return EngineMemory(held, {}, {}, {}, None, None)
 
 
@@ -110,7 +110,7 @@ def _stage12(config: dict[str, Any], weights: Weights, *, ranks: int, fused: boo
     on_host = offload_device(config, "optimizer") != "none"
     place: Place = "host" if on_host else "device"
     held = {
-        (WEIGHTS, "device"): float(b * weights.total()),
+        (WEIGHTS, "device"): float(b * weights.total() + weights.scales),
         (OPTIMIZER, place): float((1 + states) * FLOAT32 * share),
     }
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * b * (2 if zero.get("overlap_comm") else 1)
@@ -144,8 +144,7 @@ def _stage3(config: dict[str, Any], weights: Weights, *, ranks: int, checkpointi
     device = offload_device(config, "optimizer")
     held: dict[tuple[str, Place], float] = {**_shards(config, weights, ranks), **_parameter_buffers(config, weights)}
     group = min(share, int(zero.get("sub_group_size", SUB_GROUP)))
-    own_masters = b != FLOAT32 or device != "none"
-    optimizer = float((states + own_masters) * FLOAT32 * share)
+    optimizer = float((states + 1) * FLOAT32 * share)  # masters are a copy in float32 too
     update: dict[tuple[str, Place], float] = {}
     if device == "none":
         held[OPTIMIZER, "device"] = optimizer
@@ -175,6 +174,8 @@ def _shards(config: dict[str, Any], weights: Weights, ranks: int) -> dict[tuple[
     device = offload_device(config, "param")
     place = {"none": "device", "cpu": "host", "nvme": "nvme"}[device]
     held: dict[tuple[str, Place], float] = {(WEIGHTS, place): shard}
+    if weights.scales:
+        held = _plus(held, {(WEIGHTS, "device"): float(weights.scales)})
     group = int(lookup(config, "zero_optimization.zero_hpz_partition_size") or 1)
     if group > 1:
         held = _plus(held, {(WEIGHTS, "device"): float(weights.itemsize * weights.sharded(group))})

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from dsdpo.config.quantization import QuantizationConfig
 from dsdpo.config.run import ModelConfig
 from dsdpo.data.binning import LayoutName
 from dsdpo.engine.blank import blank_lm
 from dsdpo.engine.load import DTYPES, switch_off_randomness, tile_mlps
 from dsdpo.engine.lora import blank_adapter
+from dsdpo.engine.quantization import BlankPackedLinear, pack_blank
 from dsdpo.objective.logps import ResponseScorer
 from dsdpo.objective.output_head import decoder_of
 
@@ -33,7 +35,8 @@ class Weights:
     """All parameters of a model."""
 
     parts: tuple[Part, ...]  # in the order of a forward pass
-    itemsize: int  # bytes of an element
+    itemsize: int  # bytes of an element; weights in 4 bits count as the elements that they are packed into
+    scales: int = 0  # bytes of the scales of weights in 4 bits, which every rank holds whole
 
     def sizes(self, *, trained: bool | None = None) -> Iterator[int]:
         """Elements of each parameter once: of those that train, of those that do not, or of all."""
@@ -70,15 +73,21 @@ def blank_model(
 
     Reads nothing but its config.json. Raises `ConfigError` for models that dsdpo cannot train.
     """
-    return _blank_model(model.model_dump_json(), layout, trains, second_adapter, key)
+    bits = None if model.quantization is None else model.quantization.model_dump_json()
+    plain = model.model_copy(update={"quantization": None})  # of a reference it goes without an adapter
+    return _blank_model(plain.model_dump_json(), bits, layout, trains, second_adapter, key)
 
 
 @lru_cache(maxsize=8)
-def _blank_model(settings: str, layout: LayoutName, trains: bool, second_adapter: bool, key: str) -> Blank:
+def _blank_model(
+    settings: str, bits: str | None, layout: LayoutName, trains: bool, second_adapter: bool, key: str
+) -> Blank:
     model = ModelConfig.model_validate_json(settings)
     lm = blank_lm(model, layout=layout, key=key).to(DTYPES[model.dtype])
     if trains and model.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if bits is not None:
+        pack_blank(lm, QuantizationConfig.model_validate_json(bits))
     if model.lora is not None:
         lm = blank_adapter(lm, model, second=second_adapter)
     switch_off_randomness(lm)
@@ -112,7 +121,8 @@ def weights_of(lm: Any) -> Weights:
 
     walk(lm, None)
     itemsize = next(iter(lm.parameters())).element_size()
-    return Weights(tuple(part for _, part in sorted(parts, key=lambda entry: entry[0])), itemsize)
+    scales = sum(module.scale_bytes for module in lm.modules() if isinstance(module, BlankPackedLinear))
+    return Weights(tuple(part for _, part in sorted(parts, key=lambda entry: entry[0])), itemsize, scales)
 
 
 def blocks_of(lm: Any) -> list[nn.Module]:

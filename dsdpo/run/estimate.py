@@ -55,11 +55,6 @@ def subject_of(run: RunConfig, run_file: str | Path, *, tokens: tuple[int, ...] 
     Raises `ConfigError` or `DataError`.
     """
     reference = plan_reference(run)
-    if is_quantized(reference, run):
-        raise ConfigError(
-            "dsdpo estimate does not count quantized weights: leave out model.quantization and reference.quantization "
-            "(--model.quantization null) for what the run takes at most"
-        )
     models = check_models(run, reference.model, weights=False)
     hidden_size = int(models["model.path"].get_text_config().hidden_size)
     layout = choose_layout(run, models)
@@ -80,11 +75,6 @@ def with_models(
         key = "reference.path" if run.reference.path else "model.path"
         scorer = blank_model(reference.model, layout=layout.name, trains=False, key=key)
     return Subject(run, str(run_file), reference, layout, hidden_size, policy, scorer, lengths)
-
-
-def is_quantized(reference: ReferencePlan, run: RunConfig) -> bool:
-    """Whether any of the run's models holds quantized weights, which no forecast counts."""
-    return run.model.quantization is not None or reference.model.quantization is not None
 
 
 def lengths_of(run: RunConfig) -> np.ndarray:

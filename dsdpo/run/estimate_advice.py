@@ -244,6 +244,15 @@ def _lora(trial: Trial) -> Iterator[Change]:
         )
 
 
+def _base_in_4_bits(trial: Trial) -> Iterator[Change]:
+    model = trial.subject.run.model
+    if model.quantization is None and model.lora is not None:
+        yield "model.quantization: {bits: 4}, a base in 4 bits", _run_with(trial, "model", quantization={"bits": 4})
+    elif model.lora is None:
+        for words, changed in _lora(trial):
+            yield f"{words}; model.quantization: {{bits: 4}}", _run_with(changed, "model", quantization={"bits": 4})
+
+
 def _more_ranks(trial: Trial) -> Iterator[Change]:
     machine, ranks = trial.machine, trial.machine.ranks * 2
     while ranks <= MOST_RANKS and not machine.gpu.is_cpu:
@@ -264,6 +273,7 @@ STEPS: tuple[Step, ...] = (
     _parameters_on_host,
     _precomputed,
     _lora,
+    _base_in_4_bits,
     _more_ranks,
 )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dsdpo.distributed import rank
 from dsdpo.engine.types import TrainingEngine
-from dsdpo.run.estimate import forecast_of_plan, is_quantized
+from dsdpo.run.estimate import forecast_of_plan
 from dsdpo.run.output_folder import environment, git_commit, parameter_counts
 from dsdpo.run.plan import Plan
 
@@ -22,7 +22,7 @@ def expected(plan: Plan) -> dict[str, Any] | None:
 
     On rank 0, and before engines are built, whose config would partition the blank models that are counted.
     """
-    if plan.run.tracking.wandb is None or rank() != 0 or is_quantized(plan.reference, plan.run):
+    if plan.run.tracking.wandb is None or rank() != 0:
         return None
     try:
         found, machine = forecast_of_plan(plan)

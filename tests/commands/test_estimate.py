@@ -71,6 +71,17 @@ def test_advice_makes_it_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert found["advice"][0]["changes"] == ["batch.tokens_per_micro_batch: 50000"]
 
 
+def test_a_base_in_4_bits_takes_less(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = ("--gpu", "rtx4090", "--model.lora.r", "8")
+    plain, packed = (
+        estimate(folder, capsys, *lora, *more)["rows"][0] for more in ((), ("--model.quantization.bits", "4"))
+    )
+    assert packed["fits"]
+    assert packed["device_bytes"] < plain["device_bytes"]
+    assert packed["phases"]["loading the policy"] < packed["device_bytes"]
+    assert packed["seconds"]["policy"] == plain["seconds"]["policy"]
+
+
 def test_table_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", str(folder / "run.yaml"), "--gpu", "a100", "--tokens", "64,32,32"]) == 0
     said = capsys.readouterr().out

@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from dsdpo.config.run import ModelConfig
+from dsdpo.engine.lora import POLICY
+from dsdpo.engine.quantization import loading_options, scales
+from dsdpo.engine.shards import full_shape
 from dsdpo.estimate.activations import PassSize, by_formula, rehearse
 from dsdpo.estimate.gathers import Gathers, gathers_of
 from dsdpo.estimate.memory import GRADIENTS, OPTIMIZER, WEIGHTS, policy_memory, reference_memory
 from dsdpo.estimate.weights import Blank, Part, Weights, blank_model
+from dsdpo.objective.flops import model_flops
 
 HIDDEN, LAYERS, VOCABULARY, INNER = 64, 3, 512, 160
 FEW = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
@@ -50,6 +54,41 @@ def test_parameters_are_counted_once_and_by_what_trains(folder: str) -> None:
     adapted = blank(folder, lora={"r": 4, "target_modules": ["q_proj", "down_proj"]}).weights
     assert adapted.total(trained=False) == ALL
     assert adapted.total(trained=True) == LAYERS * 4 * (HIDDEN + HIDDEN + INNER + HIDDEN)
+
+
+@pytest.mark.parametrize(("double", "storage"), [(True, "model"), (False, "model"), (True, "uint8")])
+def test_weights_in_4_bits_take_what_bitsandbytes_holds(folder: str, double: bool, storage: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    bits = {"bits": 4, "double": double, "storage_dtype": storage}
+    model = ModelConfig(path=folder, lora={"r": 4}, quantization=bits)
+    with torch.random.fork_rng():
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).save_pretrained(
+            f"{folder}/weights"
+        )
+    real = AutoModelForCausalLM.from_pretrained(f"{folder}/weights", dtype=torch.bfloat16, **loading_options(model))
+    held = sum(parameter.numel() * parameter.element_size() for parameter in real.parameters())
+    of_scales = sum(scale.numel() * scale.element_size() for name, scale in scales(real) if "offset" not in name)
+    found = blank(folder, lora={"r": 4}, quantization=bits).weights
+    assert found.itemsize * found.total(trained=False) == held
+    assert found.scales == of_scales
+    assert held < 2 * ALL / 2, "nothing is packed"
+    of_adapter = 2 * 2 * HIDDEN + 2 * (HIDDEN + HIDDEN // 2) + 3 * (HIDDEN + INNER)
+    assert found.total(trained=True) == LAYERS * 4 * of_adapter
+
+
+def test_a_packed_weight_is_unpacked_for_its_product_and_not_kept(folder: str) -> None:
+    size = PassSize(rows=1, width=8, scored=4, keys=8)
+    plain, packed = (
+        rehearse(blank(folder, lora={"r": 4, "target_modules": ["q_proj"]}, gradient_checkpointing=False, **more).lm,
+                 size, chunk=4, trains=True)
+        for more in ({}, {"quantization": {"bits": 4}})
+    )  # fmt: skip
+    assert packed.kept == plain.kept
+    unpacked = 2 * HIDDEN * INNER  # the largest: an MLP's matrix in bfloat16
+    assert unpacked < packed.layers <= plain.layers + unpacked
+    ours, theirs = (model_flops(blank(folder, lora={"r": 4}, **more).lm, adapter=POLICY, shape_of=full_shape)
+                    for more in ({}, {"quantization": {"bits": 4}}))  # fmt: skip
+    assert ours == theirs, "operations are those of the weights that the bits stand for"
 
 
 def parts(*sizes: int, blocks: tuple[int | None, ...]) -> Weights:
