@@ -7,9 +7,11 @@ import runpy
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from dsdpo.errors import DataError
+from dsdpo.errors import ConfigError, DataError
 from tests.commands.processes import environment_of, finish
 
 FOLDER = Path(__file__).parents[1] / "launch" / "recipes" / "iterative"
@@ -28,6 +30,40 @@ def test_each_round_is_anchored_to_the_model_it_starts_from(tmp_path: Path) -> N
     metrics = (tmp_path / "runs/rounds/round-2/run/metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[0])["loss"] == pytest.approx(0.693147, abs=1e-5), "policy and reference start alike"
     assert second["reference_weights"][:12] in answer.stdout
+
+
+@pytest.mark.nightly
+def test_rounds_anchored_to_the_start_train_on_the_pairs_that_are_kept(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{environment_of()['PATH']}"
+    words = [str(FOLDER / "demo.sh"), "--rounds", "2", "--train.max_steps", "2", "--data.eval", "null"]
+    words += ["--keep", "not right"]
+    finish(["bash", *words], limit_s=LIMIT_S, cwd=tmp_path, PATH=path, PYTHONPATH=str(ROOT), REFERENCE="first")
+    folder = tmp_path / "runs" / "rounds"
+    first, second = json.loads((folder / "rounds.json").read_text())
+    assert first["reference"] == second["reference"] == "runs/demo-inputs/model"
+    assert first["reference_weights"] == second["reference_weights"]
+    assert second["policy"] == "runs/rounds/round-1/run/model"
+    assert not (folder / "round-1" / "kept.jsonl").exists(), "there is no reward before anything is learned"
+    kept = pq.read_table(folder / "round-2" / "scores.parquet").to_pydict()
+    written = (folder / "round-2" / "kept.jsonl").read_text().splitlines()
+    generated = (folder / "round-2" / "generations.jsonl").read_text().splitlines()
+    assert len(written) == len(kept["row"])
+    assert 0 < len(written) < len(generated)
+    assert not any(kept["right"])
+    assert max(map(abs, kept["margin"])) > 1e-4, "scored under the model of the round before"
+    settings = yaml.safe_load((folder / "round-2" / "run" / "config.yaml").read_text())
+    assert settings["data"]["train"][0]["path"] == "runs/rounds/round-2/kept.jsonl"
+
+
+def test_a_round_does_not_start_from_an_adapter_alone(tmp_path: Path) -> None:
+    model_of = runpy.run_path(str(FOLDER / "rounds.py"))["model_of"]
+    (tmp_path / "model").mkdir()
+    assert model_of(tmp_path) == str(tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"add --export\.merge_adapter true"):
+        model_of(tmp_path)
+    (tmp_path / "merged").mkdir()
+    assert model_of(tmp_path) == str(tmp_path / "merged")
 
 
 BROKEN = {

@@ -20,6 +20,7 @@ from typing import Any
 
 from dsdpo import DsdpoError, Run, read_result
 from dsdpo.errors import ConfigError, DataError
+from dsdpo.run_folder import RunFolder
 
 SHOWN = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 
@@ -32,7 +33,9 @@ def main() -> int:
     parser.add_argument("--generate", required=True, help="command that writes {out}; {model}, {prompts}, {round}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reference", choices=("last", "first"), default="last", help="whose weights anchor a round")
-    parser.add_argument("--keep", help="condition of dsdpo score under which a pair is trained on")
+    parser.add_argument(
+        "--keep", help="condition of dsdpo score, from the second round on, for a pair to be trained on"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/rounds"))
     parser.add_argument(
         "--launcher", default=f"{sys.executable} -m", help="default: one process; or deepspeed ... --module"
@@ -60,7 +63,7 @@ def one_round(number: int, start: str, given: argparse.Namespace, settings: list
     """Generate, perhaps filter, and train; what the round was. A round that is done already is only read."""
     folder = given.folder / f"round-{number}"
     folder.mkdir(parents=True, exist_ok=True)
-    policy = start if number == 1 else str(given.folder / f"round-{number - 1}" / "run" / "model")
+    policy = start if number == 1 else model_of(given.folder / f"round-{number - 1}" / "run")
     reference = start if given.reference == "first" else policy
     pairs = folder / "generations.jsonl"
     if not pairs.is_file():
@@ -69,12 +72,14 @@ def one_round(number: int, start: str, given: argparse.Namespace, settings: list
         subprocess.run(words, check=True)
     check(pairs)
     dsdpo = [*shlex.split(given.launcher), "dsdpo"]
-    if given.keep:
-        kept = folder / "kept.jsonl"
-        words = ["score", policy, "--reference", reference, "--data", str(pairs), "--keep", given.keep]
-        subprocess.run([*dsdpo, *words, "--out", str(folder / "scores.parquet"), "--rows", str(kept)], check=True)
-        pairs = kept
     output = folder / "run"
+    if given.keep and number > 1:  # before the second round the policy is the start, so that all rewards are 0
+        kept = folder / "kept.jsonl"
+        if not kept.is_file():
+            words = ["score", str(given.run), "--model.path", policy, "--reference", start, "--data", str(pairs)]
+            words += ["--keep", given.keep, "--out", str(folder / "scores.parquet"), "--rows", str(kept)]
+            subprocess.run([*dsdpo, *words, "--output_dir", str(output), *settings], check=True)
+        pairs = kept
     if not (output / "model").is_dir():
         words = ["train", str(given.run), "--model.path", policy, "--data.train", str(pairs), "--resume", "auto"]
         words += [] if given.reference == "last" else ["--reference.path", reference]
@@ -89,6 +94,18 @@ def one_round(number: int, start: str, given: argparse.Namespace, settings: list
         "steps": result.step,
         **{name: result.last_evaluation[name] for name in SHOWN if name in result.last_evaluation},
     }
+
+
+def model_of(run: Path) -> str:
+    """The model that a round has made, whole. Raises `ConfigError` for an adapter alone."""
+    files = RunFolder(run)
+    if not (files.model / "adapter_config.json").is_file():
+        return str(files.model)
+    if not files.merged.is_dir():
+        raise ConfigError(
+            f"{files.model} is an adapter, and the next round starts from a model: add --export.merge_adapter true"
+        )
+    return str(files.merged)
 
 
 def check(path: Path) -> None:
