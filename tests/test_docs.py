@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import posixpath
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.commands.arguments import COMMANDS
+from dsdpo.__main__ import main
+from dsdpo.commands.arguments import COMMANDS, PARSERS
 from dsdpo.config.load import dotted_keys
+from dsdpo.errors import ConfigError
 from tests.commands.processes import finish, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +29,10 @@ PAGES = sorted(
     ]
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SPAN = re.compile(r"`(dsdpo [a-z]+ [^`|]+)`")
+REFUSED = re.compile(
+    r"usage:|not an option|unrecognized|invalid choice|expected|required|must be|no command|needs a value"
+)
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 LIMIT_S = 400
 
@@ -91,6 +98,63 @@ def test_every_command_in_the_docs_is_there_with_its_options() -> None:
                 assert option in own | settings | {"--help", "--resume"}, f"{where}: {option}"
             if word.startswith(("launch/", "ds_configs/", "examples/")):
                 assert any(ROOT.glob(word)), f"{where}: {word}"
+
+
+def whole_commands() -> dict[tuple[str, ...], str]:
+    """Every dsdpo command in blocks, and those in running text that say what they work on, with a page that has it."""
+    found = {tuple(words): page for page, words in commands()}
+    for page in PAGES:
+        for span in SPAN.findall(page.read_text(encoding="utf-8")):
+            words = tuple(shlex.split(span)[1:])
+            if words[0] in COMMANDS and not words[1].startswith("-") and "..." not in words and "[" not in span:
+                found.setdefault(words, str(page.relative_to(ROOT)))
+    return {words: page for words, page in found.items() if not set(words) & {"--help", "--help-section", "demo"}}
+
+
+def arranged(folder: Path, inputs: Path) -> None:
+    """What the docs' names stand for: a run file with its data and JSONs; no RUN, MODEL or ADAPTER, which take long."""
+    text = (ROOT / "launch" / "recipes" / "demo.yaml").read_text(encoding="utf-8")
+    run = text.replace("runs/demo-inputs", str(inputs)).replace("max_length: 64", "max_length: 2048")
+    for name in ("RUN.yaml", "run.yaml"):
+        (folder / name).write_text(run)
+    for name in ("ds_configs", "launch", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "demo-inputs").symlink_to(inputs)
+    for name in ("prefs.jsonl", "pairs.jsonl", "held_out.jsonl", "prompts.jsonl"):
+        (folder / name).symlink_to(inputs / "few.jsonl")
+    (folder / "THEIR.yaml").symlink_to(ROOT / "tests" / "commands" / "foreign" / "trl.yaml")
+    (folder / "THEIR.sh").symlink_to(ROOT / "tests" / "commands" / "foreign" / "openrlhf.sh")
+
+
+def test_every_command_in_the_docs_is_taken_as_it_is_printed(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, wrong = 0, []
+    for number, (words, page) in enumerate(whole_commands().items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        arranged(folder, inputs)
+        where = f"{page}: dsdpo {shlex.join(words)}"
+        name, *rest = (word for word in words for word in (sorted(glob.glob(word)) if "*" in word else [word]))
+        if name == "convert" and "run.yaml" in rest:
+            (folder / "run.yaml").unlink()
+        if name in PARSERS:  # what trains is checked as far as its settings
+            named = any(word.lower().endswith(".yaml") for word in rest)
+            rest += ["--reference.strategy", "precomputed"] if name == "precompute" else []
+            try:
+                PARSERS[name](rest if named else ["run.yaml", *rest])
+            except ConfigError as error:
+                wrong.append(f"{where}: {error}")
+            continue
+        code = main([name, *rest])
+        said = capsys.readouterr().err
+        if code not in (0, 2) or (code == 2 and REFUSED.search(said)):
+            wrong.append(f"{where}: {said}")
+        done += code == 0
+    assert not wrong, "\n".join(wrong)
+    assert done >= 10, "commands that need no trained run end well"
 
 
 def test_the_quick_tour_works_as_it_stands(tmp_path: Path) -> None:
