@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from dsdpo.accelerator import choose_accelerator, quiet_imports
 from dsdpo.commands.arguments import COMMANDS, PARSERS
-from dsdpo.console import Launched, be_quiet, is_main, launched, launched_rank, waiting
+from dsdpo.console import Launched, be_quiet, is_main, launched, launched_rank, waiting, wrapped
 from dsdpo.errors import ConfigError, DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
 
@@ -114,7 +114,8 @@ def say_on_one_rank(error: DsdpoError, *, connects: bool) -> None:
     0 gone speaks itself, in case that was for another reason.
     """
     if is_main():
-        print(f"dsdpo: {error}", file=sys.stderr, flush=True)
+        lines = [wrapped(line, indent=7, stream=sys.stderr) for line in f"dsdpo: {error}".splitlines()]
+        print("\n".join(lines), file=sys.stderr, flush=True)
     if error.agreed or in_process_group():
         return
     began = time.monotonic()

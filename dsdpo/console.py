@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TextIO
 
 from dsdpo.accelerator import choose_accelerator
 from dsdpo.errors import ConfigError
@@ -143,9 +144,9 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
-def wrapped(text: str, *, indent: int = 2) -> str:
+def wrapped(text: str, *, indent: int = 2, stream: TextIO | None = None) -> str:
     """The text in lines that fit the terminal, all but the first indented; elsewhere as it is: a log is searched."""
-    if not sys.stdout.isatty():
+    if not (stream or sys.stdout).isatty():
         return text
     width = max(40, shutil.get_terminal_size((80, 24)).columns)
     return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

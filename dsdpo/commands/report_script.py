@@ -8,7 +8,8 @@ STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; margin-top: .8rem; }
 .chart { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .7rem .3rem;
   position: relative; } .chart b { font-weight: 600; } .chart svg { display: block; width: 100%; height: auto; }
-.chart text { fill: var(--dim); font: 11px system-ui, sans-serif; } .chart .names { font-size: .78rem; float: right; }
+.chart text { fill: var(--dim); font: 11px system-ui, sans-serif; } .chart .names { font-size: .78rem; float: right;
+  margin-left: .8rem; }
 .grid { stroke: var(--line); } .cross { stroke: var(--dim); stroke-dasharray: 3 3; }
 .tip { position: fixed; pointer-events: none; background: var(--paper); border: 1px solid var(--line); z-index: 3;
   border-radius: 6px; padding: .3rem .5rem; font-size: .8rem; display: none; box-shadow: 0 2px 8px #0004;

@@ -135,7 +135,7 @@ class WandbConfig(Section):
     entity: str | None = None
     """User or team; null: WANDB_ENTITY, else the account's default."""
     name: str | None = None
-    """Run name; null: WANDB_NAME, else the name of output_dir."""
+    """Run name; null: WANDB_NAME, else the name of output_dir, or of the folder around one called output."""
     group: str | None = None
     """Group of runs shown together; null: WANDB_RUN_GROUP."""
     tags: list[str] = Field(default=[])

@@ -120,9 +120,10 @@ def load_series(folders: Sequence[Path]) -> list[RunSeries]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """The last parts of the paths, as many as tell them apart; a folder called output says nothing alone."""
     whole = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, whole), default=1) + 1):
+    first = 2 if any(parts[-1] == "output" for parts in whole) else 1
+    for count in range(first, max(map(len, whole), default=1) + 1):
         names = ["/".join(parts[-count:]) for parts in whole]
         if len(set(names)) == len(names):
             return names

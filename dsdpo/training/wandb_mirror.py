@@ -87,7 +87,7 @@ def start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Wan
     given = settings.model_dump(exclude_none=True, exclude={"mode", "tags"})
     for key, variable, fallback in (
         ("project", "WANDB_PROJECT", "dsdpo"),
-        ("name", "WANDB_NAME", Path(run.output_dir).name),
+        ("name", "WANDB_NAME", name_of(Path(run.output_dir).resolve())),
     ):
         given.setdefault(key, os.environ.get(variable) or fallback)
     given |= {"tags": settings.tags or None, "config": {**run.model_dump(mode="json"), **facts}}
@@ -109,6 +109,11 @@ def start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Wan
     except Exception as error:
         log.warning("W&B could not start (%s); metrics go to metrics.jsonl only", error)
         return None
+
+
+def name_of(output: Path) -> str:
+    """What a run is called by its folder; one called output, as dsdpo init has it, says nothing alone."""
+    return output.parent.name if output.name == "output" else output.name
 
 
 def _init_wandb(folder: RunFolder, mode: Any, given: dict[str, Any]) -> Any:

@@ -101,6 +101,7 @@ def test_smoothing_has_no_bias_at_the_start_and_passes_over_nan() -> None:
 def test_runs_are_named_by_what_tells_them_apart() -> None:
     assert short_names([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
     assert short_names([Path("/x/one"), Path("/x/two")]) == ["one", "two"]
+    assert short_names([Path("/x/mine/output")]) == ["mine/output"]
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,9 @@ def test_wandbs_own_variables_count_where_the_run_says_nothing(
     for name in names:
         monkeypatch.delenv(f"WANDB_{name}")
     assert settings_of("neither")[:2] == ["dsdpo", "neither"]
+    assert settings_of("output")[1] == tmp_path.name, "the name that dsdpo init gives says nothing"
     wandb.teardown()
-    assert capsys.readouterr().out.count("send this run with: wandb sync ") == 3
+    assert capsys.readouterr().out.count("send this run with: wandb sync ") == 4
 
 
 def test_without_a_login_nobody_is_asked_and_files_are_written(
