@@ -20,6 +20,8 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_exten
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

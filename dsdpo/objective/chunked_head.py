@@ -24,6 +24,7 @@ class ChunkedHead(nn.Linear):
     """An output head that can return log-probs of given targets; without targets it is the `nn.Linear` it was."""
 
     transform: LogitTransform
+    kernels: Any = None  # fused_head, whose kernels take the place of products in chunks
     only_at: Tensor | None = None  # (N,) flat positions; set for passes that need the logits of no others
 
     def forward(
@@ -51,7 +52,7 @@ class ChunkedHead(nn.Linear):
             hidden = hidden * transform.hidden_scale
         if transform.vocabulary is not None:
             weight, bias = weight[: transform.vocabulary], None if bias is None else bias[: transform.vocabulary]
-        return _ChunkedLogp.apply(hidden, weight, bias, targets, transform, chunk, extras)
+        return _ChunkedLogp.apply(hidden, weight, bias, targets, transform, chunk, extras, self.kernels)
 
 
 class _ChunkedLogp(torch.autograd.Function):
@@ -65,22 +66,19 @@ class _ChunkedLogp(torch.autograd.Function):
         transform: LogitTransform,
         chunk: int,
         extras: tuple[str, ...],
+        kernels: Any = None,
     ) -> Tensor:
-        rows = torch.empty(1 + len(extras), len(hidden), dtype=torch.float32, device=hidden.device)
-        logps = rows[0]
-        normalizer = torch.empty_like(logps)
-        for at in _slices(len(hidden), chunk):
-            logits = _logits(hidden[at], weight, bias, transform)
-            normalizer[at] = logits.logsumexp(-1)
-            logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - normalizer[at]
-            for row, name in enumerate(extras, start=1):
-                rows[row, at] = _extra(name, logits, logps[at], normalizer[at])
+        if kernels is None:
+            rows, normalizer = _in_chunks(hidden, weight, bias, targets, transform, chunk, extras)
+        else:
+            found, normalizer = kernels.fused_logps(hidden, weight, bias, targets, transform, extras=bool(extras))
+            rows = torch.stack([found[name] for name in ("logps", *extras)])
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
-        ctx.transform, ctx.chunk = transform, chunk
+        ctx.transform, ctx.chunk, ctx.kernels = transform, chunk, kernels
         device = hidden.device.type
         if device != "meta":  # which has no autocast: see estimate/activations.py
             ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return rows if extras else logps
+        return rows if extras else rows[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -103,21 +101,17 @@ class _ChunkedLogp(torch.autograd.Function):
             grad_hidden = torch.zeros_like(hidden, dtype=torch.float32 if len(blocks) > 1 else hidden.dtype)
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        gradient = _gradient if ctx.kernels is None else ctx.kernels.fused_gradient
         for block in blocks:
             rows, own_bias = weight[block], None if bias is None else bias[block]
             summed = None if grad_weight is None else grad_weight[block]
             if summed is not None and weight.dtype != torch.float32:
                 summed = torch.zeros_like(rows, dtype=torch.float32)
             for at in _slices(len(hidden), ctx.chunk * (len(weight) // len(rows))):
-                logits = _logits(hidden[at], rows, own_bias, ctx.transform)
-                delta = torch.exp(logits - normalizer[at, None]).mul_(-grad[at, None])
-                place = targets[at, None] - block.start
-                own = torch.where((place >= 0) & (place < len(rows)), grad[at, None], 0.0)
-                delta.scatter_add_(-1, place.clamp(0, len(rows) - 1), own)
-                delta = ctx.transform.backward(delta, logits)
-                del logits
+                places = targets[at] - block.start
+                delta = gradient(hidden[at], rows, own_bias, places, normalizer[at], grad[at], ctx.transform)
                 if grad_bias is not None:
-                    grad_bias[block] += delta.sum(0)
+                    grad_bias[block] += delta.sum(0, dtype=torch.float32)
                 delta = delta.to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[at] += delta @ rows
@@ -133,7 +127,49 @@ class _ChunkedLogp(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    chunk: int,
+    extras: tuple[str, ...],
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of targets with a row for each of extras, (1 + E, N), and their normalizers (N,), float32."""
+    rows = torch.empty(1 + len(extras), len(hidden), dtype=torch.float32, device=hidden.device)
+    logps = rows[0]
+    normalizer = torch.empty_like(logps)
+    for at in _slices(len(hidden), chunk):
+        logits = _logits(hidden[at], weight, bias, transform)
+        normalizer[at] = logits.logsumexp(-1)
+        logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - normalizer[at]
+        for row, name in enumerate(extras, start=1):
+            rows[row, at] = _extra(name, logits, logps[at], normalizer[at])
+    return rows, normalizer
+
+
+def _gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    places: Tensor,
+    normalizer: Tensor,
+    grad: Tensor,
+    transform: LogitTransform,
+) -> Tensor:
+    """Gradient (n, v) float32 of a chunk's product with a block of the vocabulary, given that of its log-probs, (n,);
+    `places` (n,) are its targets within the block, or outside."""
+    logits = _logits(hidden, weight, bias, transform)
+    delta = torch.exp(logits - normalizer[:, None]).mul_(-grad[:, None])
+    inside = (places >= 0) & (places < len(weight))
+    own = torch.where(inside, grad, 0.0)[:, None]
+    delta.scatter_add_(-1, places.clamp(0, len(weight) - 1)[:, None], own)
+    return transform.backward(delta, logits)
 
 
 def _vocabulary_blocks(weight: Tensor) -> list[slice]:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,11 @@ from dsdpo.sequence_group import SequenceGroup
 
 LOGPS_VERSION = 2  # raise it when the same weights and tokens come to give other log-probs: stored ones become unusable
 
+FUSED_HEAD = "dsdpo.objective.fused_head"  # imported where it is chosen, since it imports Triton
+
 # What other batches, layouts, kernels and machines may make of the same log-prob, per nat and response token.
-ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5}
+# e4m3, of a reference that multiplies in 8 bits: what differs in 16 bits is made four times as much by rounding to 3.
+ROUNDING = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5, "e4m3": 16e-3}
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,13 @@ class ResponseScorer(nn.Module):
         lm: CausalLM,
         *,
         activations_on_host: bool = False,
+        output_head: str = "chunked",
         token_weights: TokenWeights | None = None,
         sequence: SequenceGroup | None = None,
     ) -> None:
         """`activations_on_host`: what the layers keep for the backward pass goes to the host and comes back for it.
 
+        `output_head`: "chunked", or "fused", which needs Triton.
         `token_weights`: how much each token counts in a response's sum; None: all alike. `sequence`: the ranks over
         which the tokens of packed rows are split.
         """
@@ -186,6 +192,7 @@ class ResponseScorer(nn.Module):
             # module.
             linear.__class__ = ChunkedHead
             vars(linear)["transform"] = transform
+            vars(linear)["kernels"] = import_module(FUSED_HEAD) if output_head == "fused" else None
 
     def forward(
         self,
