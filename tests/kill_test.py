@@ -184,13 +184,13 @@ class Started:
         return code
 
 
-def start(run: dict[str, Any], folder: Path) -> Started:
-    """The run on two ranks under the deepspeed launcher, resumed if there is anything to resume."""
+def start(run: dict[str, Any], folder: Path, *, ranks: int = 2) -> Started:
+    """The run on so many ranks under the deepspeed launcher, resumed if there is anything to resume."""
     path = folder / f"{Path(run['output_dir']).parent.name}.yaml"
     path.write_text(yaml.safe_dump(run))
     log = Path(tempfile.mkstemp(prefix="start-", suffix=".log", dir=folder)[1])
     with log.open("wb") as output:
-        command = [*launcher(2), "train", str(path), "--resume", "auto"]
+        command = [*launcher(ranks), "train", str(path), "--resume", "auto"]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     return Started(process, log)
 

@@ -37,8 +37,10 @@ _TABLE = {
     "lora_modules_to_save additional_target": "use model.lora.modules_to_save",
     "lora_task_type lora_target_parameters task_type": _NONE + "model.lora has peft.LoraConfig's fields, and the task "
     "is causal language modelling",
-    "use_unsloth enable_liger_kernel use_liger_kernel liger_kernel_config liger_plugin disable_dropout": _NONE
-    + "dropout is always off, and logits are never held whole, so no kernel is needed for that",
+    "enable_liger_kernel liger_plugin use_liger liger_rope liger_rms_norm liger_glu_activation": "use "
+    "model.use_liger_kernel",
+    "use_unsloth liger_kernel_config disable_dropout": _NONE + "dropout is off, logits are never held whole; "
+    "model.use_liger_kernel has Liger compute norms, rotary embeddings and MLPs",
     "neftune_noise_alpha noisy_embedding_alpha": _NONE + "no noise is added to embeddings",
     "model_init_kwargs ref_model_init_kwargs low_cpu_mem_usage device_map": _NONE + "weights are loaded into the ZeRO "
     "partitions; see model.dtype, model.revision and model.attn_implementation",
@@ -160,7 +162,7 @@ _TABLE = {
     "num_steps total_steps max_train_steps": "use train.max_steps",
     "data_seed random_seed": "use train.seed",
     "full_determinism deterministic": _NONE + "a run is reproducible from train.seed on the same ranks",
-    "torch_compile torch_compile_backend torch_compile_mode": _NONE + "models run as transformers builds them",
+    "torch_compile_backend torch_compile_mode": _NONE + "model.torch_compile compiles each layer with torch's defaults",
     "tf32 use_cpu no_cuda": _NONE + "a GPU is used if there is one; start with --device cpu to leave it alone",
     "torch_empty_cache_steps": _NONE + "memory is freed where an engine ends",
     "freeze_layers freeze_trainable_layers unfrozen_parameters freezing_actor_steps": _NONE + "train a part of the "

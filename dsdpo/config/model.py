@@ -30,6 +30,13 @@ class ModelConfig(Section):
     mlp_tile_tokens: PositiveInt | None = None
     """Tokens of a row that a layer's MLP computes at a time, so that no other inner activations are in memory; costs
     one more pass through the MLPs. null: the whole row."""
+    torch_compile: bool = False
+    """Compile each decoder layer with torch.compile; the first steps wait for it. Policy and reference alike."""
+    use_liger_kernel: bool = False
+    """Compute norms, rotary embeddings and gated MLPs by Liger's kernels, on a GPU. Policy and reference alike."""
+    output_head: Literal["chunked", "fused"] = "chunked"
+    """What turns hidden states into log-probs. chunked: torch's products, some tokens at a time; fused: Triton kernels
+    without logits in memory, for a GPU. Policy and reference alike."""
     lora: LoraConfig | None = None
     """Train an adapter in place of all weights: peft.LoraConfig's fields, or {path: adapter folder}."""
     quantization: QuantizationConfig | None = None
@@ -50,8 +57,19 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _trains_something(self) -> ModelConfig:
+        if self.quantization is not None and self.quantization.bits == 8:
+            raise ValueError("model.quantization.bits 8 is for models that do not train: see reference.quantization")
         if self.quantization is not None and self.lora is None:
             raise ValueError("model.quantization: weights in 4 bits do not train; set model.lora, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_compiled(self) -> ModelConfig:
+        for name in ("quantization", "mlp_tile_tokens"):
+            if self.torch_compile and getattr(self, name) is not None:
+                raise ValueError(f"model.torch_compile and model.{name} do not go together: leave one of them out")
+        if self.torch_compile and self.use_liger_kernel:
+            raise ValueError("model.torch_compile and model.use_liger_kernel do the same twice: leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -184,7 +184,8 @@ class ReferenceConfig(Section):
     allow_other_tokenizer: bool = False
     """Take a reference whose tokenizer or number of embeddings is not the policy's."""
     quantization: QuantizationConfig | None = None
-    """Hold the reference's weights in 4 bits, beside a policy in 16 or 32; null: as the policy's base weights are."""
+    """Hold the reference's weights in 4 bits, beside a policy in 16 or 32, or with bits 8 multiply in 8-bit floats;
+    null: as the policy's base weights are. What that makes of its log-probs is printed."""
     deepspeed: PathText | None = None
     """DeepSpeed JSON of the reference engine (stage 0 or 3); null: derived from the policy's."""
     score_tokens: PositiveInt = 32768

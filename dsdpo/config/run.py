@@ -241,7 +241,10 @@ class RunConfig(Section):
                 f"model.lora.bias {lora.bias} trains biases of the base model, which is the reference under "
                 "reference.strategy adapter: set model.lora.bias to none or reference.strategy to separate"
             )
-        in_4_bits = reference.quantization or (self.model.quantization if reference.path is None else None)
+        if reference.quantization and self.model.torch_compile:
+            raise ValueError("reference.quantization and model.torch_compile do not go together: leave one of them out")
+        quantized = reference.quantization or (self.model.quantization if reference.path is None else None)
+        in_4_bits = quantized is not None and quantized.bits == 4
         if reference.sync_ref_model and in_4_bits and STRATEGIES[self.reference_strategy()].settings.own_engine:
             key = "reference.quantization" if reference.quantization else "model.quantization"
             raise ValueError(
@@ -282,6 +285,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"distributed.sequence_parallel {size} splits packed rows, of which data.layout padded has none: set "
                 "data.layout to auto, or leave sequence_parallel out"
+            )
+        if size > 1 and self.model.torch_compile:
+            raise ValueError(
+                f"distributed.sequence_parallel {size} and model.torch_compile do not go together: leave one out"
             )
         return self
 

@@ -67,6 +67,7 @@ def build_policy(
     model = ResponseScorer(
         lm,
         activations_on_host=run.model.activation_offloading,
+        output_head=run.model.output_head,
         token_weights=TokenWeights.of(run.loss),
         sequence=sequence,
     )
@@ -109,7 +110,9 @@ def build_reference(
     if model.lora is not None:
         with partitioned_loading(config):
             lm = add_adapter(lm, model, seed=0, trainable=False)
-    scorer = ResponseScorer(lm, token_weights=token_weights, sequence=sequence).requires_grad_(False)
+    scorer = ResponseScorer(
+        lm, output_head=model.output_head, token_weights=token_weights, sequence=sequence
+    ).requires_grad_(False)
     engine = initialize(model=scorer, config=config)
     engine.eval()
     return engine

@@ -17,11 +17,14 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from dsdpo.config.model import ModelConfig
 from dsdpo.data.binning import LayoutName
 from dsdpo.engine.blank import attention_name, key_mapping, quiet_loading, refuse_unfit
+from dsdpo.engine.compiled_layers import compile_layers
+from dsdpo.engine.kernels import refuse_kernels, use_liger
 from dsdpo.engine.quantization import keep_packed, loading_options
 from dsdpo.engine.quirks.sharded_loading import loading_own_shards
 from dsdpo.engine.rope import fix_rope_factors
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
+from dsdpo.objective.eight_bits import multiply_in_fp8
 from dsdpo.objective.tiles import compute_in_tiles, mlps_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -71,11 +74,17 @@ def load_lm(
     refuse_unfit(found, {}, f"the weights of {model.path} do not fill the model", what=type(lm).__name__)
     switch_off_randomness(lm)
     keep_packed(lm)
+    if model.quantization is not None and model.quantization.bits == 8:
+        multiply_in_fp8(lm)
     if longest is not None:
         fix_rope_factors(lm, longest)
     mark_moe_leaves(lm)
+    if model.use_liger_kernel:
+        use_liger(lm)
     if model.mlp_tile_tokens is not None:
         tile_mlps(lm, model.mlp_tile_tokens)
+    if model.torch_compile:
+        compile_layers(lm)
     return lm
 
 
@@ -138,3 +147,4 @@ def refuse_on_device(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.dtype: float16 does not run on {accelerator.device_name()} devices; set it to bfloat16 or float32"
         )
+    refuse_kernels(model, accelerator.device_name())

@@ -19,14 +19,14 @@ from dsdpo.errors import ConfigError
 
 def check_installed(model: ModelConfig, *, key: str) -> None:
     """Raise `ConfigError` if the settings ask for what only bitsandbytes does and it is not there."""
-    if model.quantization is not None and find_spec("bitsandbytes") is None:
+    if model.quantization is not None and model.quantization.bits == 4 and find_spec("bitsandbytes") is None:
         raise ConfigError(f"{key} needs bitsandbytes, which is not installed: {INSTALL}")
 
 
 def loading_options(model: ModelConfig) -> dict[str, Any]:
     """What `from_pretrained` is given to quantize while it loads; nothing for a model in 16 or 32 bits."""
     settings = model.quantization
-    if settings is None:
+    if settings is None or settings.bits == 8:
         return {}
     config = BitsAndBytesConfig(
         load_in_4bit=True,

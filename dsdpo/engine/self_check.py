@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsdpo.config.model import ModelConfig
 from dsdpo.console import say
 from dsdpo.data.batch import PreferenceBatch, filler
 from dsdpo.data.binning import LayoutName
@@ -87,9 +88,11 @@ def check_engine(
     return answers
 
 
-def computing_dtype(config: dict[str, Any], dtype: str) -> str:
+def computing_dtype(config: dict[str, Any], model: ModelConfig) -> str:
     """What an engine of this DeepSpeed config computes in: the model's dtype, unless autocast makes it another."""
-    autocast = config.get("torch_autocast", {})
+    if model.quantization is not None and model.quantization.bits == 8:
+        return "e4m3"
+    autocast, dtype = config.get("torch_autocast", {}), model.dtype
     return str(autocast.get("dtype", dtype)).removeprefix("torch.") if autocast.get("enabled") else dtype
 
 

@@ -31,10 +31,17 @@ from dsdpo.sequence_group import SequenceGroup
 
 log = logging.getLogger(__name__)
 
-NAMES = {"auto": "dsdpo", "sdpa": "dsdpo_sdpa", "flash_attention_2": "dsdpo", "flash_attention_3": "dsdpo"}
+NAMES = {
+    "auto": "dsdpo",
+    "sdpa": "dsdpo_sdpa",
+    "flash_attention_2": "dsdpo",
+    "flash_attention_3": "dsdpo",
+    "flash_attention_4": "dsdpo_flash4",
+}
 """model.attn_implementation -> the registered name of what takes its place for packed batches.
 
-"dsdpo_sdpa" goes pair by pair on every device; "dsdpo" takes flash attention for all pairs at once where it can.
+"dsdpo_sdpa" goes pair by pair on every device; "dsdpo" takes flash attention for all pairs at once where it can;
+"dsdpo_flash4" flash-attn 4, which is not finished and taken only where it is asked for.
 """
 
 SHORT = 64  # tokens; sequences up to here are computed together
@@ -66,6 +73,7 @@ def attention(
     packed: Packed | None = None,
     sequence: SequenceGroup | None = None,
     varlen: bool = True,
+    flash4: bool = False,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -75,8 +83,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention (1, N, H, D) of query (1, H, N, D) over key and value (1, G, N, D), under transformers' argument names.
 
-    With `varlen`, CUDA takes one variable-length flash attention for all pairs where there is a kernel for it. With
-    `sequence`, N are this rank's tokens of the row, and attention over the whole row is shared by heads.
+    With `varlen`, CUDA takes one variable-length flash attention for all pairs where there is a kernel for it, with
+    `flash4` flash-attn 4's. With `sequence`, N are this rank's tokens of the row, and attention over the whole row is
+    shared by heads.
     """
     variant = Variant(scaling, dropout, sliding_window, softcap or None, s_aux)
     if packed is None:
@@ -96,7 +105,7 @@ def attention(
     if sequence is not None:
         query, key, value = whole_row(query, key, value, packed.num_tokens, sequence)
         variant = replace(variant, sinks=own_heads(variant.sinks, sequence))
-    kernel = varlen_kernel(query, variant) if varlen else None
+    kernel = varlen_kernel(query, variant, flash4=flash4) if varlen else None
     if kernel is not None:
         result = attend_at_once(query, key, value, packed, variant, kernel)
     else:
@@ -258,11 +267,13 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Variant], Tensor]
 """(N, H, D), (K, G, D), (K, G, D), the row and the variant -> (N, H, D)"""
 
 
-def varlen_kernel(query: Tensor, variant: Variant) -> Kernel | None:
+def varlen_kernel(query: Tensor, variant: Variant, *, flash4: bool = False) -> Kernel | None:
     """The flash attention kernel that takes all pairs at once, or None where none can; on a GPU it is said once why."""
     if not query.is_cuda:
         return None
     reason = no_kernel_for(query.dtype, query.shape[-1], variant, _capability(query.device))
+    if flash4 and reason is None and (function := _flash4_function()) is not None:
+        return partial(_flash_varlen, function, unbounded=None)
     flash, torch_varlen = _varlen_functions() if reason is None else (None, None)
     if flash is not None:
         return partial(_flash_varlen, flash)
@@ -317,9 +328,28 @@ def _varlen_functions() -> tuple[Callable[..., Any] | None, Callable[..., Any] |
     return flash, varlen_attn if known else None
 
 
+@lru_cache(maxsize=1)
+def _flash4_function() -> Callable[..., Any] | None:
+    """`flash_attn_varlen_func` of flash-attn 4, where installed and able to load."""
+    try:
+        found: Callable[..., Any] = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+        return found
+    except Exception as error:
+        log.warning("flash-attn 4 is asked for and does not load (%s): attention goes without it", error)
+        return None
+
+
 def _flash_varlen(
-    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, packed: Packed, variant: Variant
+    function: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed,
+    variant: Variant,
+    *,
+    unbounded: int | None = -1,
 ) -> Tensor:
+    """`unbounded`: what the function takes for a window without end."""
     result = function(
         query,
         key,
@@ -330,7 +360,7 @@ def _flash_varlen(
         max_seqlen_k=packed.longest_key,
         softmax_scale=variant.scale,
         causal=True,
-        window_size=(-1, -1) if variant.window is None else (variant.window - 1, 0),
+        window_size=(unbounded, unbounded) if variant.window is None else (variant.window - 1, 0),
         softcap=variant.softcap or 0.0,
     )
     return result[0] if isinstance(result, tuple) else result  # flash-attn 3 gave the normalizers too
@@ -353,6 +383,10 @@ def _torch_varlen(
     )
 
 
-for _name, _varlen in (("dsdpo", True), ("dsdpo_sdpa", False)):
-    AttentionInterface.register(_name, partial(attention, varlen=_varlen))
+for _name, _function in {
+    "dsdpo": attention,
+    "dsdpo_sdpa": partial(attention, varlen=False),
+    "dsdpo_flash4": partial(attention, flash4=True),
+}.items():
+    AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)

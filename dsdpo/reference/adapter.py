@@ -47,7 +47,7 @@ class AdapterReference(Reference):
         assert isinstance(settings, Adapter)
         own = cls(policy, score_tokens=settings.score_tokens * plan.sequence.size)
         own.identity = identify_reference(plan, policy.module, adapter=own.adapter)
-        dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
+        dtype = computing_dtype(plan.policy_config, plan.run.model)
         with own._switch.use(own.adapter):
             answers = check_engine(policy, plan.train, dtype=dtype, key="reference", order=own._gathers)
         reference: Reference = own

@@ -146,7 +146,7 @@ def build_checked_reference(plan: RunPlan, policy: TrainingEngine | None = None)
         sequence=plan.sequence,
         like=policy.module.lm if policy is not None and _same_weights(plan) else None,
     )
-    dtype = computing_dtype(plan.reference_config, model.dtype)
+    dtype = computing_dtype(plan.reference_config, model)
     key = "reference.path" if plan.run.reference.path else "reference"
     return engine, check_engine(engine, plan.train, dtype=dtype, key=key)
 

@@ -138,7 +138,9 @@ def identify(
     counts if the chat template asks for it.
     """
     config = module.lm.config
-    autocast = (engine_config or {}).get("torch_autocast", {})
+    casts = (engine_config or {}).get("torch_autocast", {})
+    autocast = f", autocast {casts['dtype']}" if casts.get("enabled") else ""
+    products = ", products in e4m3" if model.quantization is not None and model.quantization.bits == 8 else ""
     return ReferenceIdentity(
         weights=weights_digest(module, adapter=adapter),
         architecture=architecture_digest(
@@ -146,7 +148,7 @@ def identify(
             module.lm.peft_config[adapter] if adapter else None,
             rope_choice=getattr(module.lm, "rope_choice", None),
         ),
-        dtype=f"{model.dtype}, autocast {autocast['dtype']}" if autocast.get("enabled") else model.dtype,
+        dtype=model.dtype + autocast + products,
         tokenizer=tokenizer_digest(tokenizer)[:32],
         template=template_digest(tokenizer)[:32],
         max_length=max_length,

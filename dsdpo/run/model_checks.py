@@ -16,6 +16,8 @@ from dsdpo.data.binning import LayoutName, longest_sequences
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.engine.blank import check_model_fits
+from dsdpo.engine.compiled_layers import layers_of
+from dsdpo.engine.kernels import refuse_liger_for
 from dsdpo.engine.lora import check_adapter_fits
 from dsdpo.engine.quantization import check_installed
 from dsdpo.engine.rope import longest_allowed
@@ -174,10 +176,21 @@ def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: Layout
     """
     lm = check_model_fits(run.model, layout=layout, key="model.path")
     if (reference.path, reference.revision) != (run.model.path, run.model.revision):
-        check_model_fits(reference, layout=layout, key="reference.path" if run.reference.path else "reference.revision")
+        key = "reference.path" if run.reference.path else "reference.revision"
+        other = check_model_fits(reference, layout=layout, key=key)
+        _check_layers(other, reference)
     check_adapter_fits(lm, run.model)
     if run.model.mlp_tile_tokens is not None:
         mlps_of(lm)
+    _check_layers(lm, run.model)
+
+
+def _check_layers(lm: Any, model: ModelConfig) -> None:
+    """Raise `ConfigError` where the model's layers are not of a make that the settings can have computed otherwise."""
+    if model.torch_compile:
+        layers_of(lm)
+    if model.use_liger_kernel:
+        refuse_liger_for(lm.config.model_type)
 
 
 def check_tokenizers(run: RunConfig, reference: ModelConfig, tokenizer: Any, models: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def build_warm_policy(plan: Plan) -> tuple[Any, Answers]:
         policy = _policy_of(plan)
     with waiting("a first pass over the longest pairs"):
         warm_up(policy, plan.train.largest_batch(device()))
-    dtype = computing_dtype(plan.policy_config, plan.run.model.dtype)
+    dtype = computing_dtype(plan.policy_config, plan.run.model)
     with waiting("checking log-probs against the model's own"):
         return policy, check_engine(policy, plan.train, dtype=dtype, key="model.path", trains=True)
 

@@ -285,6 +285,12 @@ MODEL = [
     ),
     Case("tiles of no token", ("model.mlp_tile_tokens is 0",), {"model": {"mlp_tile_tokens": 0}}),
     Case(
+        "compiled layers of weights in 4 bits",
+        ("model.torch_compile and model.quantization do not go together",),
+        {"model": {"torch_compile": True, "quantization": {"bits": 4}, "lora": {"r": 4}}},
+    ),
+    Case("Liger's kernels on a CPU", ("model.use_liger_kernel",), {"model": {"use_liger_kernel": True}}),
+    Case(
         "rows of a state-space model to split",
         ("2 ranks can share packed rows only, and mamba", "leave it out"),
         {"distributed": {"sequence_parallel": 2}},

@@ -17,7 +17,7 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 EXPECTED: dict[str, dict[str, Any]] = {
     "trl.yaml": {
         "model": {"path": "org/base-sft", "revision": "main", "dtype": "bfloat16", "gradient_checkpointing": True,
-                  "attn_implementation": "flash_attention_2"},
+                  "attn_implementation": "flash_attention_2", "use_liger_kernel": True},
         "data": {"train": [{"path": "org/feedback", "name": "default", "split": "train_prefs", "weight": 0.5},
                            {"path": "org/more", "split": "train"}],
                  "dataset_num_proc": 8, "max_length": 24576, "max_prompt_length": 1024},
@@ -84,7 +84,7 @@ WITHOUT: dict[str, set[str]] = {
     "openrlhf.sh": set(),
 }
 IDLE: dict[str, list[str]] = {
-    "trl.yaml": ["gradient_checkpointing_kwargs", "tf32", "use_liger_kernel"],
+    "trl.yaml": ["gradient_checkpointing_kwargs", "tf32"],
     "axolotl.yaml": [],
     "llamafactory.yaml": ["do_train", "overwrite_cache", "plot_loss"],
     "openrlhf.sh": [],

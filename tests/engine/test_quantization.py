@@ -160,7 +160,11 @@ def test_bias_of_a_reference_in_fewer_bits_is_told(capsys: pytest.CaptureFixture
         ({"model": {"lora": None}}, "weights in 4 bits do not train; set model.lora"),
         ({"reference": {"strategy": "separate", "sync_ref_model": True}}, "set reference.strategy to adapter"),
         ({"reference": {"strategy": "adapter", "quantization": NF4}}, "reference.quantization .* has no effect"),
-        ({"model": {"quantization": {"bits": 8}}}, "Input should be 4"),
+        ({"model": {"quantization": {"bits": 8}}}, "is for models that do not train: see reference.quantization"),
+        (
+            {"reference": {"strategy": "separate", "quantization": {"bits": 8, "type": "fp4"}}},
+            "type has no effect with bits 8",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], words: str, tmp_path: Path, inputs: Path) -> None:

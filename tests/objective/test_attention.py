@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -252,13 +253,25 @@ def torch_varlen(*tensors: Any, scale: float | None, window_size: tuple[int, int
     return flash_varlen(*tensors, softmax_scale=scale, causal=False, window_size=window_size, softcap=0.0)
 
 
+def flash4_varlen(*tensors: Any, window_size: tuple[int | None, int | None], **options: Any) -> tuple[Tensor, None]:
+    """flash-attn 4 in the same terms: None for no bound, and the normalizers with the result."""
+    assert -1 not in window_size
+    left, right = (-1 if bound is None else bound for bound in window_size)
+    return flash_varlen(*tensors, window_size=(left, right), **options), None
+
+
 FLASH, TORCH = partial(module._flash_varlen, flash_varlen), partial(module._torch_varlen, torch_varlen)
+FLASH_4 = partial(module._flash_varlen, flash4_varlen, unbounded=None)
 
 
 @pytest.mark.parametrize(
     ("kernel", "variant"),
     # torch's kernel has no soft-capping and is not taken for it.
-    [*((FLASH, name) for name in VARIANTS), *((TORCH, name) for name in VARIANTS if name != "softcap")],
+    [
+        *((FLASH, name) for name in VARIANTS),
+        *((TORCH, name) for name in VARIANTS if name != "softcap"),
+        *((FLASH_4, name) for name in ("plain", "window")),
+    ],
 )
 @pytest.mark.parametrize("size", [2, 3])
 def test_one_call_for_all_groups(
@@ -285,6 +298,25 @@ def test_one_call_for_all_groups(
         *(torch.autograd.grad((o * weights).sum(), tensors) for o in (at_once, by_pair)), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_flash_attn_4_is_taken_where_it_is_asked_for(tmp_path, monkeypatch) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("flash_attn_varlen_func = print")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(module, "_capability", lambda device: (9, 0))
+    query: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 8, 10, 128), device="cuda:0")
+    for cached in (module._flash4_function, module._varlen_functions):
+        cached.cache_clear()
+    try:
+        kernel: Any = module.varlen_kernel(query, VARIANTS["plain"], flash4=True)
+        assert kernel.args == (print,)
+        assert module.varlen_kernel(query, VARIANTS["plain"]).args != (print,)
+    finally:
+        for cached in (module._flash4_function, module._varlen_functions):
+            cached.cache_clear()
+        for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+            del sys.modules[name]
 
 
 def test_torch_has_the_function_that_is_called() -> None:
