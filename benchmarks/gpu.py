@@ -4,7 +4,7 @@ Real shapes with random weights, pairs with the lengths of UltraFeedback, HH-RLH
 case is held against the shortest step that this device's measured peak allows. MFU counts what the formulas ask for
 (dsdpo/objective/flops.py) against the data sheet's peak.
 
-    python -m benchmarks.gpu [--cases 1b 8b-lora] [--mixes ultrafeedback hh helpsteer]
+    python -m benchmarks.gpu [--cases 1b 8b-lora] [--mixes ultrafeedback hh helpsteer] [--sides compiled dsdpo]
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ WARMUP = 3
 MIXES = {"ultrafeedback": (71, 169, 0.6), "hh": (96, 45, 0.6), "helpsteer": (589, 93, 0.6)}
 LONGEST = 2048
 PACKED, PADDED, TRL = "dsdpo", "dsdpo padded", "TRL"
+# dsdpo with one thing that a run can choose, as the settings of its sections.
+CHOICES: dict[str, dict[str, dict[str, Any]]] = {
+    "compiled": {"model": {"torch_compile": True}},
+    "Liger": {"model": {"use_liger_kernel": True}},
+    "fused head": {"model": {"output_head": "fused"}},
+    "fp8 reference": {"reference": {"strategy": "separate", "quantization": {"bits": 8}}},
+}
+SIDES = [PACKED, PADDED, TRL, *CHOICES]
 COLUMNS = ("case", "side", "pairs/s", "times TRL", "MFU", "of the shortest step", "peak GiB", "beside the models")
 
 
@@ -73,7 +81,7 @@ def main() -> None:
     options = parser("gpu", "1B and 8B models on one GPU.", rounds=5, steps=3)
     options.add_argument("--cases", nargs="+", default=["1b", "8b-lora"], choices=list(CASES))
     options.add_argument("--mixes", nargs="+", default=list(MIXES), choices=list(MIXES))
-    options.add_argument("--sides", nargs="+", default=[PACKED, PADDED, TRL], choices=[PACKED, PADDED, TRL])
+    options.add_argument("--sides", nargs="+", default=[PACKED, PADDED, TRL], choices=SIDES)
     options.add_argument("--pairs-per-step", type=int, default=64)
     options.add_argument("--trl-micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size")
     options.add_argument("--tiny", action="store_true", help="a model that takes no time, to try the script")
@@ -144,9 +152,15 @@ def make_side(name: str, case: Case, task: Task, given: argparse.Namespace, adap
         return theirs(TRL, task, pairs_per_micro_batch=given.trl_micro_batch, adapter=adapter, **fastest)
     reference = {"strategy": "adapter", "adapter": "base"} if case.lora else {"strategy": "separate"}
     model = {"lora": {"path": str(adapter)}} if adapter else {}
-    layout = "packed" if name == PACKED else "padded"
-    budget = {"tokens_per_micro_batch": case.tokens}
-    return ours(name, task, model=model, reference=reference, batch=budget, data={"layout": layout})
+    choice = CHOICES.get(name, {})
+    return ours(
+        name,
+        task,
+        model={**model, **choice.get("model", {})},
+        reference={**reference, **choice.get("reference", {})},
+        batch={"tokens_per_micro_batch": case.tokens},
+        data={"layout": "padded" if name == PADDED else "packed"},
+    )
 
 
 def case_rows(

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from tests.gpu.support import DEVICE, ON_CUDA, RANKS
-from tests.runs import losses, settings, train_on
+from tests.kill_test import Kill, Report, start
+from tests.ranks import restart, stop_all
+from tests.runs import losses, metrics, settings, train_on
 
 LN_2 = math.log(2)
 TRDPO = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
@@ -61,6 +63,69 @@ def test_strategies_and_layouts_agree(tmp_path: Path, inputs: Path, record_prope
     for name, found in others.items():
         record_property(name, f"{max(abs(a - b) for a, b in zip(found, separate, strict=True)):.1e}")
         assert found == pytest.approx(separate, abs=1e-4), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"torch_compile": True, "gradient_checkpointing": True},
+        {"torch_compile": True, "lora": {"r": 4, "target_modules": "all-linear"}},
+        {"use_liger_kernel": True},
+        {"output_head": "fused"},
+        {"attn_implementation": "flash_attention_4", "dtype": "bfloat16"},
+    ],
+    ids=["compiled", "compiled lora", "liger", "fused head", "flash-attn 4"],
+)
+def test_kernels_that_a_run_can_choose(
+    options: dict[str, Any], zero: str, tmp_path: Path, inputs: Path, record_property: Any
+) -> None:
+    """The losses of a run are those of one without; policy and reference compute alike."""
+    needed = {"use_liger_kernel": "liger_kernel", "output_head": "triton", "attn_implementation": "flash_attn.cute"}
+    for name in needed.keys() & options.keys():
+        pytest.importorskip(needed[name], reason=f"{needed[name]} is not installed")
+    chosen = ("torch_compile", "use_liger_kernel", "output_head", "attn_implementation")
+    plain = {name: value for name, value in options.items() if name not in chosen}
+    zeros: dict[str, Any] = {"policy_zero": zero, "reference_zero": None if "lora" in options else "zero0"}
+    expected = run_of(tmp_path, inputs, "plain", model=plain, **zeros)
+    try:
+        found = run_of(tmp_path, inputs, "chosen", model=options, **zeros)
+    finally:
+        restart(RANKS)  # Liger takes the place of transformers' functions in the process
+    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    record_property("largest difference of a loss", f"{worst:.1e}")
+    assert expected[-1] < LN_2 - 1e-3, "nothing was learned, so nothing was compared"
+    assert found == pytest.approx(expected, abs=0.02 if "dtype" in options else 1e-4)
+
+
+@pytest.mark.gpu
+def test_rows_split_over_gpus(tmp_path: Path, inputs: Path) -> None:
+    if RANKS < 2:
+        pytest.skip("needs two GPUs")
+    whole = run_of(tmp_path, inputs, "whole")
+    split = run_of(tmp_path, inputs, "split", distributed={"sequence_parallel": 2})
+    assert split == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_killed_rank_ends_the_run_and_it_resumes(tmp_path: Path, inputs: Path) -> None:
+    """SIGKILL of the last rank between two steps: the others wait in NCCL, and end by themselves."""
+    run = settings(
+        tmp_path, inputs, policy_zero="zero3",
+        train={"max_steps": 30, "num_train_epochs": 9}, checkpoint={"every_steps": 2}, distributed={"lost_after": 20},
+    )  # fmt: skip
+    stop_all()  # ranks of the pool hold memory on the same GPUs
+    started, report = start(run, tmp_path, ranks=RANKS), Report()
+    hit = started.interrupt(Kill("train", "rank 1" if RANKS == 2 else "rank 0", rows=4), Path(run["output_dir"]))
+    assert hit["hit"] > 0
+    assert started.finish(report) != 0
+    assert start(run, tmp_path, ranks=RANKS).finish(report) == 0
+    if RANKS == 2:
+        assert "died or lost the connection" in report.outputs[0]
+    assert "resumed from" in report.outputs[1]
+    steps = [row["step"] for row in metrics(Path(run["output_dir"])) if "loss" in row]
+    assert steps == list(range(1, 31))
 
 
 def test_reference_that_becomes_the_policy_each_step(tmp_path: Path, inputs: Path) -> None:
