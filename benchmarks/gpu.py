@@ -141,7 +141,8 @@ def measure(case: Case, given: argparse.Namespace, model: Path, mix: str, folder
         gradient_checkpointing=not given.tiny,
     )
     adapter = make_adapter(model, folder / "adapter", rank=16) if case.lora else None
-    sides = [make_side(name, case, task, given, adapter) for name in given.sides]
+    names = [name for name in given.sides if not (case.lora and name == "compiled")]  # which do not go together
+    sides = [make_side(name, case, task, given, adapter) for name in names]
     return run_sides(sides, rounds=given.rounds, steps=given.steps, warmup=WARMUP)
 
 

@@ -65,7 +65,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _can_be_compiled(self) -> ModelConfig:
-        for name in ("quantization", "mlp_tile_tokens"):
+        if self.torch_compile and not self.gradient_checkpointing:
+            raise ValueError(
+                "model.torch_compile needs model.gradient_checkpointing, without which compiled code asks for weights "
+                "that ZeRO-3 has given back: set that to true, or leave torch_compile out"
+            )
+        for name in ("quantization", "mlp_tile_tokens", "lora"):
             if self.torch_compile and getattr(self, name) is not None:
                 raise ValueError(f"model.torch_compile and model.{name} do not go together: leave one of them out")
         if self.torch_compile and self.use_liger_kernel:

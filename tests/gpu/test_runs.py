@@ -71,12 +71,11 @@ def test_strategies_and_layouts_agree(tmp_path: Path, inputs: Path, record_prope
     "options",
     [
         {"torch_compile": True, "gradient_checkpointing": True},
-        {"torch_compile": True, "lora": {"r": 4, "target_modules": "all-linear"}},
         {"use_liger_kernel": True},
         {"output_head": "fused"},
         {"attn_implementation": "flash_attention_4", "dtype": "bfloat16"},
     ],
-    ids=["compiled", "compiled lora", "liger", "fused head", "flash-attn 4"],
+    ids=["compiled", "liger", "fused head", "flash-attn 4"],
 )
 def test_kernels_that_a_run_can_choose(
     options: dict[str, Any], zero: str, tmp_path: Path, inputs: Path, record_property: Any
@@ -87,7 +86,7 @@ def test_kernels_that_a_run_can_choose(
         pytest.importorskip(needed[name], reason=f"{needed[name]} is not installed")
     chosen = ("torch_compile", "use_liger_kernel", "output_head", "attn_implementation")
     plain = {name: value for name, value in options.items() if name not in chosen}
-    zeros: dict[str, Any] = {"policy_zero": zero, "reference_zero": None if "lora" in options else "zero0"}
+    zeros: dict[str, Any] = {"policy_zero": zero, "reference_zero": "zero0"}
     expected = run_of(tmp_path, inputs, "plain", model=plain, **zeros)
     try:
         found = run_of(tmp_path, inputs, "chosen", model=options, **zeros)
