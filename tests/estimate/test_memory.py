@@ -14,7 +14,15 @@ from dsdpo.engine.quantization import loading_options, scales
 from dsdpo.engine.shards import full_shape
 from dsdpo.estimate.activations import PassSize, by_formula, rehearse
 from dsdpo.estimate.gathers import Gathers, gathers_of
-from dsdpo.estimate.memory import GRADIENTS, OPTIMIZER, WEIGHTS, policy_memory, reference_memory
+from dsdpo.estimate.memory import (
+    FLOAT32,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    optimizer_states,
+    policy_memory,
+    reference_memory,
+)
 from dsdpo.estimate.weights import Blank, Part, Weights, blank_model
 from dsdpo.objective.flops import model_flops
 
@@ -207,3 +215,41 @@ def test_formula_for_models_that_cannot_be_rehearsed(folder: str) -> None:
         lm = blank(folder, gradient_checkpointing=checkpointing).lm
         real, guessed = rehearse(lm, size, chunk=64, trains=True), by_formula(lm, size, chunk=64, trains=True)
         assert guessed.peak == pytest.approx(real.peak, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("block", "per_weight"),
+    [
+        ({"type": "SGD", "params": {"momentum": 0.0}}, 0),
+        ({"type": "SGD", "params": {"momentum": 0.9}}, 4),
+        ({"type": "Lion", "params": {}}, 4),
+        ({"type": "adamw_8bit", "params": {}}, 2 + 2 * 4 / 256),
+        ({"type": "AdamW", "params": {}}, 8),
+    ],
+)
+def test_states_of_each_optimizer_are_those_that_it_keeps(block: dict[str, Any], per_weight: float) -> None:
+    from bitsandbytes.optim import AdamW8bit, Lion32bit
+
+    config = {"zero_optimization": {"stage": 2}, "optimizer": block}
+    assert FLOAT32 * optimizer_states(config) == per_weight
+    kinds = {"SGD": torch.optim.SGD, "Lion": Lion32bit, "adamw_8bit": AdamW8bit, "AdamW": torch.optim.AdamW}
+    flat = torch.nn.Parameter(torch.ones(25_600))
+    flat.grad = torch.ones_like(flat)
+    optimizer = kinds[block["type"]]([flat], lr=1e-3, **block["params"])
+    optimizer.step()
+    kept = [value.nbytes for value in optimizer.state[flat].values() if isinstance(value, torch.Tensor) and value.dim()]
+    tables = 2 * 256 * FLOAT32 if block["type"] == "adamw_8bit" else 0  # of what the 8 bits stand for, once
+    assert sum(kept) - tables == per_weight * flat.numel()
+
+
+def test_muon_keeps_one_number_for_each_weight_of_the_layers() -> None:
+    weights = parts(300, 500, 200, blocks=(None, 0, None))
+    cpu = {"device": "cpu"}
+    found = {
+        (stage, bool(offload)): optimizer_states(
+            {"zero_optimization": {"stage": stage, **offload}, "optimizer": {"type": "Muon"}}, weights
+        )
+        for stage, offload in ((2, {}), (3, {}), (2, {"offload_optimizer": cpu}))
+    }
+    # 500 of 1,000 are of layers; a step at stages 1 and 2 works on a second copy of their momentum.
+    assert found == {(2, False): 0.5 * 2 + 0.5 * 2, (3, False): 0.5 + 0.5 * 2, (2, True): 0.5 + 0.5 * 2}
