@@ -2,14 +2,11 @@
 
     python -m benchmarks.trl_trajectories make MODEL ROWS.jsonl --out FOLDER [--only NAME ...]
     python -m benchmarks.trl_trajectories compare MODEL ROWS.jsonl --out FOLDER [--ranks 1 2] [--result FILE.json]
-    python -m benchmarks.trl_trajectories rounding MODEL ROWS.jsonl --out FOLDER [--ranks 1 2] [--result FILE.json]
 
 `make` runs TRL in one process on the CPU in float32: no dropout, nothing truncated, no shuffling (step s trains on rows
 [8s, 8s + 8) of the file, in one micro-batch), AdamW without weight decay, a linear schedule with 4 warm-up steps.
 `compare` trains the same with dsdpo under ZeRO-3 and says the largest relative difference of each metric, over all
-steps. `rounding` holds the same against TRL and TRL against itself: run in float64, and in float32 with a step's pairs
-in two micro-batches in place of one, which by the formulas changes nothing. `--result` keeps what was found as a result
-of the benchmarks. What lies in FOLDER complete is not made again.
+steps; `--result` keeps that as a result of the benchmarks. What lies in FOLDER complete is not made again.
 """
 
 from __future__ import annotations
@@ -164,7 +161,8 @@ def keep(found: dict[str, dict[str, float]], given: argparse.Namespace) -> None:
     rows = tuple((name, *(f"{values[metric]:.1e}" for metric in COMPARED)) for name, values in found.items())
     note = (
         f"{STEPS} steps of {PAIRS} pairs in float32, ours under ZeRO-3, four pairs a micro-batch. forward_kl and "
-        "alpha_divergence take exponentials of differences of sums of some 300 nats, of which one float32 ulp is 3e-5."
+        "alpha_divergence take exponentials of differences of float32 sums: benchmarks.trl_rounding has whose rounding "
+        "it is."
     )
     report.table(Table("Largest relative difference of any step", ("loss, ranks", *COMPARED), rows, note))
     report.measured("differences", found)
