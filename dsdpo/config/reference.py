@@ -39,7 +39,6 @@ class StrategySettings:
     has_weights: ClassVar[bool] = True  # that are kept for it, in an engine or an adapter
     shares_policy: ClassVar[bool] = False  # the policy's base weights are the reference's
     before_training: ClassVar[bool] = False  # scored once, before the policy is built
-    pairs_only: ClassVar[bool] = False  # keeps log-probs of two responses a row, not of lists
     because: ClassVar[str] = ""  # why it takes no others, as a relative clause
 
     @classmethod
@@ -97,7 +96,6 @@ class Precomputed(StrategySettings):
 
     own_engine: ClassVar[bool] = True
     before_training: ClassVar[bool] = True
-    pairs_only: ClassVar[bool] = True
     because: ClassVar[str] = "which asks the reference once for all pairs, before training"
     adapter: InitialAdapter
     path: str | None
@@ -114,7 +112,6 @@ class Snapshot(StrategySettings):
     """TR-DPO with α = 1: the policy scores the pairs of the next steps at each sync."""
 
     has_weights: ClassVar[bool] = False
-    pairs_only: ClassVar[bool] = True
     because: ClassVar[str] = "whose reference is the policy itself, which scores up to the next sync at once"
     score_tokens: int
     sync: Sync

@@ -265,11 +265,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _loss_has_its_reference(self) -> RunConfig:
         strategy = STRATEGIES[self.reference_strategy()].settings
-        if strategy.pairs_only and self.loss.rows == "lists":
-            raise ValueError(
-                f"reference.strategy {self.reference_strategy()} keeps log-probs of two responses a row, but loss.type "
-                f"{' + '.join(self.loss.types)} needs those of whole lists: set it to separate or adapter"
-            )
         if not strategy.exists and self.loss.reference_use == "needed":
             without = [name for name, kind in LOSSES.items() if kind.reference != "needed"]
             raise ValueError(

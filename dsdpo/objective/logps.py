@@ -53,24 +53,45 @@ class PairLogps:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def group_size(self) -> int:
+        """Responses of the largest group."""
+        return 2
+
     @classmethod
     def zeros(cls, n: int, *, device: torch.device | str = "cpu") -> PairLogps:
         """n pairs of log-prob 0 over no tokens."""
         logps, tokens = torch.zeros(2, n, device=device), torch.zeros(2, n, dtype=torch.int64, device=device)
         return cls(*logps, *tokens)
 
+    @staticmethod
+    def zeros_of(n: int, *, group_size: int) -> PairLogps:
+        """The same of n groups: pairs, or lists of up to `group_size` responses where that is more than 2."""
+        pairs = PairLogps.zeros(n)
+        if group_size <= 2:
+            return pairs
+        lists = {"responses": torch.zeros(n, group_size)}
+        lists["response_tokens"] = torch.zeros(n, group_size, dtype=torch.int64)
+        return ListLogps(**pairs.columns(), **lists)
+
+    @staticmethod
+    def of_columns(columns: Mapping[str, Tensor]) -> PairLogps:
+        """What `columns` gave: pairs, or lists."""
+        return (ListLogps if "responses" in columns else PairLogps)(**columns)
+
     @classmethod
     def cat(cls, parts: Sequence[PairLogps]) -> PairLogps:
-        """The pairs of all parts, in order."""
+        """The pairs or lists of all parts, in order; lists as wide as the widest of them."""
         kind = type(parts[0])
-        return kind(**{name: torch.cat([part.columns()[name] for part in parts]) for name in parts[0].columns()})
+        columns = {name: [part.columns()[name] for part in parts] for name in parts[0].columns()}
+        return kind(**{name: torch.cat(_equally_wide(values)) for name, values in columns.items()})
 
     @classmethod
     def from_numpy(cls, columns: Mapping[str, np.ndarray]) -> PairLogps:
         """What `numpy` gave, on the CPU."""
-        floats = {"chosen", "rejected"}
+        floats = {"chosen", "rejected", "responses"}
         dtypes = {name: torch.float32 if name in floats else torch.int64 for name in columns}
-        return cls(**{name: torch.tensor(values, dtype=dtypes[name]) for name, values in columns.items()})
+        return cls.of_columns({name: torch.tensor(values, dtype=dtypes[name]) for name, values in columns.items()})
 
     def numpy(self) -> dict[str, np.ndarray]:
         """The columns by name, (B,) each."""
@@ -94,6 +115,10 @@ class PairLogps:
         for name, column in self.columns().items():
             column[torch.as_tensor(rows, device=column.device)] = values.columns()[name].to(column)
 
+    def narrowed(self, group_size: int) -> PairLogps:
+        """The same of lists that all have at most `group_size` responses, no wider than that."""
+        return self._map(lambda column: column[:, :group_size] if column.dim() > 1 else column)
+
     def to(self, device: torch.device | str) -> PairLogps:
         return self._map(lambda column: column.to(device))
 
@@ -115,6 +140,18 @@ class ListLogps(PairLogps):
 
     responses: Tensor  # (B, n) float32, 0 where there is no such response
     response_tokens: Tensor  # (B, n) int64
+
+    @property
+    def group_size(self) -> int:
+        return self.responses.shape[1]
+
+
+def _equally_wide(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Columns (B,) as they are; columns (B, n) with zeros behind them up to the largest n."""
+    if columns[0].dim() == 1:
+        return list(columns)
+    width = max(column.shape[1] for column in columns)
+    return [nn.functional.pad(column, (0, width - column.shape[1])) for column in columns]
 
 
 def logps_of(logps: Tensor, tokens: Tensor) -> PairLogps:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -45,7 +46,8 @@ class PrecomputedReference(Reference):
     def __init__(self, tables: Sequence[PairLogps], identity: ReferenceIdentity) -> None:
         """One table for each data set, in the order in which the run numbers their pairs."""
         self.identity = identity
-        # On the device, 24 bytes a pair: looking up on the host would wait for the device at every batch.
+        # On the device, 24 bytes a pair and 12 more for each completion of a list: looking up on the host would wait
+        # for the device at every batch.
         self.table = PairLogps.cat(tables).to(device())
 
     @classmethod
@@ -56,7 +58,7 @@ class PrecomputedReference(Reference):
 
     def score(self, batches: Sequence[PreferenceBatch]) -> list[PairLogps]:
         # A filler pair, id -1, gets the last row: anything finite does for what weighs nothing.
-        return [self.table.take(batch.pair_ids) for batch in batches]
+        return [self.table.take(batch.pair_ids).narrowed(batch.group_size) for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,11 @@ def fill_table(
     """
     started = time.monotonic()
     pairs = windows.pairs
-    have, table = np.zeros(len(pairs), dtype=bool), PairLogps.zeros(len(pairs))
+    have, table = np.zeros(len(pairs), dtype=bool), PairLogps.zeros_of(len(pairs), group_size=pairs.group_size)
     with all_or_none():
         keys = pair_keys(pairs)
         if local_rank() == 0:
-            have, table = read_rows(folder, keys)
+            have, table = read_rows(folder, keys, group_size=pairs.group_size)
     have, table = rows_of_all_nodes(have, table)
     _, index, inverse = np.unique(keys, return_index=True, return_inverse=True)
     first = index[inverse]  # a pair that stands in the data several times is scored once
@@ -187,7 +189,7 @@ def rows_of_all_nodes(have: np.ndarray, table: PairLogps) -> tuple[np.ndarray, P
     """
     masks = [np.unpackbits(mask, count=len(have)).astype(bool) for mask in gather_objects(np.packbits(have))]
     mine = have & ~np.logical_or.reduce([np.zeros_like(have), *masks[: rank()]])
-    own = PairLogps.zeros(len(have))
+    own = PairLogps.zeros_of(len(have), group_size=table.group_size)
     own.put(mine, table.take(mine))
     return np.logical_or.reduce(masks), _sum_of_ranks(own)
 
@@ -206,7 +208,7 @@ def score_rows(
     reason: str | None = None
     keeps = windows.sequence.counts  # of the ranks that share a row, one keeps its pairs
     writer = ShardWriter(folder, rank=rank(), shard_rows=job.shard_rows) if folder and keeps else None
-    table = PairLogps.zeros(len(pairs))
+    table = PairLogps.zeros_of(len(pairs), group_size=pairs.group_size)
     mininterval = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants few lines
     bar = tqdm(
         desc=label,
@@ -250,17 +252,26 @@ def check_audit(stored: PairLogps, again: PairLogps, *, origins: np.ndarray, dty
     """Raises CacheError naming the first row whose stored log-prob is not, but for rounding, what was scored now."""
     share = max(share for name, share in ROUNDING.items() if name in dtype)
     old, new = stored.numpy(), again.numpy()
-    for side in ("chosen", "rejected"):
-        tokens, found_tokens = old[f"{side}_tokens"], new[f"{side}_tokens"]
-        allowed = share * (np.abs(old[side]) + tokens)
-        wrong = ~(np.abs(old[side] - new[side]) <= allowed) | (tokens != found_tokens)
+    for side, (values, tokens), (found, found_tokens) in _responses(old, new):
+        allowed = share * (np.abs(values) + tokens)
+        wrong = ~(np.abs(values - found) <= allowed) | (tokens != found_tokens)
         if wrong.any():
             row = int(wrong.argmax())
             source, place = origins[row]
             raise CacheError(
                 f"{folder}: the stored log-prob of the {side} response of row {place} of source {source} is "
-                f"{old[side][row]:.4f} nats over {tokens[row]} tokens, but the reference gives {new[side][row]:.4f} "
+                f"{values[row]:.4f} nats over {tokens[row]} tokens, but the reference gives {found[row]:.4f} "
                 f"over {found_tokens[row]}, and rounding in {dtype} explains {allowed[row]:.4f}; {wrong.sum()} of "
                 f"{len(stored)} audited rows are off. Nothing of this store is used: delete the folder to score "
                 "everything again, or set reference.store to another"
             )
+
+
+def _responses(*tables: Mapping[str, np.ndarray]) -> Iterator[tuple[Any, ...]]:
+    """A word for each response of a row, and its log-probs and tokens (n,) in each table."""
+    if "responses" not in tables[0]:
+        for side in ("chosen", "rejected"):
+            yield side, *((table[side], table[f"{side}_tokens"]) for table in tables)
+        return
+    for place in range(tables[0]["responses"].shape[1]):
+        yield f"{place + 1}.", *((table["responses"][:, place], table["response_tokens"][:, place]) for table in tables)

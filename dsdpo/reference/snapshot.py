@@ -81,7 +81,8 @@ class SnapshotReference(Reference):
             self.score_until_next_sync(0)
         assert self._ids is not None
         # A filler pair, id -1, gets the first row: anything finite does for what weighs nothing.
-        return [self._logps.take(torch.searchsorted(self._ids, batch.pair_ids)) for batch in batches]
+        found = (self._logps.take(torch.searchsorted(self._ids, batch.pair_ids)) for batch in batches)
+        return [logps.narrowed(batch.group_size) for logps, batch in zip(found, batches, strict=True)]
 
     def model_for_flops(self) -> tuple[Any, str | None]:
         return self.policy.module.lm, POLICY
@@ -110,7 +111,7 @@ class SnapshotReference(Reference):
             raise CheckpointError(f"{folder}: the snapshot cannot be read: {error}") from error
         table = {name: torch.cat([part[name] for part in tables]).to(device()) for name in tables[0]}
         self._ids, order = table.pop("ids").sort(stable=True)
-        self._logps = PairLogps(**table).take(order)
+        self._logps = PairLogps.of_columns(table).take(order)
         self.syncs, self.age, self._step = facts["syncs"], facts["age"], facts["step"]
         self._check_complete(folder)
 

@@ -1,9 +1,10 @@
 """The store of log-probs: a folder per reference identity with append-only Parquet shards.
 
 `STORE/<identity key>/identity.json` and `part-<rank>-<n>-<sha256>.parquet`, a row for each pair, keyed by a hash of its
-token ids. Which data set, order, world size or loss asked for a row has no part in its key, so any run may use it. A
-shard is written atomically and its name carries its checksum, so damage is detected, and runs that write at the same
-time do not touch each other's.
+token ids; of lists of up to K completions `lists-of-<K>-...`, with all of their log-probs in a row. Which data set,
+order, world size or loss asked for a row has no part in its key, so any run may use it. A shard is written atomically
+and its name carries its checksum, so damage is detected, and runs that write at the same time do not touch each
+other's.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ COLUMNS = pa.schema(
         ("rejected_tokens", pa.int32()),
     ]
 )
+
+
+def columns_of(group_size: int) -> pa.Schema:
+    """What a row holds: of lists of more than two responses, log-prob and tokens of each beside those of the ends."""
+    if group_size <= 2:
+        return COLUMNS
+    lists = {"responses": pa.list_(pa.float32(), group_size), "response_tokens": pa.list_(pa.int32(), group_size)}
+    return pa.schema([*COLUMNS, *lists.items()])
 
 
 def pair_keys(pairs: Pairs, ids: Sequence[int] | None = None) -> np.ndarray:
@@ -88,15 +97,15 @@ def read_identity(folder: Path) -> ReferenceIdentity | None:
         return None
 
 
-def read_rows(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, PairLogps]:
-    """Which of the pairs (n,) bool have a row, and the rows (zeros elsewhere).
+def read_rows(folder: Path, keys: np.ndarray, *, group_size: int = 2) -> tuple[np.ndarray, PairLogps]:
+    """Which of the pairs, or lists of up to `group_size`, (n,) bool have a row, and the rows (zeros elsewhere).
 
     Memory grows with the rows asked for, not with the store. A damaged shard is set aside and warned about; a key that
     stands in several shards counts once.
     """
     distinct, place = np.unique(keys, return_inverse=True)
-    have, table = np.zeros(len(distinct), dtype=bool), PairLogps.zeros(len(distinct))
-    for part_keys, rows in _parts(folder) if len(distinct) else ():
+    have, table = np.zeros(len(distinct), dtype=bool), PairLogps.zeros_of(len(distinct), group_size=group_size)
+    for part_keys, rows in _parts(folder, group_size) if len(distinct) else ():
         at = np.minimum(np.searchsorted(distinct, part_keys), len(distinct) - 1)
         new = (distinct[at] == part_keys) & ~have[at]
         table.put(at[new], rows.take(new))
@@ -131,19 +140,24 @@ class ShardWriter:
         if not self._pending:
             return
         keys = np.concatenate([keys for keys, _ in self._pending])
-        columns = PairLogps.cat([rows for _, rows in self._pending]).numpy()
-        for side in ("chosen", "rejected"):
-            if not np.isfinite(columns[side]).all():
+        rows = PairLogps.cat([rows for _, rows in self._pending])
+        columns = rows.numpy()
+        for values in columns.values():
+            if not np.isfinite(values).all():
                 raise CacheError(
                     "the reference gives log-probs that are not finite, such as "
-                    f"{columns[side][~np.isfinite(columns[side])][0]}; none of them is stored: check its weights, and "
+                    f"{values[~np.isfinite(values)][0]}; none of them is stored: check its weights, and "
                     "try model.dtype float32"
                 )
-        table = pa.table({"key": _as_binary(keys), **columns}, schema=COLUMNS)
+        size = rows.group_size
+        table = pa.table(
+            {"key": _as_binary(keys), **{name: _as_column(values) for name, values in columns.items()}},
+            schema=columns_of(size),
+        )
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none", use_dictionary=False)
         content = sink.getvalue().to_pybytes()
-        name = f"part-{self.rank:05d}-{self._written:05d}-{_checksum(content)}.parquet"
+        name = f"{_prefix(size)}-{self.rank:05d}-{self._written:05d}-{_checksum(content)}.parquet"
         try:
             write_bytes(self.folder / name, content, shared=True)
         except OSError as error:
@@ -155,9 +169,14 @@ class ShardWriter:
         self._pending = []
 
 
-def _parts(folder: Path) -> Iterator[tuple[np.ndarray, PairLogps]]:
+def _prefix(group_size: int) -> str:
+    return "part" if group_size <= 2 else f"lists-of-{group_size}"
+
+
+def _parts(folder: Path, group_size: int) -> Iterator[tuple[np.ndarray, PairLogps]]:
     """Keys and rows of each undamaged shard, in the order of their names."""
-    for path in sorted(folder.glob("part-*.parquet")):
+    schema = columns_of(group_size)
+    for path in sorted(folder.glob(f"{_prefix(group_size)}-*.parquet")):
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -165,8 +184,8 @@ def _parts(folder: Path) -> Iterator[tuple[np.ndarray, PairLogps]]:
         if _checksum(content) != path.stem.rsplit("-", 1)[-1]:
             _set_aside(path)
             continue
-        table = pq.read_table(pa.BufferReader(content), schema=COLUMNS)
-        columns = {name: table[name].to_numpy() for name in COLUMNS.names if name != "key"}
+        table = pq.read_table(pa.BufferReader(content), schema=schema)
+        columns = {name: _as_numpy(table[name]) for name in schema.names if name != "key"}
         yield _from_binary(table["key"]), PairLogps.from_numpy(columns)
 
 
@@ -213,6 +232,19 @@ def _explain_new(store: Path, identity: ReferenceIdentity) -> None:
 
 def _checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _as_column(values: np.ndarray) -> pa.Array:
+    """Values (n,), or (n, K) as a list of K in each row."""
+    return pa.array(values) if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
+
+
+def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """What `_as_column` was given."""
+    if not pa.types.is_fixed_size_list(column.type):
+        return np.asarray(column.to_numpy())
+    values = np.concatenate([np.asarray(chunk.flatten()) for chunk in column.chunks])
+    return values.reshape(len(column), column.type.list_size)
 
 
 def _as_binary(keys: np.ndarray) -> pa.Array:

@@ -66,6 +66,28 @@ def test_round_trip_in_any_order_and_part(tmp_path: Path) -> None:
     assert same(absent, PairLogps.zeros(5))
 
 
+def test_lists_have_a_number_for_each_completion(tmp_path: Path) -> None:
+    """Beside pairs of the same reference, and lists of another size, none of which are taken for each other."""
+    folder = open_store(tmp_path, IDENTITY)
+    keys, pairs = some_rows(20)
+    columns = pairs.numpy()
+    rows = {}
+    for size in (3, 4):
+        wide = {"responses": np.arange(20 * size, dtype=np.float32).reshape(20, size) - 90.5,
+                "response_tokens": np.arange(20 * size).reshape(20, size) % 7}  # fmt: skip
+        rows[size] = PairLogps.from_numpy(columns | wide)
+        write(folder, keys[:12], rows[size].take(np.arange(12)), shard_rows=5)
+    assert read_rows(folder, keys)[0].sum() == 0
+    write(folder, keys[15:], pairs.take(np.arange(15, 20)))
+    for size, expected in rows.items():
+        have, found = read_rows(folder, keys[::-1], group_size=size)
+        assert have.tolist() == [False] * 8 + [True] * 12
+        assert same(found.take(have), expected.take(np.arange(12)[::-1].copy()))
+        assert found.group_size == size
+    assert read_rows(folder, keys)[0].sum() == 5
+    assert read_rows(folder, keys, group_size=5)[1].group_size == 5
+
+
 def test_shards_hold_at_most_their_rows(tmp_path: Path) -> None:
     """With 3 + 3 rows pending, 3 more would overfill a shard of 8: it is written before they are computed."""
     folder = open_store(tmp_path, IDENTITY)
