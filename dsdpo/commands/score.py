@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         ):
             table, plan = score_judged(what, target.sources, run_file=target.name, stop=stop, tokens=given.tokens)
             facts = {"policy": what.name, "reference": what.reference and what.reference.path,
-                     "beta": what.run.loss.beta, "loss": what.run.loss.types}  # fmt: skip
+                     "beta": what.loss(what.run).beta(what.loss_step), "loss": what.run.loss.types}  # fmt: skip
             with all_or_none():
                 if rank() == 0:
                     _report(table, plan, target, given, condition, facts=facts)

@@ -15,7 +15,6 @@ from dsdpo.reference.separate import SeparateReference
 from dsdpo.run.judge import Judged, as_precomputed, plan_judging
 from dsdpo.run.run import held_out_of
 from dsdpo.training.evaluate import evaluate
-from dsdpo.training.step_loss import StepLoss
 
 
 def evaluate_judged(what: Judged, sources: Sequence[SourceConfig], *, run_file: str) -> dict[str, float]:
@@ -35,13 +34,5 @@ def evaluate_judged(what: Judged, sources: Sequence[SourceConfig], *, run_file: 
         engine, _ = build_checked_reference(plan)
         reference = SeparateReference(engine, score_tokens=settings.score_tokens)
     policy, _ = build_checked_reference(as_precomputed(plan, what.policy))
-    steps = max(1, what.step)
-    loss = StepLoss(
-        plan.run.loss,
-        total_steps=steps,
-        means=dict(what.means or {}),
-        score_tokens=plan.run.reference.score_tokens,
-        entropy=plan.run.tracking.entropy,
-    )
-    windows = plan.held_out_windows(device())
-    return evaluate(policy, reference, loss, windows, step=steps, held_out=held_out_of(plan))
+    windows, step = plan.held_out_windows(device()), what.loss_step
+    return evaluate(policy, reference, what.loss(plan.run), windows, step=step, held_out=held_out_of(plan))

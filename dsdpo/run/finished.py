@@ -47,3 +47,12 @@ def open_run(given: str | Path) -> FinishedRun:
     settings = check_run(read_yaml(folder.config), {}, source=folder.config, folder=path)
     # The folder may have been moved since.
     return FinishedRun(settings.model_copy(update={"output_dir": str(path)}), folder)
+
+
+def last_step(folder: RunFolder) -> int:
+    """The last optimizer step in the run's metrics; 0 if there is none."""
+    try:
+        rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return 0
+    return max((int(row["step"]) for row in rows if "loss" in row), default=0)

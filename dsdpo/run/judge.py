@@ -17,11 +17,12 @@ from dsdpo.console import say
 from dsdpo.distributed import gather_objects, local_rank, node, on_some_ranks
 from dsdpo.engine.build import start_distributed
 from dsdpo.errors import ConfigError
-from dsdpo.run.finished import FinishedRun
+from dsdpo.run.finished import FinishedRun, last_step
 from dsdpo.run.offline_export import export_checkpoint, model_of
 from dsdpo.run.plan import Plan, plan_run
 from dsdpo.run.saved import choose_checkpoint
 from dsdpo.training.checkpoint import read_state, whole_checkpoints
+from dsdpo.training.step_loss import StepLoss
 
 KEPT = ("loss", "batch", "distributed", "deepspeed", "output_dir")  # sections that judging has a use for
 
@@ -35,7 +36,23 @@ class Judged:
     reference: ModelConfig | None  # None: the loss has none
     name: str  # of the policy, for people
     step: int = 0  # optimizer steps that it has been trained for
+    total_steps: int | None = None  # of its whole run; None: not known, taken for `step`
     means: dict[str, float] | None = None  # running means of its loss
+
+    def loss(self, run: RunConfig) -> StepLoss:
+        """The loss of `run` as training had it at that step: its beta and running means."""
+        return StepLoss(
+            run.loss,
+            total_steps=self.total_steps or self.loss_step,
+            means=dict(self.means or {}),
+            score_tokens=run.reference.score_tokens,
+            entropy=run.tracking.entropy,
+        )
+
+    @property
+    def loss_step(self) -> int:
+        """The step whose beta counts: the last one taken, or the first of a model that has taken none."""
+        return max(1, self.step)
 
 
 @contextmanager
@@ -58,9 +75,9 @@ def judged(run: RunConfig, finished: FinishedRun | None, *, checkpoint: str | No
     exported = finished.folder.model
     if checkpoint is None and exported.is_dir():
         whole = whole_checkpoints(finished.folder.checkpoints)
-        state = read_state(whole[-1]) if whole else {}
+        state = read_state(whole[-1]) if whole else {"step": last_step(finished.folder)}
         policy = model_of(run, exported)
-        yield Judged(run, policy, reference, str(exported), state.get("step", 0), state.get("means"))
+        yield Judged(run, policy, reference, str(exported), **_progress(state))
         return
     found = choose_checkpoint(finished, checkpoint or "last")
     state = read_state(found)
@@ -76,10 +93,15 @@ def judged(run: RunConfig, finished: FinishedRun | None, *, checkpoint: str | No
     places = gather_objects((node(), holder.name if holder else None))
     folder = next(Path(place) / "model" for where, place in places if place is not None and where == node())
     try:
-        yield Judged(run, model_of(run, folder), reference, str(found), state["step"], state.get("means"))
+        yield Judged(run, model_of(run, folder), reference, str(found), **_progress(state))
     finally:
         if holder is not None:
             holder.cleanup()
+
+
+def _progress(state: dict[str, Any]) -> dict[str, Any]:
+    """What `Judged` takes of a checkpoint's state; those of an older dsdpo do not have the number of steps."""
+    return {name: state.get(name) for name in ("total_steps", "means")} | {"step": state.get("step", 0)}
 
 
 def plan_judging(

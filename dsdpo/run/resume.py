@@ -52,6 +52,7 @@ def checkpoint_record(plan: Plan) -> dict[str, Any]:
     return {
         "settings": plan.run.model_dump(mode="json"),
         "data": plan.train.pairs.digest,
+        "total_steps": plan.total_steps,
         "stage": stage(plan.policy_config),
         "optimizer": optimizer_kind(plan.policy_config),
     }

@@ -15,6 +15,7 @@ import torch
 
 from dsdpo.atomic import replacing
 from dsdpo.config.data import SourceConfig
+from dsdpo.config.loss import LossConfig
 from dsdpo.config.run import ModelConfig
 from dsdpo.console import say
 from dsdpo.data.condition import SCORES, Condition
@@ -28,8 +29,8 @@ from dsdpo.engine.quirks.compiled_ops import prepare_ops
 from dsdpo.engine.quirks.destroy import destroy_engine
 from dsdpo.engine.scoring_mode import scoring
 from dsdpo.errors import ConfigError, DataError
-from dsdpo.objective.logps import NoLogps, PairLogps
-from dsdpo.objective.losses import make_loss
+from dsdpo.objective.logps import ListLogps, NoLogps, PairLogps
+from dsdpo.objective.scores import extras_of
 from dsdpo.reference.base import build_checked_reference
 from dsdpo.reference.precomputed import precompute
 from dsdpo.run.judge import Judged, as_precomputed, plan_judging
@@ -50,11 +51,7 @@ def score_judged(
     each learned token, on rank 0. Raises `ConfigError` or `DataError` before a model loads, `StoppedError` when it is
     to stop: what has been scored is stored.
     """
-    if what.run.loss.rows != "pairs":
-        raise ConfigError(
-            f"dsdpo score takes losses of pairs, and loss.type is {' + '.join(what.run.loss.types)}: add --loss.type "
-            "sigmoid for rewards of chosen and rejected, or use dsdpo evaluate"
-        )
+    _check_loss(what.run.loss, tokens=tokens)
     if what.reference == what.policy:
         raise ConfigError(
             f"{run_file}: policy and reference are both {what.policy.path}, so that all margins would be 0: name a "
@@ -64,10 +61,10 @@ def score_judged(
     prepare_ops(plan.policy_config, plan.reference_config)
     policy = _scored(plan, what.policy, stop, "policy")
     pairs = len(plan.train.pairs)
-    reference: PairLogps = NoLogps.zeros(pairs)
+    reference: PairLogps = NoLogps.zeros(pairs)  # of lists no loss does without one
     if what.reference is not None:
         reference = _scored(plan, what.reference, stop, "reference")
-    table = make_table(plan, policy, reference, step=max(1, what.step))
+    table = make_table(plan, policy, reference, what.loss(plan.run), step=what.loss_step)
     if tokens:
         table |= token_columns(plan, what.policy, "")
         table |= {} if what.reference is None else token_columns(plan, what.reference, "reference_")
@@ -79,20 +76,55 @@ def _scored(plan: Plan, model: ModelConfig, stop: StopRequest, whose: str) -> Pa
     return precompute(as_precomputed(plan, model), stop, whose=whose).table.to("cpu")
 
 
-def make_table(plan: Plan, policy: PairLogps, reference: PairLogps, *, step: int) -> Table:
-    """The columns of SCORES; loss and rewards are the run's loss's, and a pair is right if its margin is above 0."""
-    pairs, settings = plan.train.pairs, plan.run.loss
-    inputs = StepLoss(settings, total_steps=step).held_out(step)
+def _check_loss(loss: LossConfig, *, tokens: bool) -> None:
+    """Raise `ConfigError` where a loss needs more of the policy than a sum of log-probs, which is what is stored."""
+    if extras_of(loss):
+        named = [name for name in ("use_weighting", "ld_alpha", "decay") if getattr(loss, name) not in (None, False)]
+        raise ConfigError(
+            f"dsdpo score goes by the sums of responses' log-probs, and loss.{' and loss.'.join(named)} with loss.type "
+            f"{' + '.join(loss.types)} asks for more: add --loss.{named[0]} "
+            f"{'false' if named[0] == 'use_weighting' else 'null'}, or use dsdpo evaluate"
+        )
+    if tokens and loss.rows != "pairs":
+        raise ConfigError(
+            f"--tokens: gives the tokens of chosen and rejected, and rows of loss.type {' + '.join(loss.types)} have "
+            "none: leave it out"
+        )
+
+
+def make_table(plan: Plan, policy: PairLogps, reference: PairLogps, loss: StepLoss, *, step: int) -> Table:
+    """The columns of SCORES; loss and rewards are the run's loss's, and a pair is right if its margin is above 0.
+
+    A rated completion stands under chosen, and its margin is how far its reward lies on its rating's side of the KL
+    estimate over all of them. Of a list chosen is the best completion and rejected the last; `logps`, `reference_logps`
+    and `completion_tokens` have a number for each.
+    """
+    pairs = plan.train.pairs
     columns: dict[str, Any] = {"chosen": policy.chosen}
-    for name, values in (("margin", pairs.margins), ("weight", pairs.weights)):
+    given = {"margin": pairs.margins, "weight": pairs.weights, "confidence": pairs.confidences, "scores": pairs.scores}
+    for name, values in given.items():
         columns[name] = None if values is None else torch.from_numpy(np.array(values))
-    output = make_loss(settings)(policy, reference, replace(inputs, **columns))
+    if loss.settings.rows == "rated":
+        columns["desirable"] = columns["scores"][:, 0] > 0
+    output = loss.function(policy, reference, replace(loss.held_out(step), **columns))
     names = [source.path for source in pairs.sources]
     ours, theirs = policy.numpy(), reference.numpy()
     rewards = [values.detach().float().numpy() for values in (output.chosen_rewards, output.rejected_rewards)]
+    margins = rewards[0] - rewards[1]
     absent = np.full(len(pairs), np.nan, dtype=np.float32)
     anchored = not isinstance(reference, NoLogps)
-    return dict(
+    if output.desirable is not None:
+        assert output.kl is not None
+        ours |= {"rejected": absent, "rejected_tokens": np.zeros_like(ours["rejected_tokens"])}
+        theirs |= {"rejected": absent}
+        side = np.where(output.desirable.numpy(), 1.0, -1.0).astype(np.float32)
+        rewards[1] = absent
+        margins = (rewards[0] - loss.beta(step) * float(output.kl)) * side
+    lists: Table = {}
+    if isinstance(policy, ListLogps):
+        lists = {"logps": ours["responses"].tolist(), "reference_logps": theirs["responses"].tolist(),
+                 "completion_tokens": ours["response_tokens"].tolist()}  # fmt: skip
+    table = dict(
         zip(
             SCORES,
             (
@@ -106,13 +138,14 @@ def make_table(plan: Plan, policy: PairLogps, reference: PairLogps, *, step: int
                 theirs["chosen"] if anchored else absent,
                 theirs["rejected"] if anchored else absent,
                 *rewards,
-                rewards[0] - rewards[1],
-                rewards[0] > rewards[1],
+                margins,
+                margins > 0,
                 output.losses.detach().float().numpy(),
             ),
             strict=True,
         )
     )
+    return table | lists
 
 
 def token_columns(plan: Plan, model: ModelConfig, prefix: str) -> Table:
@@ -169,11 +202,16 @@ def summary(table: Table, kept: np.ndarray | None = None) -> str:
     lines = [
         f"{len(right):,} pairs, {right.mean():.1%} right, {(margins == 0).mean():.1%} tied",
         f"margin: mean {margins.mean():.4f}, 5% below {low:.4f}, half below {middle:.4f}, 5% above {high:.4f}",
-        f"rewards: chosen {table['chosen_reward'].mean():.4f}, rejected {table['rejected_reward'].mean():.4f}",
+        f"rewards: {', '.join(_means(table))}",
     ]
     if kept is not None:
         lines.append(f"kept {kept.sum():,} of {len(kept):,}")
     return "\n".join(lines)
+
+
+def _means(table: Table) -> list[str]:
+    sides = {side: table[f"{side}_reward"] for side in SIDES}
+    return [f"{side} {values.mean():.4f}" for side, values in sides.items() if not np.isnan(values).all()]
 
 
 def original_rows(sources: Sequence[SourceConfig], plan: Plan) -> Iterator[tuple[int, int, dict[str, Any]]]:

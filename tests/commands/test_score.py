@@ -24,7 +24,7 @@ from tests.runs import metrics, settings, train_on
 
 @pytest.fixture(scope="module")
 def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a LoRA run of two steps, evaluated and saved after each."""
+    """The folder of a LoRA run of three steps with a beta that grows to 0.3, evaluated and saved after each."""
     spec = settings(
         tmp_path_factory.mktemp("trained"),
         inputs,
@@ -32,7 +32,8 @@ def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         reference_zero=None,
         data={"eval": str(inputs / "few.jsonl")},
         optimizer={"learning_rate": 2e-2},
-        train={"max_steps": 2},
+        train={"max_steps": 3},
+        loss={"beta": 0.1, "beta_schedule": {"end": 0.3}},
         evaluation={"every_steps": 1},
         checkpoint={"every_steps": 1},
     )
@@ -92,12 +93,12 @@ def evaluations(run: Path) -> list[dict[str, float]]:
     return [row for row in metrics(run) if "eval/loss" in row]
 
 
-@pytest.mark.parametrize("checkpoint", [None, "1"])
+@pytest.mark.parametrize("checkpoint", [None, "2"])
 def test_evaluation_afterwards_is_that_of_training(checkpoint: str | None, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     chosen = [] if checkpoint is None else ["--checkpoint", checkpoint]
     said_by("evaluate", run, *chosen, "--out", out)
-    found, expected = json.loads(out.read_text()), evaluations(run)[2 if checkpoint is None else 1]
+    found, expected = json.loads(out.read_text()), evaluations(run)[3 if checkpoint is None else 2]
     assert found["step"] == expected["step"]
     assert abs(expected["eval/rewards/margins"]) > 1e-4, "nothing was learned"
     for name, value in expected.items():
@@ -114,7 +115,7 @@ def test_scores_are_the_evaluations_own_values_pair_by_pair(run: Path, inputs: P
              "reference_rejected": "reference_rejected_logp"}  # fmt: skip
     for theirs, ours in names.items():
         np.testing.assert_allclose(found[ours], table[theirs], rtol=0, atol=2e-5)
-    rewards = 0.1 * (table["chosen"] - table["reference_chosen"] - table["rejected"] + table["reference_rejected"])
+    rewards = 0.3 * (table["chosen"] - table["reference_chosen"] - table["rejected"] + table["reference_rejected"])
     np.testing.assert_allclose(found["margin"], rewards, rtol=0, atol=1e-5)
     assert found["right"] == [margin > 0 for margin in found["margin"]]
     assert found["row"] == list(range(6))
@@ -148,7 +149,7 @@ def test_models_are_scored_without_a_run(inputs: Path, run: Path, tmp_path: Path
     merged = tmp_path / "merged"
     said_by("merge", run / "model", model, "--out", merged, "--dtype", "float32")
     own = ["--data.cache_dir", str(inputs / "cache"), "--model.dtype", "float32", "--data.max_length", "64"]
-    said_by("score", merged, "--reference", model, "--data", few, "--out", out, *own)
+    said_by("score", merged, "--reference", model, "--data", few, "--out", out, "--loss.beta", "0.3", *own)
     expected = evaluations(run)[-1]["eval/rewards/margins"]
     assert np.mean(pq.read_table(out).to_pydict()["margin"]) == pytest.approx(expected, abs=2e-5)
     assert "both" in refused("score", model, "--reference", model, "--data", few, "--out", out, *own)
@@ -187,10 +188,10 @@ def test_files_of_reward_bench_are_scored_as_by_hand(run: Path, inputs: Path, tm
     before = [[by_hand(base, tokenizer, t["prompt"], t[side]) for side in ("chosen", "rejected")] for t in texts]
     policy = peft.PeftModel.from_pretrained(base, run / "model").eval()
     after = [[by_hand(policy, tokenizer, t["prompt"], t[side]) for side in ("chosen", "rejected")] for t in texts]
-    rewards = 0.1 * (np.array(after) - np.array(before))
+    rewards = 0.3 * (np.array(after) - np.array(before))
     found = pq.read_table(out).to_pydict()
-    np.testing.assert_allclose(found["chosen_reward"], rewards[:, 0], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found["rejected_reward"], rewards[:, 1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["chosen_reward"], rewards[:, 0], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found["rejected_reward"], rewards[:, 1], rtol=0, atol=3e-5)
     right = rewards[:, 0] > rewards[:, 1]
     share = {name: float(np.mean([right[k] for k in range(24) if k % 6 == i])) for i, name in enumerate(subsets)}
     assert 0 < right.mean() < 1, "all right or all wrong compares nothing"
@@ -200,6 +201,42 @@ def test_files_of_reward_bench_are_scored_as_by_hand(run: Path, inputs: Path, tm
     sections["RewardBench"] = sum(sections.values()) / 4
     for name, value in (share | sections).items():
         assert re.search(rf"^ *{name} .*{value:.1%}", said, re.MULTILINE), (name, value, said)
+
+
+@pytest.mark.parametrize("loss", ["kto", "plackett_luce"])
+def test_rated_completions_and_lists_are_scored(loss: str, run: Path, inputs: Path, tmp_path: Path) -> None:
+    """Their rewards are those of the same responses in pairs, and the mean loss that of `dsdpo evaluate`."""
+    rows = [json.loads(line) for line in (inputs / "few.jsonl").read_text().splitlines()]
+    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    green = [{"role": "assistant", "content": "it is green ."}]
+    if loss == "kto":
+        given = [{"prompt": prompt, "completion": (left, right)[place % 2], "label": place % 2 == 0}
+                 for place, (prompt, left, right) in enumerate(pairs)]  # fmt: skip
+    else:
+        given = [{"prompt": prompt, "completions": [left, green, right], "scores": [3, 2, 1]}
+                 for prompt, left, right in pairs]  # fmt: skip
+    data, out, plain = tmp_path / "rows.jsonl", tmp_path / "out.parquet", tmp_path / "pairs.parquet"
+    data.write_text("".join(json.dumps(row) + "\n" for row in given))
+    options = ["--data", data, "--loss.type", loss, *([] if loss == "kto" else ["--data.pairing", "list"])]
+    said_by("score", run, *options, "--out", out)
+    said_by("score", run, "--data", inputs / "few.jsonl", "--out", plain)
+    said_by("evaluate", run, *options, "--out", tmp_path / "e.json")
+    found, two = pq.read_table(out).to_pydict(), pq.read_table(plain).to_pydict()
+    evaluated = json.loads((tmp_path / "e.json").read_text())["metrics"]
+    assert np.mean(found["loss"]) == pytest.approx(evaluated["eval/loss"], rel=1e-5)
+    assert np.mean(found["right"]) == pytest.approx(evaluated["eval/rewards/accuracies"])
+    if loss == "kto":
+        sides = [("chosen", "rejected")[place % 2] for place in range(len(rows))]
+        same = [two[f"{side}_reward"][place] for place, side in enumerate(sides)]
+        np.testing.assert_allclose(found["chosen_reward"], same, rtol=0, atol=2e-5)
+        assert np.isnan(found["rejected_reward"]).all()
+        signs = np.where(np.arange(len(rows)) % 2, -1, 1)
+        np.testing.assert_allclose(found["margin"], (np.array(same) - 0.3 * evaluated["eval/kl"]) * signs, atol=2e-5)
+    else:
+        np.testing.assert_allclose(found["margin"], two["margin"], rtol=0, atol=2e-5)
+        gains = 0.3 * (np.array(found["logps"]) - np.array(found["reference_logps"]))
+        np.testing.assert_allclose(gains[:, 0] - gains[:, 2], found["margin"], rtol=0, atol=2e-5)
+        assert all(len(sizes) == 3 for sizes in found["completion_tokens"])
 
 
 def test_reward_bench_sections() -> None:
@@ -223,7 +260,8 @@ def test_what_score_refuses(run: Path, inputs: Path, tmp_path: Path, refused: Re
     assert "--data or --columns" in refused(*start, out, "--columns", '{"better": "x"}')
     assert "is not an option" in refused(*start, out, "--bla", "1")
     assert "there is last, best" in refused(*start, out, "--checkpoint", "9")
-    assert "takes losses of pairs" in refused(*start, out, "--loss.type", "kto")
+    assert "loss.use_weighting" in refused(*start, out, "--loss.use_weighting", "true")
+    assert "--tokens" in refused(*start, out, "--loss.type", "kto", "--loss.beta_schedule", "null", "--tokens")
     assert "RUN|MODEL" in refused("score", "--out", out)
     assert "cannot be loaded" in refused("score", "no/model", "--reference", "x", "--data", few, "--out", out)
     assert "--out: there is no folder" in refused("evaluate", run, "--out", tmp_path / "no" / "f")
