@@ -271,6 +271,12 @@ class RunConfig(Section):
                 f"reference.strategy {self.reference.strategy} leaves no reference to compare with, which loss.type "
                 f"{' + '.join(self.loss.types)} needs: choose another strategy, or set loss.type to {listed(without)}"
             )
+        if not strategy.exists and self.loss.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                f"loss.f_divergence_type {self.loss.f_divergence_type} is a divergence from the reference, of which "
+                f"reference.strategy {self.reference.strategy} leaves none: set it to reverse_kl, or choose another "
+                "strategy"
+            )
         return self
 
     @model_validator(mode="after")

@@ -126,3 +126,12 @@ def test_every_strategy_names_a_class_that_exists(strategy: str) -> None:
     from dsdpo.run.models import reference_class
 
     assert issubclass(reference_class(strategy), Reference)
+
+
+def test_a_divergence_from_no_reference_is_refused() -> None:
+    run = {"model": {"path": "m"}, "data": {"train": "t"}, "deepspeed": "d", "output_dir": "o"}
+    reference = {"strategy": "none"}
+    RunConfig.model_validate({**run, "loss": {"type": "sigmoid"}, "reference": reference})
+    loss = {"type": "sigmoid", "f_divergence_type": "forward_kl"}
+    with pytest.raises(ValidationError, match=r"loss.f_divergence_type forward_kl is a divergence from the reference"):
+        RunConfig.model_validate({**run, "loss": loss, "reference": reference})

@@ -52,7 +52,11 @@ FROZEN: dict[str, tuple[int, dict[str, Any]]] = {
     "adapter": (2, {"batch": {"pairs_per_micro_batch": 3}}),
 }
 SYNC = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
-NONE = {name: loss for name, loss in KINDS["pairs"].items() if LossConfig(**loss).reference_use != "needed"}
+NONE = {
+    name: loss
+    for name, loss in KINDS["pairs"].items()
+    if LossConfig(**loss).reference_use != "needed" and "f_divergence_type" not in loss
+}
 SAME = ("loss", "grad_norm", "kl", "loss/beta", "loss/bco_delta", "rewards/chosen", "rewards/rejected", "logps/chosen",
         "logps/rejected")  # fmt: skip
 Found = dict[str, list[dict[str, float]]]  # by loss, a row of metrics for each step
