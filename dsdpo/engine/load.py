@@ -53,7 +53,8 @@ def load_lm(
     fixed. `like` is a model that holds the same weights, from which shards are copied. Raises `ConfigError` if the
     weights do not fill the model.
     """
-    in_shards = stage(config) == 3 and model.quantization is None
+    bits = None if model.quantization is None else model.quantization.bits
+    in_shards = stage(config) == 3 and bits != 4
     by_parts = loading_own_shards(like=like) if in_shards else nullcontext()
     with partitioned_loading(config), by_parts, quiet_loading():
         try:
@@ -74,7 +75,7 @@ def load_lm(
     refuse_unfit(found, {}, f"the weights of {model.path} do not fill the model", what=type(lm).__name__)
     switch_off_randomness(lm)
     keep_packed(lm)
-    if model.quantization is not None and model.quantization.bits == 8:
+    if bits == 8:
         multiply_in_fp8(lm)
     if longest is not None:
         fix_rope_factors(lm, longest)

@@ -73,7 +73,8 @@ def blank_model(
 
     Reads nothing but its config.json. Raises `ConfigError` for models that dsdpo cannot train.
     """
-    bits = None if model.quantization is None else model.quantization.model_dump_json()
+    quantization = model.quantization
+    bits = quantization.model_dump_json() if quantization is not None and quantization.bits == 4 else None
     plain = model.model_copy(update={"quantization": None})  # of a reference it goes without an adapter
     return _blank_model(plain.model_dump_json(), bits, layout, trains, second_adapter, key)
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from dsdpo.config.model import ModelConfig
+from dsdpo.config.quantization import QuantizationConfig
 from dsdpo.errors import ConfigError
+from dsdpo.estimate.weights import blank_model
 from dsdpo.objective.eight_bits import Fp8Linear, multiplied, multiply_in_fp8, rounded
 from dsdpo.objective.logps import ResponseScorer
 from tests.gpu.support import DEVICE, ON_CUDA, distance
@@ -66,6 +69,13 @@ def test_layers_below_the_head_and_no_router() -> None:
     assert 0 < distance(ResponseScorer(coarse)(random_batch()), exact) < 0.05
     with pytest.raises(ConfigError, match="has no linear layers below its head"):
         multiply_in_fp8(tiny_lm("gpt2"))
+
+
+def test_forecasts_count_weights_as_they_are_held(inputs: Path) -> None:
+    plain = ModelConfig(path=str(inputs / "model"))
+    coarse = plain.model_copy(update={"quantization": QuantizationConfig(bits=8)})
+    ours, held = (blank_model(model, layout="packed", trains=False).weights for model in (coarse, plain))
+    assert ours == held
 
 
 @pytest.mark.parametrize("strategy", ["separate", "precomputed"])
