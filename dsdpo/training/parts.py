@@ -25,8 +25,12 @@ OF_RANK = re.compile(r"rank[-_]?(\d+)")  # in the names of a rank's own files, D
 
 
 def files_below(folder: Path) -> list[str]:
-    """The files in a checkpoint's folder on this rank's disk, by their paths there, sorted."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """The files in a checkpoint's folder on this rank's disk, by their paths there, sorted.
+
+    Without hidden ones: another rank may be writing them, as safetensors writes before it renames, or NFS deleting.
+    """
+    found = (path for path in folder.rglob("*") if not path.name.startswith(".") and path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def written_by(of_rank: int, folder: Path, disk: Disk) -> list[str]:

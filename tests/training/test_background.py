@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from dsdpo.disks import Disk
 from dsdpo.errors import ConfigError, TrainingError
 from dsdpo.host_memory import group_memory
 from dsdpo.training.checkpoint import Retention, TrainState, whole_checkpoints
+from dsdpo.training.parts import written_by
 from tests.ranks import run_ranks
 from tests.runs import metrics, settings
 
@@ -82,6 +84,17 @@ def saved_twice(run: dict[str, Any], folder: str) -> float:
     finally:
         module._write_own = slow
     return sum(gather_objects(copied_bytes(plan, policy)))
+
+
+def test_each_file_is_summed_by_the_rank_that_wrote_it(tmp_path: Path) -> None:
+    """Of two ranks on one disk: its own by each, by the first what is no rank's, and nobody's hidden one by none."""
+    names = ["rank-0.safetensors", "rank-1.safetensors", "identity.json", ".tmpAm0V0I", "policy/x_rank_1_mp_rank_00.pt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    disk = Disk(((0, 1),))
+    assert written_by(0, tmp_path, disk) == ["identity.json", "rank-0.safetensors"]
+    assert written_by(1, tmp_path, disk) == ["policy/x_rank_1_mp_rank_00.pt", "rank-1.safetensors"]
 
 
 def behind(gate: threading.Event, work: Callable[..., Any]) -> Callable[..., Any]:
