@@ -231,6 +231,8 @@ def compare(argv: list[str]) -> CompareArguments | FinishedArguments:
     out = flags.out or Path(f"{flags.run.stem}.suggested.yaml")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out: {out} is no file that can be written; give one in a folder that is there")
+    if out.resolve() == flags.run.resolve():
+        raise ConfigError(f"--out: {out} is the run file itself, which would be replaced: choose another file")
     if flags.trial is None and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("dsdpo compare starts its trials' ranks itself: leave out the launcher, and say --ranks N")
     return CompareArguments(

@@ -141,6 +141,7 @@ WRONG = {
     "no time": (("{file}", "--limit", "0"), "--limit is 0"),
     "no such JSON": (("{file}", "--zero", "nowhere.json"), "--zero: no file nowhere.json"),
     "output in no folder": (("{file}", "--out", "{folder}/no/where.yaml"), "--out"),
+    "output over the run file": (("{file}", "--out", "{file}"), "the run file itself"),
     "folder to keep that is in use": (("{file}", "--keep", "{folder}"), "--keep"),
     "no data": (("{file}", "--data.train", "./nowhere.jsonl"), "nowhere.jsonl"),
 }
