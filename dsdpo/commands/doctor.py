@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 
 from dsdpo.commands.arguments import DoctorArguments
-from dsdpo.console import quiet_libraries, say
+from dsdpo.console import quiet_libraries, say, wrapped
 from dsdpo.distributed import rank
 from dsdpo.engine.start import start_distributed
 from dsdpo.run.examination import examine
@@ -36,7 +36,8 @@ def table(findings: list[Finding]) -> str:
     for finding in findings:
         remedy = f"; {finding.remedy}" if finding.remedy else ""
         where = f" [{finding.where}]" if finding.where else ""
-        lines.append(f"{SIGNS[finding.level]:>6}  {finding.what}: {finding.value}{remedy}{where}")
+        line = f"{SIGNS[finding.level]:>6}  {finding.what}: {finding.value}{remedy}{where}"
+        lines.append(wrapped(line, indent=8))
     bad = sum(finding.level == "red" for finding in findings)
     lines.append(f"{bad or 'nothing'} would stop a run here" if bad != 1 else "1 thing would stop a run here")
     return "\n".join(lines)
