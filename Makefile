@@ -81,7 +81,8 @@ gpu:
 	DS_ACCELERATOR=$$($(GPU_PYTHON) -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") \
 	DSDPO_GPU_REPORT=runs/gpu/report.json \
 	$(GPU_PYTHON) -m pytest -q tests/gpu tests/objective/test_attention.py tests/objective/test_fused_head.py \
-	tests/engine/test_compiled_layers.py tests/engine/test_kernels.py tests/test_accelerator.py
+	tests/objective/test_eight_bits.py tests/engine/test_compiled_layers.py tests/engine/test_kernels.py \
+	tests/test_accelerator.py
 
 # In an environment of its own: nothing of it is needed to run or test dsdpo.
 docs: .cache/venv-docs/installed
