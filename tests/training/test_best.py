@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import demo_inputs, settings, train_on
-from tests.training.test_evaluate import mean_logps
+from tests.training.test_evaluate import pair_numbers
 
 
 def test_the_best_weights_are_exported_when_patience_runs_out(tmp_path: Path) -> None:
@@ -30,8 +30,9 @@ def test_the_best_weights_are_exported_when_patience_runs_out(tmp_path: Path) ->
     assert len(rows) < 12, "training went on to the end"
     best = max(range(len(values)), key=values.__getitem__)
     assert len(values) - 1 - best == 2, "not two evaluations after the best one"
-    chosen, rejected = mean_logps(tmp_path / "run" / "model", held_out)
-    assert (chosen, rejected) == pytest.approx((rows[best]["eval/logps/chosen"], values[best]), rel=1e-5)
+    exported = pair_numbers(tmp_path / "run" / "model", held_out)
+    assert exported["chosen"].mean() == pytest.approx(rows[best]["eval/logps/chosen"], rel=1e-5)
+    assert exported["rejected"].mean() == pytest.approx(values[best], rel=1e-5)
     assert json.loads((tmp_path / "run" / "checkpoints" / f"step-{rows[-1]['step']:06d}" / "state.json").read_text())[
         "means"
     ]["patience/since"] == pytest.approx(2.0)
