@@ -106,11 +106,6 @@ RUN_FILE = [
     Case("unknown option", ("command line: --loss.betta", "did you mean --loss.beta?"), options=("--loss.betta", "1")),
     Case("endless time-out", ("distributed.timeout_minutes is 1e+300",), {"distributed": {"timeout_minutes": 1e300}}),
     Case("each row a billion times", ("weight is 1000000000",), {"data": {"train": [{"path": "d", "weight": 1e9}]}}),
-    Case(
-        "lists with a table of pairs",
-        ("reference.strategy precomputed keeps log-probs of two responses", "plackett_luce", "separate or adapter"),
-        {"loss": {"type": "plackett_luce"}, "reference": {"strategy": "precomputed"}},
-    ),
     Case("wrong type", ("batch.pairs_per_step is 'many'", "integer"), {"batch": {"pairs_per_step": "many"}}),
     Case("missing section", ("data is missing",), run_file="model: {path: m}\ndeepspeed: d\noutput_dir: o\n"),
     Case(
