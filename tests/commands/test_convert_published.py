@@ -171,8 +171,9 @@ dataset_exact_deduplication: true
 """,
         {"data.train": {"path": "org/pairs", "columns": {"prompt": "conversation", "chosen": "better"}},
          "data.text": "chat", "model.lora.target_modules": "all-linear", "model.pad_token": "<|pad|>",
-         "batch.pairs_per_step": 16, "tracking.wandb": None, "model.quantization": None},
-        {"special_tokens", "chat_template", "load_in_8bit", "val_set_size", "optim", "evals_per_epoch",
+         "batch.pairs_per_step": 16, "tracking.wandb": None, "model.quantization": None,
+         "optimizer.type": "adamw_8bit"},
+        {"special_tokens", "chat_template", "load_in_8bit", "val_set_size", "evals_per_epoch",
          "dataset_exact_deduplication"},
     ),
     "axolotl, KTO with QLoRA": (
