@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsdpo.config.run import RunConfig
+from dsdpo.console import launched
 from dsdpo.engine.deepspeed_keys import OPTIMIZERS, Config, find_mistakes, lookup
 from dsdpo.engine.optimizer_limits import makes_optimizer, name_optimizer, optimizer_problems
 from dsdpo.engine.statements import Statement, optimizer, precision, schedule, schedule_problems, sizes
@@ -48,6 +49,7 @@ TRAINING_KEYS = (
     "zero_force_ds_cpu_optimizer", "train_batch_size", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
     "flops_profiler", "comms_logger", "tensorboard", "csv_monitor", "wandb", "comet", "compile", "dump_state",
 )  # fmt: skip
+HPZ = "zero_hpz_partition_size"
 # DeepSpeed 0.19's own, for "auto".
 DEFAULTS: dict[str, Any] = {
     "stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 1_000_000_000,
@@ -87,17 +89,20 @@ def resolve_policy_config(
     hidden_size: int,
     total_steps: int | None,
     run_source: str | Path = "the run",
+    per_node: int | None = None,
 ) -> Config:
     """The policy engine's config, whole: `raw` with everything open filled from the run.
 
     The batch triple becomes bookkeeping (1 per rank, 1 accumulation step): dsdpo cuts micro-batches and scales
     gradients itself. `total_steps` is None while the data is unread; what depends on it is then a placeholder.
+    `per_node` is the number of ranks on a node; None: as the launcher says.
     Raises `ConfigError` listing every unknown key, misfit and contradiction, one per line.
     """
     _refuse(source, find_mistakes(raw))
     config = copy.deepcopy(raw)
     problems = [*name_optimizer(config, run, run_source)]
     _fill_typical_auto(config)
+    _keep_second_shards_on_a_node(config, world_size, launched().local_size if per_node is None else per_node)
     statements = [*precision(run), *optimizer(config, run), *schedule(config, run, total_steps)]
     problems += _settle(config, [*statements, *sizes(hidden_size)], run_source)
     problems += schedule_problems(config, run, run_source)
@@ -136,6 +141,7 @@ def resolve_reference_config(
     _refuse(source, find_mistakes(raw))
     config = {key: copy.deepcopy(value) for key, value in raw.items() if key not in TRAINING_KEYS}
     _fill_typical_auto(config)
+    _keep_second_shards_on_a_node(config, world_size, 1)  # a group that DeepSpeed can make once, for the policy
     _take_over_numerics(config, policy_config)
     problems = [*_settle(config, [*precision(run), *sizes(hidden_size)], run_source)]
     problems += inference_problems(config)
@@ -240,6 +246,13 @@ def _fill_typical_auto(config: Config) -> None:
     for key, default in DEFAULTS.items():
         if zero.get(key) == "auto":
             zero[key] = default
+
+
+def _keep_second_shards_on_a_node(config: Config, world_size: int, per_node: int) -> None:
+    """hpZ's group for "auto": the ranks of a node, or one where there is one node or nodes are not alike."""
+    zero: Config = config.get("zero_optimization", {})
+    if zero.get(HPZ) == "auto":
+        zero[HPZ] = per_node if per_node < world_size and world_size % per_node == 0 else 1
 
 
 def _take_over_numerics(config: Config, policy: Config) -> None:

@@ -108,7 +108,9 @@ def job_of(subject: Subject, machine: Machine, configs: tuple[Config, Config]) -
     )
 
 
-def resolved(subject: Subject, policy: Config, reference: Config | None, *, ranks: int) -> tuple[Config, Config]:
+def resolved(
+    subject: Subject, policy: Config, reference: Config | None, *, ranks: int, per_node: int
+) -> tuple[Config, Config]:
     """The configs of both engines from the content of JSONs; without a reference's it is derived. See `plan.py`."""
     run = subject.run
     ours = resolve_policy_config(
@@ -119,6 +121,7 @@ def resolved(subject: Subject, policy: Config, reference: Config | None, *, rank
         hidden_size=subject.hidden_size,
         total_steps=None,
         run_source=subject.run_file,
+        per_node=per_node,
     )
     own = run.reference.deepspeed
     theirs = resolve_reference_config(
@@ -169,7 +172,7 @@ def configs_of(subject: Subject, machine: Machine) -> tuple[Config, Config]:
         read_deepspeed_json(subject.run.deepspeed),
         read_deepspeed_json(own) if own and subject.reference.own_engine else None,
     )
-    return resolved(subject, *raw, ranks=machine.ranks)
+    return resolved(subject, *raw, ranks=machine.ranks, per_node=machine.per_node)
 
 
 def this_machine(*, ranks: int, per_node: int, host_memory: float | None = None) -> Machine:

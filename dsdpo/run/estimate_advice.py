@@ -32,7 +32,8 @@ class Trial:
 
     def forecast(self) -> Forecast:
         """Raises `ConfigError` where DeepSpeed or dsdpo refuse it."""
-        configs = resolved(self.subject, self.policy, self.reference, ranks=self.machine.ranks)
+        machine = self.machine
+        configs = resolved(self.subject, self.policy, self.reference, ranks=machine.ranks, per_node=machine.per_node)
         return forecast(job_of(self.subject, self.machine, configs))
 
 

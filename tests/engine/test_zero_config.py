@@ -104,6 +104,15 @@ class TestFilling:
         assert [zero[key] for key in keys] == [64 * 64, 3686, 640]  # h^2, int(0.9 h^2), 10 h
         assert set(policy({})["zero_optimization"]) == {"stage"}  # not filled where absent
 
+    @pytest.mark.parametrize(("ranks", "group"), [("2 of 4", 2), ("4 of 4", 1), ("3 of 4", 1), ("8 of 64", 8)])
+    def test_second_shards_stay_on_a_node(self, ranks: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        of_a_node, _, all_of_them = ranks.partition(" of ")
+        for name, value in {"RANK": "0", "WORLD_SIZE": all_of_them, "LOCAL_WORLD_SIZE": of_a_node}.items():
+            monkeypatch.setenv(name, value)
+        raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+        assert policy(raw, world_size=int(all_of_them))["zero_optimization"]["zero_hpz_partition_size"] == group
+        assert reference(raw, world_size=int(all_of_them))["zero_optimization"]["zero_hpz_partition_size"] == 1
+
     def test_batch_triple_is_bookkeeping_and_dsdpo_owns_the_boundary(self):
         config = policy({"train_batch_size": 64, "train_micro_batch_size_per_gpu": "auto"}, world_size=8)
         triple = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

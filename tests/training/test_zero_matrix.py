@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import POLICIES, REFERENCES, each_once, losses, settings, train_on
+from tests.ranks import restart
+from tests.runs import POLICIES, REFERENCES, each_once, losses, settings, train_on, write_json
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,18 @@ def test_same_losses(policy: str, reference: str, inputs: Path, truth: list[floa
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
     assert found == pytest.approx(truth, abs=1e-5)
     assert truth[-1] < math.log(2) - 1e-3, "nothing was learned, so nothing was compared"
+
+
+def test_a_second_copy_of_the_weights_on_each_node(inputs: Path, truth: list[float], tmp_path: Path) -> None:
+    """hpZ on two nodes of two ranks, beside a reference that has none."""
+    run = settings(tmp_path, inputs)
+    zero = {**POLICIES["zero3"]["zero_optimization"], "zero_hpz_partition_size": 2}
+    run["deepspeed"] = write_json(tmp_path / "hpz.json", {"zero_optimization": zero})
+    restart(4)  # DeepSpeed makes the groups once in a process
+    try:
+        assert losses(train_on(4, run)) == pytest.approx(truth, abs=1e-5)
+    finally:
+        restart(4)
 
 
 def test_padded_on_ranks(inputs: Path, truth: list[float], tmp_path: Path) -> None:
