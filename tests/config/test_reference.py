@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from dsdpo.config.loss import LOSSES
 from dsdpo.config.reference import (
     STRATEGIES,
     Adapter,
@@ -20,19 +21,20 @@ from dsdpo.config.reference import (
 )
 from dsdpo.config.reference_plan import ReferencePlan, plan_reference
 from dsdpo.config.run import RunConfig
+from dsdpo.objective.losses.registered import REGISTERED
 
 MOVES = {"sync_ref_model": True}
 COPIES = {**MOVES, "ref_model_mixup_alpha": 1.0}
 
 
-def plan(lora: dict[str, Any] | None = None, loss: str = "sigmoid", **reference: Any) -> ReferencePlan:
+def plan(lora: dict[str, Any] | None = None, loss: str | dict[str, Any] = "sigmoid", **reference: Any) -> ReferencePlan:
     """The reference of a run with these settings."""
     return plan_reference(
         RunConfig.model_validate(
             {
                 "model": {"path": "policy", "lora": lora},
                 "data": {"train": "rows.jsonl"},
-                "loss": {"type": loss},
+                "loss": {"type": loss} if isinstance(loss, str) else loss,
                 "reference": reference,
                 "deepspeed": "ds.json",
                 "output_dir": "out",
@@ -75,6 +77,29 @@ def test_a_reference_is_not_loaded_for_a_loss_without_one() -> None:
     assert plan(loss="simpo", strategy="separate").strategy == "separate"
     with pytest.raises(ValidationError, match=r"strategy none leaves no reference .* loss\.type robust needs"):
         plan(loss="robust", strategy="none")
+
+
+ASKED = {
+    "separate": {},
+    "adapter": {},
+    "precomputed": {},
+    "policy_snapshot": COPIES,
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in REGISTERED])
+def test_each_loss_takes_each_strategy_or_says_why_not(loss: str) -> None:
+    """Frozen or moving, a loss that looks at a reference takes any; without one those go that can do without it."""
+    assert ASKED.keys() == STRATEGIES.keys() - {"auto"}
+    settings_of_it = {"type": loss, **({"label_smoothing": 0.1} if loss == "exo_pair" else {})}
+    for strategy, settings in ASKED.items():
+        lora = {} if strategy == "adapter" else None
+        if strategy == "none" and LOSSES[loss].reference == "needed":
+            with pytest.raises(ValidationError, match=rf"strategy none leaves no reference .* loss\.type {loss} needs"):
+                plan(lora, settings_of_it, strategy=strategy)
+        else:
+            assert plan(lora, settings_of_it, strategy=strategy, **settings).strategy == strategy
 
 
 def test_path_and_adapter_of_the_reference() -> None:
