@@ -64,6 +64,7 @@ def rehearse(lm: Any, size: PassSize, *, chunk: int, trains: bool, kept_on_host:
     with ExitStack() as stack:
         stack.enter_context(_attention_of(inner, size.keys / size.tokens))
         stack.enter_context(_gradients_dropped(lm))
+        stack.enter_context(_torch_linear())
         stack.enter_context(torch.set_grad_enabled(trains))
         ids = torch.empty(size.rows, size.width, dtype=torch.int64, device="meta")
         places = torch.empty(size.scored, dtype=torch.int64, device="meta")
@@ -86,6 +87,17 @@ def rehearse(lm: Any, size: PassSize, *, chunk: int, trains: bool, kept_on_host:
         else:
             at_head = count.peak
     return Activations(kept, max(forward, count.peak, kept) - kept, max(at_head, kept) - kept, host.held)
+
+
+@contextmanager
+def _torch_linear() -> Iterator[None]:
+    """torch's own `linear`: DeepSpeed's `zero.Init` replaces it for the whole process, for good (0.19)."""
+    replaced = nn.functional.linear
+    nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = replaced
 
 
 def by_formula(lm: Any, size: PassSize, *, chunk: int, trains: bool) -> Activations:

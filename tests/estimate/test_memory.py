@@ -84,6 +84,20 @@ def test_weights_in_4_bits_take_what_bitsandbytes_holds(folder: str, double: boo
     assert found.total(trained=True) == LAYERS * 4 * of_adapter
 
 
+def test_a_rehearsal_does_not_depend_on_what_the_process_did_before(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after the look at the DeepSpeed JSONs, in which a toy engine is built under ZeRO-3."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    size = PassSize(rows=1, width=8, scored=4, keys=8)
+    lm = blank(folder, lora={"r": 4}, gradient_checkpointing=False).lm
+    expected = rehearse(lm, size, chunk=4, trains=True)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    assert rehearse(lm, size, chunk=4, trains=True) == expected
+    assert torch.nn.functional.linear is zero3_linear_wrap
+
+
 def test_a_packed_weight_is_unpacked_for_its_product_and_not_kept(folder: str) -> None:
     size = PassSize(rows=1, width=8, scored=4, keys=8)
     plain, packed = (
