@@ -24,7 +24,7 @@ from dsdpo.errors import ConfigError
 from dsdpo.objective.decode import Decoding
 from dsdpo.objective.logps import ResponseScorer
 from tests.engines import planned, policy_of
-from tests.ranks import run_ranks
+from tests.ranks import restart, run_ranks
 from tests.runs import metrics, settings, train_here
 from tests.tiny import random_pairs, tiny_lm
 
@@ -154,6 +154,7 @@ def test_runs_of_two_ranks(zero: str, reference_zero: str, inputs: Path, tmp_pat
         for which in (False, True)
     ]
     run_ranks(2, train_here, runs[0])
+    restart(2)  # what is compiled stays with a process
     graphs = run_ranks(2, train_compiled, runs[1])
     plain, compiled = (
         [(row["loss"], row["grad_norm"]) for row in metrics(Path(run["output_dir"])) if "loss" in row] for run in runs
@@ -161,7 +162,7 @@ def test_runs_of_two_ranks(zero: str, reference_zero: str, inputs: Path, tmp_pat
     assert len(plain) == 4
     for ours, truth in zip(compiled, plain, strict=True):
         assert ours == pytest.approx(truth, rel=1e-5)
-    assert all(0 < number <= 24 for number in graphs), graphs
+    assert all(0 < number <= 32 for number in graphs), graphs  # 28 under ZeRO-3, in two engines
 
 
 @pytest.mark.nightly
