@@ -15,7 +15,7 @@ from dsdpo.errors import ConfigError, DsdpoError
 from dsdpo.run.agreement import agree, code_digest, installed, skew
 from dsdpo.run.health import Finding, folders, node_findings
 from dsdpo.run.links import link_findings
-from dsdpo.run.plan import ask_deepspeed, check_inputs, nearest_existing, resolve_configs
+from dsdpo.run.plan import ask_deepspeed, check_inputs, nearest_existing, shared_configs
 
 
 def examine(run: RunConfig | None, run_file: Path | None) -> list[Finding]:
@@ -39,7 +39,7 @@ def try_run(run: RunConfig, run_file: Path) -> tuple[tuple[dict[str, Any], ...],
             _, models, _, tokenizer = check_inputs(run, run_file, ranks=world_size(), writes_output=True)
         agree(run, tokenizer, models)
         hidden_size = int(models["model.path"].get_text_config().hidden_size)
-        configs = resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None)
+        configs = shared_configs(run, run_file, hidden_size=hidden_size, total_steps=None)
         ask_deepspeed(run, configs)
         return configs, None
     except DsdpoError as error:

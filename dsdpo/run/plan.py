@@ -26,7 +26,7 @@ from dsdpo.data.steps import BatchSource, StepBatches
 from dsdpo.data.tokenize import cache_folder
 from dsdpo.data.tokenizer import load_tokenizer
 from dsdpo.data.types import Tokenizer
-from dsdpo.distributed import all_or_none, local_rank, world_size
+from dsdpo.distributed import all_or_none, gather_objects, local_rank, world_size
 from dsdpo.engine.adapter_folder import check_adapter
 from dsdpo.engine.build import start_distributed
 from dsdpo.engine.elastic import check_ranks
@@ -149,7 +149,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     model = models["model.path"].get_text_config()
     hidden_size = int(model.hidden_size)
     routing = routing_of(model_class(models["model.path"]), model, run.model.router_aux_loss_coef)
-    ask_deepspeed(run, resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=None))
+    ask_deepspeed(run, shared_configs(run, run_file, hidden_size=hidden_size, total_steps=None))
     refuse_on_device(run.model)
     with all_or_none():
         if local_rank() == 0:
@@ -165,7 +165,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     if evaluation is not None:
         evaluation = replace(evaluation, first_pair_id=len(train.pairs))
     total_steps = run.total_steps(len(train.pairs))
-    policy_config, reference_config = resolve_configs(run, run_file, hidden_size=hidden_size, total_steps=total_steps)
+    policy_config, reference_config = shared_configs(run, run_file, hidden_size=hidden_size, total_steps=total_steps)
     return Plan(
         run,
         reference,
@@ -211,10 +211,10 @@ def check_inputs(
 
 
 def with_total_steps(plan: Plan, total_steps: int) -> Plan:
-    """The plan with another length, which a schedule in the DeepSpeed JSON follows."""
+    """The plan with another length, which a schedule in the DeepSpeed JSON follows. Collective."""
     if total_steps == plan.total_steps:
         return plan
-    policy_config, _ = resolve_configs(plan.run, plan.run_file, hidden_size=plan.hidden_size, total_steps=total_steps)
+    policy_config, _ = shared_configs(plan.run, plan.run_file, hidden_size=plan.hidden_size, total_steps=total_steps)
     return replace(plan, total_steps=total_steps, policy_config=policy_config)
 
 
@@ -285,11 +285,27 @@ def nearest_existing(path: Path) -> Path:
     return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
-def resolve_configs(
-    run: RunConfig, run_file: str | Path, *, hidden_size: int, total_steps: int | None, ranks: int | None = None
+def shared_configs(
+    run: RunConfig, run_file: str | Path, *, hidden_size: int, total_steps: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The DeepSpeed configs of policy and reference, complete; for the ranks that are there if no number is given."""
-    ranks = ranks or world_size()
+    """The DeepSpeed configs of policy and reference, complete and the same on all ranks. Collective."""
+    of_nodes = set(gather_objects(launched().local_size))  # a node may have fewer ranks than others
+    per_node = of_nodes.pop() if len(of_nodes) == 1 else 1
+    return resolve_configs(
+        run, run_file, hidden_size=hidden_size, total_steps=total_steps, ranks=world_size(), per_node=per_node
+    )
+
+
+def resolve_configs(
+    run: RunConfig,
+    run_file: str | Path,
+    *,
+    hidden_size: int,
+    total_steps: int | None,
+    ranks: int,
+    per_node: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The DeepSpeed configs of policy and reference, complete, for so many ranks, of which `per_node` on a node."""
     check_deepspeed_files(run)
     raw = read_deepspeed_json(run.deepspeed)
     policy = resolve_policy_config(
@@ -300,6 +316,7 @@ def resolve_configs(
         hidden_size=hidden_size,
         total_steps=total_steps,
         run_source=run_file,
+        per_node=per_node,
     )
     own = run.reference.deepspeed
     raw_reference = read_deepspeed_json(own) if own else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -72,7 +73,7 @@ def trial_settings(
 
 def run_trial(run: RunConfig, folder: Path, *, run_file: str | Path) -> None:
     """Take the steps of a trial, as one of its ranks; rank 0 leaves the peaks of memory in `folder`. Collective."""
-    if OOM_SCORE.exists():  # where memory runs out, the kernel is to end this process, not one that compares
+    with suppress(OSError):  # where memory runs out, the kernel is to end this process, not one that compares
         OOM_SCORE.write_text("800")
     plan = plan_run(run, run_file=run_file)
     if plan.reference.before_training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -69,12 +70,27 @@ def say_above_bar(line: str) -> None:
         print(line, flush=True)
 
 
+class _Lines:
+    """Where there is no terminal, each state of a bar as a line of its own, so that none runs into what comes next."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            self._file.write(f"{state}\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 class Progress:
     """One bar on rank 0: steps, ETA, loss, accuracy, margin, pairs/s and MFU, as far as they fit into 80 columns."""
 
     def __init__(self, done: int, total: int) -> None:
         self._bar = tqdm(
             desc="train",
+            file=sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr),
             bar_format="{desc} {n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
             total=total,
             initial=done,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.ranks import restart
+from dsdpo.config.run import RunConfig
+from dsdpo.distributed import rank
+from dsdpo.run.plan import shared_configs
+from tests.ranks import restart, run_ranks
 from tests.runs import POLICIES, REFERENCES, each_once, losses, settings, train_on, write_json
 
 
@@ -35,8 +39,21 @@ def test_a_second_copy_of_the_weights_on_each_node(inputs: Path, truth: list[flo
     restart(4)  # DeepSpeed makes the groups once in a process
     try:
         assert losses(train_on(4, run)) == pytest.approx(truth, abs=1e-5)
+        for of_nodes, group in (((2, 2, 2, 2), 2), ((2, 2, 1, 1), 1)):
+            assert run_ranks(4, group_of, run, of_nodes) == [group] * 4
     finally:
         restart(4)
+
+
+def group_of(run: dict[str, Any], of_nodes: tuple[int, ...]) -> int:
+    """hpZ's group for "auto", as this rank has it, if the launcher said so of the ranks on its node."""
+    raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}
+    path = write_json(Path(run["output_dir"]).with_name(f"rank-{rank()}.json"), raw)
+    settled = RunConfig.model_validate({**run, "deepspeed": path})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(of_nodes[rank()]))
+        policy, _ = shared_configs(settled, "run.yaml", hidden_size=32, total_steps=4)
+    return int(policy["zero_optimization"]["zero_hpz_partition_size"])
 
 
 def test_padded_on_ranks(inputs: Path, truth: list[float], tmp_path: Path) -> None:

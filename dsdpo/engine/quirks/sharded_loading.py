@@ -13,7 +13,7 @@ from torch import nn
 from transformers import modeling_utils
 
 from dsdpo.console import tell_amount
-from dsdpo.distributed import rank
+from dsdpo.distributed import all_or_none, gather_objects, rank
 from dsdpo.engine.shards import full_numel, full_shape, is_on_nvme, is_partitioned, own_elements, writable_shard
 from dsdpo.engine.streamed import DTYPES, MEMORY_BYTES, WeightFiles, pieces
 
@@ -39,14 +39,17 @@ def loading_own_shards(*, like: nn.Module | None = None) -> Iterator[None]:
         model: Any, state_dict: dict[str, torch.Tensor], load_config: Any = None
     ) -> tuple[list[str], set[str]]:
         names = _stored_names(model, state_dict, paths)
-        if names is None:
+        by_parts = all(gather_objects(names is not None))  # a node may have other files than the others
+        if names is None or not by_parts:
             whole: dict[str, torch.Tensor] = {}
             for path in paths:
                 weights_only = load_config is None or load_config.weights_only
                 whole |= load(path, map_location="cpu" if rank() == 0 else "meta", weights_only=weights_only)
             answer: tuple[list[str], set[str]] = fill(model, whole, load_config)
             return answer
-        _fill(model, names, WeightFiles(*map(Path, paths)), dict(like.named_parameters()) if like is not None else {})
+        with all_or_none():
+            same = dict(like.named_parameters()) if like is not None else {}
+            _fill(model, names, WeightFiles(*map(Path, paths)), same)
         if mapping := getattr(load_config, "weight_mapping", None):
             model._weight_conversions = mapping  # as transformers does, for saving
         return [], set(model.state_dict()) - set(names)
