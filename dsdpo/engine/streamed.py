@@ -102,6 +102,7 @@ def _write_file(path: Path, tensors: Sequence[Streamed], memory_bytes: int) -> N
                 piece = tensor.read(first, count).to(tensor.dtype).contiguous()
                 assert piece.numel() == count, tensor.name
                 file.write(piece.view(torch.uint8).numpy().data)
+                del piece  # not beside the next one
         file.flush()
 
 
