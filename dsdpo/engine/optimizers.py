@@ -12,8 +12,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from dsdpo.config.optimizer import OptimizerConfig
+from dsdpo.engine.deepspeed_keys import lookup
+from dsdpo.engine.optimizer_limits import optimizer_kind
 from dsdpo.engine.quirks.muon import make_muon
 from dsdpo.engine.zero_config import offload_device
+from dsdpo.errors import ConfigError
 
 Groups = list[dict[str, Any]]
 NOT_HIDDEN = re.compile(r"embed|lm_head")  # DeepSpeed's own rule for what Muon leaves to Adam
@@ -105,3 +108,23 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
         if parameter.requires_grad and len(shape) >= 2 and id(parameter) not in ends and not NOT_HIDDEN.search(name):
             found.append(parameter)
     return found
+
+
+def refuse_matrices(lm: nn.Module, config: dict[str, Any], *, source: str) -> None:
+    """Raise `ConfigError` where Muon cannot take the shapes of a model, which may be a blank one with its adapter.
+
+    DeepSpeed 0.19.8 does so once the model is loaded, in the optimizer that it has for stage 1 in bfloat16 with sums in
+    float32.
+    """
+    at_1 = lookup(config, "zero_optimization.stage") == 1 and offload_device(config, "optimizer") == "none"
+    sums_in_32_bits = lookup(config, "bf16.enabled") and lookup(config, "data_types.grad_accum_dtype") == "fp32"
+    if optimizer_kind(config) != "muon" or not (at_1 and sums_in_32_bits):
+        return
+    chosen = {id(parameter) for parameter in hidden_matrices(lm)}
+    for name, parameter in lm.named_parameters():
+        if id(parameter) in chosen and parameter.dim() != 2:
+            raise ConfigError(
+                f"{source}: at zero_optimization.stage 1 in bfloat16 with data_types.grad_accum_dtype fp32 DeepSpeed's "
+                f"Muon takes matrices only, and {name} has the shape {list(parameter.shape)}: set the stage to 2 or 3, "
+                "or delete grad_accum_dtype"
+            )

@@ -19,6 +19,7 @@ from dsdpo.engine.blank import check_model_fits
 from dsdpo.engine.compiled_layers import layers_of
 from dsdpo.engine.kernels import refuse_liger_for
 from dsdpo.engine.lora import check_adapter_fits
+from dsdpo.engine.optimizers import refuse_matrices
 from dsdpo.engine.quantization import check_installed
 from dsdpo.engine.rope import longest_allowed
 from dsdpo.errors import ConfigError
@@ -168,11 +169,13 @@ def check_heads(models: dict[str, Any], size: int) -> None:
             refuse_heads(heads, size, f"{config.model_type} ({key})")
 
 
-def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: LayoutName) -> None:
+def check_whole_models(
+    run: RunConfig, reference: ModelConfig, *, layout: LayoutName, policy_config: dict[str, Any]
+) -> None:
     """Build the run's models without their weights and hold the weights' files against them.
 
     Raises `ConfigError` where tensors are missing, left over or of another shape, files are damaged, a model is not a
-    decoder with a linear head, or an adapter does not fit.
+    decoder with a linear head, an adapter does not fit, or the policy's optimizer cannot take its shapes.
     """
     lm = check_model_fits(run.model, layout=layout, key="model.path")
     if (reference.path, reference.revision) != (run.model.path, run.model.revision):
@@ -180,6 +183,7 @@ def check_whole_models(run: RunConfig, reference: ModelConfig, *, layout: Layout
         other = check_model_fits(reference, layout=layout, key=key)
         _check_layers(other, reference)
     check_adapter_fits(lm, run.model)
+    refuse_matrices(lm, policy_config, source=run.deepspeed)
     if run.model.mlp_tile_tokens is not None:
         mlps_of(lm)
     _check_layers(lm, run.model)

@@ -149,11 +149,12 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     model = models["model.path"].get_text_config()
     hidden_size = int(model.hidden_size)
     routing = routing_of(model_class(models["model.path"]), model, run.model.router_aux_loss_coef)
-    ask_deepspeed(run, shared_configs(run, run_file, hidden_size=hidden_size, total_steps=None))
+    configs = shared_configs(run, run_file, hidden_size=hidden_size, total_steps=None)
+    ask_deepspeed(run, configs)
     refuse_on_device(run.model)
     with all_or_none():
         if local_rank() == 0:
-            check_whole_models(run, reference.model, layout=layout.name)
+            check_whole_models(run, reference.model, layout=layout.name, policy_config=configs[0])
     prompt_rows = read_prompts(run)
     run = with_date(run, tokenizer)
     sequence = sequence_group(run.distributed.sequence_parallel)

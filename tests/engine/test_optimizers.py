@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.engines import planned, policy_of, save_lm
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 from tests.runs import CPU, settings, write_json
 from tests.tiny import random_batch, tiny_lm
 
@@ -92,6 +92,24 @@ def test_muon_takes_each_expert_as_a_matrix(zero: str, inputs: Path, tmp_path: P
     for name in stacks:
         moved = (wanted[name] - start[name]).norm()
         assert (first[name] - wanted[name]).norm() < 1e-2 * moved, name
+
+
+def test_experts_that_muon_cannot_take_are_refused_before_the_model_loads(inputs: Path, tmp_path: Path) -> None:
+    """DeepSpeed raises ValueError for them at stage 1 in bfloat16 with float32 sums, once it has the whole model."""
+    model = save_lm(tmp_path / "start", inputs / "model", tiny_lm("mixtral"))
+    run = run_of(tmp_path, inputs, "muon", "zero1", model={"path": model, "dtype": "bfloat16"})
+    for sums, refused in (("fp32", True), (None, False)):
+        config = {"zero_optimization": ZERO["zero1"], "data_types": {"grad_accum_dtype": sums} if sums else {}}
+        run["deepspeed"] = write_json(tmp_path / "policy.json", config)
+        if refused:
+            with pytest.raises(RankError, match=r"takes matrices only, and \S+experts\S+ has the shape \[4, "):
+                run_ranks(1, is_planned, run)
+        else:
+            run_ranks(1, is_planned, run)
+
+
+def is_planned(run: dict[str, Any]) -> bool:
+    return planned(run) is not None
 
 
 def test_adafactor_of_a_flat_vector_is_another_optimizer() -> None:
