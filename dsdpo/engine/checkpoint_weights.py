@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dsdpo.console import counted
 from dsdpo.engine.quirks.checkpoint_files import TAG
-from dsdpo.engine.quirks.repartition import MASTER, Saved, lies_elsewhere, read_checkpoint
+from dsdpo.engine.quirks.repartition import lies_elsewhere
+from dsdpo.engine.quirks.saved_partitions import MASTER, Saved, read_checkpoint
 from dsdpo.errors import CheckpointError
 
 PREFIX = "lm."  # of a `ResponseScorer`'s parameters

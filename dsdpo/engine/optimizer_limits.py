@@ -30,7 +30,7 @@ ADAMS = ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states", "fp
 # Keys under which Muon has not been shown to get whole matrices.
 NOT_WITH_MUON = (
     "zero_optimization.round_robin_gradients", "zero_optimization.zero_quantized_gradients",
-    "zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.zero_hpz_partition_size", "zero_optimization.save_muon_momentum_buffer_in_memory",
 )  # fmt: skip
 INSTALL = "pip install bitsandbytes, or 'dsdpo[quantized]'"
 

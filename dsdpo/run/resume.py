@@ -11,6 +11,7 @@ from dsdpo.console import say
 from dsdpo.data.plan import remaining_steps
 from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.optimizer_limits import optimizer_kind
+from dsdpo.engine.quirks.repartition import cut, why_fixed
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
@@ -41,8 +42,7 @@ def checkpoint_to_resume(plan: Plan) -> Path | None:
                 "output_dir, or add --overwrite_output_dir true to replace it"
             )
         return None
-    config, data = plan.policy_config, plan.train.pairs.digest
-    for line in check_settings(path, run, stage=stage(config), optimizer=optimizer_kind(config), data=data):
+    for line in check_settings(path, run, config=plan.policy_config, data=plan.train.pairs.digest):
         say(f"changed since {path.name}: {line}")
     return path
 
@@ -55,6 +55,8 @@ def checkpoint_record(plan: Plan) -> dict[str, Any]:
         "total_steps": plan.total_steps,
         "stage": stage(plan.policy_config),
         "optimizer": optimizer_kind(plan.policy_config),
+        "partitions": cut(plan.policy_config),
+        "fixed": why_fixed(plan.policy_config),
     }
 
 

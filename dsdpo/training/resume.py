@@ -8,9 +8,10 @@ from typing import Any
 from dsdpo.config.load import flat
 from dsdpo.config.run import RunConfig
 from dsdpo.config.section import Section
-from dsdpo.console import counted
 from dsdpo.distributed import world_size
-from dsdpo.engine.quirks.repartition import WHOLE
+from dsdpo.engine.optimizer_limits import optimizer_kind
+from dsdpo.engine.quirks.repartition import cut, why_fixed
+from dsdpo.engine.zero_config import stage
 from dsdpo.errors import CheckpointError
 from dsdpo.reference.identity import ReferenceIdentity
 from dsdpo.reference.store import read_identity
@@ -76,16 +77,16 @@ def find_checkpoint(run: RunConfig) -> tuple[Path | None, list[str]]:
     return path, []
 
 
-def check_settings(path: Path, run: RunConfig, *, stage: int, optimizer: str, data: str) -> list[str]:
+def check_settings(path: Path, run: RunConfig, *, config: dict[str, Any], data: str) -> list[str]:
     """A line for each setting that has changed since the checkpoint; one that it does not know had its default.
 
     Raises `CheckpointError` for those that change what is learned, unless `checkpoint.allow_changes` names them. The
-    number of ranks and the ZeRO stage do not, with most kinds of `optimizer`. `data` is the digest of the training
-    pairs.
+    number of ranks and the DeepSpeed `config` do not, unless states are kept in a way that binds them to it. `data` is
+    the digest of the training pairs.
     """
     state = read_state(path)
     before, now = defaults() | dict(flat(state["settings"])), dict(flat(run.model_dump(mode="json")))
-    check_optimizer(path, state, stage=stage, optimizer=optimizer)
+    check_optimizer(path, state, config)
     before.pop("optimizer.type", None)  # the JSON may have named it
     now.pop("optimizer.type")
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -115,25 +116,31 @@ def check_settings(path: Path, run: RunConfig, *, stage: int, optimizer: str, da
         )
     if state["world_size"] != world_size():
         lines.append(f"ranks were {state['world_size']} and are {world_size()}")
-    if state["stage"] != stage:
-        lines.append(f"ZeRO stage was {state['stage']} and is {stage}")
+    if state["stage"] != stage(config):
+        lines.append(f"ZeRO stage was {state['stage']} and is {stage(config)}")
     return [line for line in lines if not line.startswith(("checkpoint.", "overwrite_output_dir"))]
 
 
-def check_optimizer(path: Path, state: dict[str, Any], *, stage: int, optimizer: str) -> None:
-    """Raise `CheckpointError` where this optimizer cannot take up the states of a checkpoint with this state."""
+def check_optimizer(path: Path, state: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where an engine of this config cannot take up the states that `state` tells of."""
+    optimizer = optimizer_kind(config)
     saved = state.get("optimizer") or optimizer  # old checkpoints do not say it
     if saved != optimizer:
         raise CheckpointError(
             f"{path}: optimizer.type was {saved} and is {optimizer}, which cannot go on from the other's states: put "
             "it back, or start a new run from the exported model"
         )
-    then, now = (state["world_size"], state["stage"]), (world_size(), stage)
-    if optimizer in WHOLE and then != now:
-        words = [f"{counted(ranks, 'rank')} at ZeRO stage {level}" for ranks, level in (then, now)]
+    reason = why_fixed(config) or state.get("fixed")
+    then, now = ({"ranks": state["world_size"], "zero_optimization.stage": state["stage"]} for _ in range(2))
+    now |= {"ranks": world_size(), "zero_optimization.stage": stage(config)}
+    if "partitions" in state:
+        then, now = then | state["partitions"], now | cut(config)
+    if reason and then != now:
+        changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        words = [f"{key} was {then.get(key)} and is {now.get(key)}" for key in changed]
         raise CheckpointError(
-            f"{path} was saved by {words[0]} and cannot go on with {words[1]} under {WHOLE[optimizer]}: resume with "
-            "the ranks and the stage that saved it"
+            f"{path} cannot go on where {', '.join(words)}, with {reason}: resume with the ranks and the DeepSpeed "
+            "JSON that saved it, or start a new run from the exported model"
         )
 
 

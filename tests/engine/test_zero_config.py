@@ -552,6 +552,7 @@ def test_the_runs_optimizer_stands_in_the_resolved_config(kind, options, params,
         ),
         ("muon", {"zero_optimization": {"stage": 3, "reduce_scatter": True}}, 'write "reduce_scatter": false'),
         ("muon", {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "muon has not been shown to work"),
+        ("muon", {"zero_optimization": {"save_muon_momentum_buffer_in_memory": True}}, "in_memory is true, with which"),
         ("muon", {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "muon has not been shown to work"),
         (
             "sgd",

@@ -196,13 +196,29 @@ def test_another_reference_is_refused_unless_allowed(inputs: Path, tmp_path: Pat
 
 
 def test_states_that_cannot_be_cut_anew_are_refused_before_anything_loads(tmp_path: Path) -> None:
+    from dsdpo.engine.quirks.repartition import cut, why_fixed
     from dsdpo.errors import CheckpointError
     from dsdpo.training.resume import check_optimizer
 
-    for kind in ("muon", "adamw_8bit"):
-        state = {"world_size": 1, "stage": 2, "optimizer": kind}
-        check_optimizer(tmp_path, state, stage=2, optimizer=kind)
-        with pytest.raises(CheckpointError, match=f"1 rank at ZeRO stage 3 under optimizer.type {kind}, whose states"):
-            check_optimizer(tmp_path, state, stage=3, optimizer=kind)
-    old = {"world_size": 2, "stage": 2, "settings": {"optimizer": {"learning_rate": 1e-6}}}
-    check_optimizer(tmp_path, old, stage=3, optimizer="lion")  # the JSON's, of which old checkpoints say nothing
+    def config(kind: str, stage: int = 3, **zero: Any) -> dict[str, Any]:
+        return {"optimizer": {"type": kind}, "zero_optimization": {"stage": stage, **zero}}
+
+    old = {"world_size": 1, "stage": 3, "optimizer": "adamw_8bit"}
+    nvme = config("adamw", offload_optimizer={"device": "nvme"})
+    for state, now, words in [
+        (old, config("adamw_8bit", 2), "zero_optimization.stage was 3 and is 2, with optimizer.type adamw_8bit, whose"),
+        (old | {"world_size": 2}, config("adamw_8bit"), "ranks was 2 and is 1, with optimizer.type adamw_8bit, whose"),
+        (
+            old | {"partitions": cut(config("adamw_8bit"))}, config("adamw_8bit", sub_group_size=9),
+            "sub_group_size was None and is 9, with optimizer.type adamw_8bit, whose",
+        ),
+        (
+            {"world_size": 1, "stage": 3, "partitions": cut(nvme), "fixed": why_fixed(nvme)}, config("adamw"),
+            "offload_optimizer.device was nvme and is None, with offload_optimizer on nvme, whose states lie outside",
+        ),
+    ]:  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"{words}.*resume with the ranks and the DeepSpeed JSON that saved"):
+            check_optimizer(tmp_path, state, now)
+    check_optimizer(tmp_path, old | {"partitions": cut(config("adamw_8bit"))}, config("adamw_8bit"))
+    for kind in ("lion", "muon"):
+        check_optimizer(tmp_path, {"world_size": 2, "stage": 2}, config(kind))  # old checkpoints say no more
