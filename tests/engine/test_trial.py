@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from dsdpo.engine.config_remarks import json_remarks
+from dsdpo.engine.zero_limits import MONITORS
 from dsdpo.errors import ConfigError
 from tests.engine.test_zero_config import make_run, policy, reference
 from tests.ranks import run_ranks
@@ -29,7 +31,10 @@ POLICY: list[tuple[dict[str, Any], tuple[str, ...] | None]] = [
     (Z2 | {"bf16": {"bf16_optimizer_states": True}}, ("bf16.bf16_optimizer_states true", "requires")),
     (Z3 | {"comms_logger": {"enabled": True, "prof_ops": "all"}}, ('comms_logger.prof_ops "all"', "list")),
     (Z3 | {"log_level": "loud"}, ('log_level "loud"', "debug")),
-    (Z3 | {"tensorboard": {"enabled": True}}, ("tensorboard.enabled", "not installed")),
+    *(
+        (Z3 | {block: {"enabled": True}}, None if find_spec(package) else (f"{block}.enabled", "not installed"))
+        for block, package in MONITORS.items()
+    ),
     (Z3 | {"optimizer": {"type": "MuAdam", "params": {}}}, ("MuAdam", "mup")),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, ("zero_quantized_weights true", "CPU")),
     (
