@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from dsdpo.accelerator import choose_accelerator, quiet_imports
 from dsdpo.commands.arguments import COMMANDS, PARSERS
+from dsdpo.config.shipped import page
 from dsdpo.console import Launched, be_quiet, is_main, launched, launched_rank, waiting, wrapped
 from dsdpo.errors import ConfigError, DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name in ("-h", "--help", "help"):
         print(__doc__, *(f"  {command:<12}{text}" for command, text in COMMANDS.items()), sep="\n")
+        print(f"\neach one's options: dsdpo COMMAND --help; documentation: {page('README.md')}")
         return 0
     try:
         if name not in COMMANDS:

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         overrides += ["--output_dir", str(arguments.output_dir)]
     command = launch_command(arguments.ranks) + overrides + ["--verbose"] * arguments.verbose
     shown = " ".join(word for word in command[2:] if not word.startswith(("--master_port", "--log_level")))
-    print(f"made a model and data in {INPUTS}; now\n\n  deepspeed {shown}\n", flush=True)
+    print(f"made an untrained model and data in {INPUTS}; now\n\n  deepspeed {shown}\n", flush=True)
     print("which takes a minute, and longer the first time, as libraries are read from the disk", flush=True)
     started = time.monotonic()
     code = subprocess.run([sys.executable, *command], check=False).returncode

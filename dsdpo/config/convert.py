@@ -18,6 +18,7 @@ from dsdpo.config.loss import LOSSES
 from dsdpo.config.optimizer import NO_ADAFACTOR, OPTIMIZERS
 from dsdpo.config.run import RunConfig
 from dsdpo.config.script import read_script
+from dsdpo.config.shipped import page
 from dsdpo.config.unknown_keys import about_unknown
 from dsdpo.config.yaml_file import read_yaml
 from dsdpo.errors import ConfigError
@@ -191,7 +192,7 @@ def loss(found: Conversion) -> None:
             found.put("loss.type", types if len(types) > 1 else types[0], "loss_type")
         else:
             odd = next(each for each in types if each not in LOSSES)
-            found.leave("loss_type", odd, "no loss of this name: see docs/objectives.md")
+            found.leave("loss_type", odd, f"no loss of this name: see {page('objectives.md')}")
     beta = found.take("beta", "dpo_beta", "pref_beta", "rl_beta", "orpo_beta", "orpo_alpha")
     if beta is not None:
         found.put("loss.beta", beta, "beta")

@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from dsdpo.accelerator import Device
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig, Section
-from dsdpo.config.shipped import shipped
+from dsdpo.config.shipped import page, shipped
 from dsdpo.config.unknown_keys import about_unknown, did_you_mean
 from dsdpo.config.yaml_file import read_yaml
 from dsdpo.errors import ConfigError
@@ -79,6 +79,7 @@ def run_parser(prog: str, description: str) -> RunParser:
         description=description,
         allow_abbrev=False,
         formatter_class=Help,
+        epilog=f"documentation: {page('')}",
     )
     parser.add_argument("run", metavar="RUN.yaml", type=run_path, help="the run's settings")
     parser.add_argument("--device", action=Device)
@@ -153,6 +154,7 @@ def section_help(parser: argparse.ArgumentParser, name: str) -> str:
             formatter.add_text(group.description)
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
+    formatter.add_text(parser.epilog)
     return formatter.format_help()
 
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSONs, recipes and start scripts that come with the package, as they do with the repository."""
+"""The DeepSpeed JSONs, recipes, start scripts and pages that come with the package, as they do with the repository."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ def shipped(path: str | os.PathLike[str]) -> Path | None:
     parts = Path(path).parts
     found = SHIPPED / path
     return found if parts and parts[0] in FOLDERS and ".." not in parts and found.exists() else None
+
+
+def page(name: str) -> str:
+    """Where a page is, such as hints.md or hints.md#truncation: docs/... in the repository's folder, else its path."""
+    path = (SHIPPED / "docs").resolve() / name
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def recipes() -> dict[str, Path]:

@@ -24,6 +24,7 @@ import huggingface_hub
 import numpy as np
 
 from dsdpo.config.data import DataConfig, SourceConfig
+from dsdpo.config.shipped import page
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.files import SUFFIXES, Row, has_known_suffix, read_file, without_nulls
 from dsdpo.data.formats import RowRules, look_up, read_fields, rules_for
@@ -273,7 +274,7 @@ def _check_fields(source: Source, rows: list[dict[str, Any]]) -> None:
             f"{source.key}: {source.config.path} has no {what}; its fields are: {', '.join(names) or 'none'}. "
             "Preference pairs need chosen and rejected (and prompt, unless both are whole dialogues). If they have "
             f"other names here, map them: {source.key}.columns: {{chosen: its name, rejected: its name{hint}}}. "
-            "docs/data.md shows every layout that is read."
+            f"{page('data.md')} shows every layout that is read."
         )
     pair = [mapped.get(name, name) for name in ("chosen", "rejected")]
     one_hot = len(labels) > 1 and all(str(row.get(name)) in TRUTHS for row in rows for name in labels)

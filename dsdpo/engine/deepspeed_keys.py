@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.load import did_you_mean
+from dsdpo.config.shipped import page
 
 Config = dict[str, Any]
 SCHEMA_FILE = Path(__file__).with_name("deepspeed_schema.json")
@@ -144,7 +145,7 @@ def untested_deepspeed() -> str | None:
         return None
     return (
         f"DeepSpeed {installed} is installed, but dsdpo was tested with {TESTED_VERSION} only, and relies on some of "
-        "its private behaviour (docs/deepspeed-quirks.md)"
+        f"its private behaviour ({page('deepspeed-quirks.md')})"
     )
 
 

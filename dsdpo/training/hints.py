@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsdpo.config.loss import LossConfig
+from dsdpo.config.shipped import page
 from dsdpo.data.pairs import Pairs
 from dsdpo.distributed import name_of
 
-PAGE = "docs/hints.md"
+PAGE = "hints.md"
 ROWS = 10  # of metrics.jsonl that are averaged before anything is said of them
 FALLEN = 5.0  # nats that the chosen response's log-ratio is below 0
 FAR_MARGIN = 15.0  # of rewards: the loss of such a pair has no gradient left
@@ -58,7 +59,7 @@ class Hints:
         for name, text in filter(None, found):
             if f"hint/{name}" not in self.said:
                 self.said[f"hint/{name}"] = float(step)
-                lines.append(f"hint{f' (step {step})' if step else ''}: {text} See {PAGE}#{name}")
+                lines.append(f"hint{f' (step {step})' if step else ''}: {text} See {page(f'{PAGE}#{name}')}")
         return lines
 
     def _fallen(self, mean: Mapping[str, float]) -> tuple[str, str] | None:

@@ -62,7 +62,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as a wheel installs it, and nothing else of the repository."""
     source, folder = tmp_path_factory.mktemp("source") / "dsdpo", tmp_path_factory.mktemp("installed")
     source.mkdir()
-    for name in ("dsdpo", "ds_configs", "launch"):
+    for name in ("dsdpo", "ds_configs", "docs", "launch"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -74,17 +74,31 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_wheel_holds_what_the_repository_has(installed: Path) -> None:
-    for part in ("ds_configs", "launch"):
+    for part in ("ds_configs", "docs", "launch"):
         ours = sorted(path.relative_to(ROOT) for path in (ROOT / part).rglob("*") if path.is_file())
         theirs = installed / "dsdpo" / "shipped"
         assert ours == sorted(path.relative_to(theirs) for path in (theirs / part).rglob("*") if path.is_file())
     assert (installed / "dsdpo" / "py.typed").is_file()
 
 
+def test_messages_of_a_wheel_name_pages_that_it_has(installed: Path, tmp_path: Path) -> None:
+    asked = "from dsdpo.__main__ import main, page; main(['--help']); print(page('a.md#b'))"
+    answer = finish([sys.executable, "-c", asked], limit_s=LIMIT_S, cwd=tmp_path, PYTHONPATH=str(installed))
+    shown = re.findall(r"documentation: (.+)$|^(/.+)$", answer.stdout, re.MULTILINE)
+    assert [Path(index or path) for index, path in shown] == [
+        installed / "dsdpo" / "shipped" / "docs" / name for name in ("README.md", "a.md#b")
+    ]
+    code = "".join(path.read_text() for path in (ROOT / "dsdpo").rglob("*.py"))
+    pages = set(re.findall(r"""page\(["']([\w-]+\.md)""", code))
+    assert {"data.md", "objectives.md"} <= pages
+    assert all((installed / "dsdpo" / "shipped" / "docs" / name).is_file() for name in pages)
+
+
 def test_demo_from_a_wheel_in_an_empty_folder_learns_and_shows_it(installed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "demo"
     answer = finish([*DSDPO, "demo"], limit_s=LIMIT_S, cwd=tmp_path, PYTHONPATH=str(installed))
     assert answer.returncode == 0
+    assert "hint" not in answer.stdout + answer.stderr
     shown = yaml.safe_load((folder / "config.yaml").read_text())
     assert shown["deepspeed"] == str(installed / "dsdpo" / "shipped" / "ds_configs" / "zero3.json")
     folder = Path("runs/demo")

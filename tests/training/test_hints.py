@@ -10,6 +10,7 @@ import pytest
 
 from dsdpo.config.loss import LossConfig
 from dsdpo.config.run import RunConfig
+from dsdpo.config.shipped import page
 from dsdpo.errors import ConfigError
 from dsdpo.training.hints import PAGE, ROWS, Hints, contradictions
 from dsdpo.training.patience import note_evaluation, out_of_patience
@@ -32,7 +33,7 @@ def heard(loss: LossConfig, first_step: int = 1, **changes: float) -> list[str]:
     row = HEALTHY | {name.replace("__", "/"): value for name, value in changes.items()}
     for step in range(first_step, first_step + 3 * ROWS):
         lines += hints.of_row(step, row)
-    assert all(f"See {PAGE}#" in line for line in lines)
+    assert all(f"See {page(PAGE)}#" in line for line in lines)
     return [line.split("#")[1] for line in lines]
 
 
@@ -78,7 +79,7 @@ def test_every_hint_has_its_section_in_the_docs() -> None:
              "contradictions", "straggler"}  # fmt: skip
     code = (source / "dsdpo" / "training" / "hints.py").read_text()
     assert all(f'"{name}"' in code for name in names)
-    page = (source / PAGE).read_text()
+    page = (source / "docs" / PAGE).read_text()
     assert {line[3:].strip() for line in page.splitlines() if line.startswith("## ")} == names
 
 
