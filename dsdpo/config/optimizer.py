@@ -11,11 +11,30 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator, m
 from dsdpo.config.section import Section
 
 Scheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
 ]
 
 # transformers.get_polynomial_decay_schedule_with_warmup ends at this rate and refuses a smaller start.
 POLYNOMIAL_END = 1e-7
+FORMS = ("linear", "cosine", "1-sqrt")
+# What transformers' schedules take in lr_scheduler_kwargs: the largest number, or the words.
+SCHEDULE_OPTIONS: dict[str, dict[str, float | tuple[str, ...]]] = {
+    "cosine": {"num_cycles": math.inf},
+    "cosine_with_restarts": {"num_cycles": math.inf},
+    "cosine_with_min_lr": {"min_lr_rate": 1.0, "min_lr": math.inf, "num_cycles": math.inf},
+    "polynomial": {"lr_end": math.inf, "power": math.inf},
+    "inverse_sqrt": {"timescale": math.inf},
+    "warmup_stable_decay": {"num_decay_steps": math.inf, "min_lr_ratio": 1.0, "num_cycles": math.inf,
+                            "warmup_type": FORMS, "decay_type": FORMS},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,8 @@ class OptimizerConfig(Section):
     """Nesterov's momentum, for sgd; muon always has it."""
     lr_scheduler_type: Scheduler = "linear"
     """transformers' name of the schedule."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={})
+    """What the schedule takes beside the warm-up, as in transformers, e.g. {min_lr_rate: 0.1} of cosine_with_min_lr."""
     warmup_steps: NonNegativeInt = 0
     """Steps in which the learning rate rises from 0."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -119,16 +140,51 @@ class OptimizerConfig(Section):
                 "optimizer.warmup_steps and optimizer.warmup_ratio have no effect with optimizer.lr_scheduler_type "
                 "constant: use constant_with_warmup"
             )
-        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_takes_its_kwargs(self) -> OptimizerConfig:
+        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        takes, place = SCHEDULE_OPTIONS.get(kind, {}), "optimizer.lr_scheduler_kwargs"
+        for name, value in given.items():
+            if name not in takes:
+                raise ValueError(
+                    f"{place} has {name}, which optimizer.lr_scheduler_type {kind} does not take: "
+                    f"{'it takes ' + ', '.join(takes) if takes else 'leave it out'}"
+                )
+            if problem := _unfit(value, takes[name]):
+                raise ValueError(f"{place}: {name} is {_shown(value)}: {problem}")
+        if kind == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & given.keys()) != 1:
             raise ValueError(
-                f"optimizer.learning_rate {self.learning_rate} must be above {POLYNOMIAL_END}, where "
-                "optimizer.lr_scheduler_type polynomial ends"
+                f"optimizer.lr_scheduler_type {kind} needs one of min_lr and min_lr_rate in {place}, such as "
+                "{min_lr_rate: 0.1}, a tenth of the learning rate"
+            )
+        if kind == "warmup_stable_decay" and "num_decay_steps" not in given:
+            raise ValueError(
+                f"optimizer.lr_scheduler_type {kind} needs the steps in which the learning rate falls in {place}, such "
+                "as {num_decay_steps: 100}"
+            )
+        lowest = given.get("min_lr", given.get("lr_end", POLYNOMIAL_END) if kind == "polynomial" else 0.0)
+        if lowest and self.learning_rate <= lowest:
+            raise ValueError(
+                f"optimizer.learning_rate {self.learning_rate} must be above {lowest}, where "
+                f"optimizer.lr_scheduler_type {kind} ends"
             )
         return self
 
     def num_warmup_steps(self, total_steps: int) -> int:
         """Warm-up length in steps, out of `total_steps`."""
         return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+
+
+def _unfit(value: Any, takes: float | tuple[str, ...]) -> str | None:
+    """What is wrong with a value of lr_scheduler_kwargs, None where nothing is."""
+    if isinstance(takes, tuple):
+        return None if value in takes else f"give one of {', '.join(takes)}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and 0 <= value <= takes and math.isfinite(value):
+        return None
+    return "give a number, 0 or more" if takes == math.inf else f"give a number from 0 to {takes:g}"
 
 
 def _shown(value: Any) -> str:

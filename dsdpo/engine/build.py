@@ -76,7 +76,8 @@ def build_policy(
 
     def schedule(optimizer: torch.optim.Optimizer) -> Any:
         warmup = run.optimizer.num_warmup_steps(total_steps)
-        return get_scheduler(run.optimizer.lr_scheduler_type, optimizer, warmup, total_steps)
+        options = dict(run.optimizer.lr_scheduler_kwargs)
+        return get_scheduler(run.optimizer.lr_scheduler_type, optimizer, warmup, total_steps, options)
 
     engine = initialize(
         model=model,

@@ -91,6 +91,11 @@ def schedule_problems(config: Config, run: RunConfig, run_source: str | Path) ->
             f"scheduler.type is {kind}, but {run_source} has optimizer.lr_scheduler_type {ours}: "
             f"set that to {names[0]}, or delete the scheduler block"
         )
+    if kind is not None and run.optimizer.lr_scheduler_kwargs:
+        yield (
+            f"scheduler.type {kind} is DeepSpeed's schedule, on which optimizer.lr_scheduler_kwargs of {run_source} "
+            "has no effect: delete the scheduler block, or leave that out"
+        )
 
 
 def sizes(hidden_size: int) -> list[Statement]:

@@ -29,6 +29,11 @@ def run_notes(plan: Plan) -> Iterator[str]:
             f"the warm-up takes {warmup:,} of {counted(plan.total_steps, 'step')}: optimizer.learning_rate "
             f"{run.optimizer.learning_rate:g} is not reached"
         )
+    if warmup + (decay := run.optimizer.lr_scheduler_kwargs.get("num_decay_steps", 0)) > plan.total_steps:
+        yield (
+            f"warm-up and num_decay_steps take {warmup + decay:,} of {counted(plan.total_steps, 'step')} together: the "
+            "learning rate jumps into the middle of its fall"
+        )
     if not run.optimizer.learning_rate:
         yield "optimizer.learning_rate is 0: nothing is learned"
     if plan.sequence.spans_nodes:

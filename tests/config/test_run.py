@@ -71,6 +71,21 @@ def test_sources_in_every_form_are_one_list(train):
             {"optimizer": {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7}},
             ["optimizer.learning_rate", "optimizer.lr_scheduler_type polynomial"],
         ),
+        *(
+            ({"optimizer": {"lr_scheduler_type": kind, "lr_scheduler_kwargs": kwargs, "learning_rate": 1e-6}}, said)
+            for kind, kwargs, said in (
+                ("linear", {"num_cycles": 1}, ["has num_cycles", "lr_scheduler_type linear", "leave it out"]),
+                ("cosine", {"min_lr_rate": 0.1}, ["has min_lr_rate", "it takes num_cycles"]),
+                ("cosine_with_min_lr", {}, ["cosine_with_min_lr needs one of min_lr and min_lr_rate"]),
+                ("cosine_with_min_lr", {"min_lr": 1e-7, "min_lr_rate": 0.1}, ["needs one of min_lr and min_lr_rate"]),
+                ("cosine_with_min_lr", {"min_lr_rate": 1.5}, ["min_lr_rate is 1.5: give a number from 0 to 1"]),
+                ("cosine_with_min_lr", {"min_lr": 1e-5}, ["optimizer.learning_rate 1e-06 must be above 1e-05"]),
+                ("cosine_with_restarts", {"num_cycles": "two"}, ["num_cycles is two: give a number, 0 or more"]),
+                ("warmup_stable_decay", {}, ["{num_decay_steps: 100}"]),
+                ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "steep"}, ["steep", "1-sqrt"]),
+                ("polynomial", {"lr_end": 2e-6}, ["must be above 2e-06"]),
+            )
+        ),
         (
             {"optimizer": {"type": "sgd", "adam_beta1": 0.8}},
             ["optimizer.adam_beta1 0.8", "optimizer.type sgd", "adamw or adamw_8bit or lion or muon"],

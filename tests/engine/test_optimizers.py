@@ -112,6 +112,35 @@ def is_planned(run: dict[str, Any]) -> bool:
     return planned(run) is not None
 
 
+# Of 100 steps without warm-up: the step, and the share of the learning rate that it takes by the schedule's definition.
+SCHEDULES: dict[str, tuple[dict[str, Any], dict[int, float]]] = {
+    "cosine_with_min_lr": ({"min_lr": RATE / 10}, {0: 1.0, 50: 0.55, 100: 0.1}),
+    "cosine_with_restarts": ({"num_cycles": 2}, {25: 0.5, 50: 1.0, 75: 0.5}),
+    "polynomial": ({"lr_end": RATE / 2}, {0: 1.0, 50: 0.75, 100: 0.5}),
+    "warmup_stable_decay": (
+        {"num_decay_steps": 20, "decay_type": "linear", "min_lr_ratio": 0.5},
+        {80: 1.0, 90: 0.75, 100: 0.5},
+    ),
+}
+
+
+def test_schedules_take_what_they_are_given(inputs: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path, inputs, "muon", "zero1")  # which keeps no learning rate of its own for schedules to read
+    [found] = run_ranks(1, shares_here, run)
+    for name, (_, wanted) in SCHEDULES.items():
+        assert found[name] == pytest.approx(wanted), name
+
+
+def shares_here(run: dict[str, Any]) -> dict[str, dict[int, float]]:
+    found = {}
+    for name, (options, steps) in SCHEDULES.items():
+        own = run["optimizer"] | {"lr_scheduler_type": name, "lr_scheduler_kwargs": options}
+        policy = policy_of(planned({**run, "optimizer": own}))
+        share = policy.lr_scheduler.lr_lambdas[0]
+        found[name] = {step: share(step) for step in steps}
+    return found
+
+
 def test_adafactor_of_a_flat_vector_is_another_optimizer() -> None:
     """Why it is refused: ZeRO hands an optimizer one flat vector."""
     torch.manual_seed(0)

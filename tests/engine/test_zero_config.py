@@ -151,6 +151,13 @@ class TestFilling:
             "warmup_type": "linear",
         }
 
+    def test_a_scheduler_block_takes_no_kwargs_of_ours(self):
+        options = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1.0}}
+        raw = {"scheduler": {"type": "WarmupCosineLR"}}
+        assert "optimizer.lr_scheduler_kwargs of run.yaml has no effect" in refusal(
+            policy, raw, make_run(optimizer=options)
+        )
+
     def test_before_the_data_is_read_steps_are_not_compared(self):
         raw = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 70}}}
         assert policy(raw, total_steps=None)["scheduler"]["params"]["total_num_steps"] == 70
