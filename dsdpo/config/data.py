@@ -64,7 +64,8 @@ class SourceConfig(Section):
     name: str | None = None
     """Hub configuration (subset) of the data set."""
     split: str | None = None
-    """Split to read, slices such as train[:1000] included; null: train, and test for data.eval."""
+    """Split to read, or a slice of it such as train[:1000] or train[95%:]; null: train, and test for data.eval. A file
+    is one split, train."""
     revision: str | None = None
     """Hub branch, tag or commit of the data set."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0

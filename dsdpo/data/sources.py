@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from dsdpo.config.shipped import page
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.files import SUFFIXES, Row, has_known_suffix, read_file, without_nulls
 from dsdpo.data.formats import RowRules, look_up, read_fields, rules_for
+from dsdpo.data.slices import Slice, parse_slice
 from dsdpo.errors import DataError
 
 DefaultSplit = Literal["train", "test"]
@@ -69,6 +71,7 @@ class Source:
     fingerprint: str  # changes when the rows may have changed
     unread: tuple[Path, ...] = ()  # data files of its folder that belong to no or another split
     rules: RowRules = field(default_factory=RowRules)  # how its rows are read
+    rows: Slice | None = None  # of all that it has
 
 
 def find_sources(
@@ -86,16 +89,33 @@ def read_rows(source: Source) -> Iterator[Row]:
 
     Raises DataError for an unreadable file, an empty source, and one whose rows lack the fields of preference pairs.
     """
-    if source.kind == "files":
-        rows: Iterator[Row] = chain.from_iterable(read_file(path) for path in source.files)
-    else:
-        rows = _dataset_rows(_load(source), source.config.path)
+    rows = _files_rows(source) if source.kind == "files" else _dataset_rows(source)
     head = [row for _, row in zip(range(HEAD_ROWS), rows, strict=False)]
     if not head:
         where = ", ".join(str(path) for path in source.files) or source.config.path
-        raise DataError(f"{where}: is empty. {source.key} needs at least one preference pair.")
+        what = "is empty" if source.rows is None else f"split {source.config.split} holds no row"
+        raise DataError(f"{where}: {what}. {source.key} needs at least one preference pair.")
     _check_fields(source, [row for _, row in head if isinstance(row, dict)])
     return chain(head, rows)
+
+
+def _files_rows(source: Source) -> Iterator[Row]:
+    """Rows of files, one after the other; those that are counted for a slice are read twice."""
+    rows = chain.from_iterable(read_file(path) for path in source.files)
+    if source.rows is None:
+        return rows
+    known = sum(1 for path in source.files for _ in read_file(path)) if source.rows.counts else sys.maxsize
+    part = source.rows.of(known)
+    return islice(rows, part.start, max(part.start, part.stop))
+
+
+def _dataset_rows(source: Source) -> Iterator[Row]:
+    """Rows of a data set that `datasets` loads."""
+    loaded = _load(source)
+    numbers = range(len(loaded)) if source.rows is None else source.rows.of(len(loaded))
+    part = loaded.select(numbers) if numbers and len(numbers) < len(loaded) else loaded
+    for number, row in zip(numbers, part, strict=False):
+        yield f"{source.config.path} row {number}", without_nulls(row)
 
 
 def uses_of_rows(num_rows: int, *, weight: float, seed: int, index: int) -> np.ndarray:
@@ -117,22 +137,26 @@ def _find(config: SourceConfig, key: str, default_split: str) -> Source:
         return _find_on_hub(config, key, default_split)
     if config.name is not None or config.revision is not None:
         raise DataError(f"{key}: {config.path} is local; name and revision are for Hub data sets. Remove them.")
+    split, rows = parse_slice(config.split)
     if (path / "dataset_dict.json").is_file():
-        split = config.split or default_split
-        return Source(config, key, "saved", (), split, _files_fingerprint(sorted(path.rglob("*"))))
+        fingerprint = _files_fingerprint(sorted(path.rglob("*")))
+        return Source(config, key, "saved", (), split or default_split, fingerprint, rows=rows)
     if (path / "state.json").is_file():
-        if config.split is not None:
+        if split not in (None, "train"):
             raise DataError(f"{key}: {config.path} is a saved data set without splits. Remove split.")
-        return Source(config, key, "saved", (), None, _files_fingerprint(sorted(path.rglob("*"))))
+        return Source(config, key, "saved", (), None, _files_fingerprint(sorted(path.rglob("*"))), rows=rows)
     if not path.is_dir() and not path.is_file():
         raise DataError(f"{key}: {config.path} is neither a file nor a folder (a pipe or device). Give a file.")
-    if not path.is_dir() and config.split is not None:
-        raise DataError(f"{key}: {config.path} is one file and has no splits. Remove split: {config.split}.")
-    files, unread = _files_of_folder(path, config, key, default_split) if path.is_dir() else ((path,), ())
+    if not path.is_dir() and split not in (None, "train"):
+        raise DataError(
+            f"{key}: {config.path} is one file and has no splits. Remove split: {config.split}, or give a part "
+            "of its rows, such as train[:1000] or train[95%:]."
+        )
+    files, unread = _files_of_folder(path, split, key, default_split) if path.is_dir() else ((path,), ())
     for file in files:
         if not has_known_suffix(file):
             raise DataError(f"{key}: {file}: the name does not end with a known format ({', '.join(SUFFIXES)}).")
-    return Source(config, key, "files", files, None, _files_fingerprint(files), unread)
+    return Source(config, key, "files", files, None, _files_fingerprint(files), unread, rows=rows)
 
 
 def _looks_local(path: str) -> bool:
@@ -142,7 +166,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _files_of_folder(
-    folder: Path, config: SourceConfig, key: str, default_split: str
+    folder: Path, split: str | None, key: str, default_split: str
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The folder's data files, only those of the split where their names speak of splits; and those left unread."""
     files = _data_files(folder) or _data_files(folder / "data")
@@ -153,11 +177,11 @@ def _files_of_folder(
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_name(path), []).append(path)
-    if not any(_split_words(name) for name in by_split) and config.split not in by_split:
-        if config.split is not None:
-            raise DataError(f"{key}: no file name in {folder} speaks of a split. Remove split: {config.split}.")
+    if not any(_split_words(name) for name in by_split) and split not in by_split:
+        if split not in (None, "train"):
+            raise DataError(f"{key}: no file name in {folder} speaks of a split. Remove split: {split}.")
         return tuple(files), ()
-    chosen = by_split[_matching_split(by_split, config.split or default_split, folder, key)]
+    chosen = by_split[_matching_split(by_split, split or default_split, folder, key)]
     return tuple(chosen), tuple(path for path in files if path not in chosen)
 
 
@@ -205,10 +229,11 @@ def _files_fingerprint(files: list[Path] | tuple[Path, ...]) -> str:
 
 def _find_on_hub(config: SourceConfig, key: str, default_split: str) -> Source:
     """A Hub data set, asked for once and briefly: `datasets` itself retries an unreachable Hub for 23 seconds."""
-    split = config.split or default_split
+    name, rows = parse_slice(config.split)
+    split = name or default_split
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         source = Source(config, key, "hub", (), split, "")
-        return Source(config, key, "hub", (), split, f"offline:{_load(source)._fingerprint}")
+        return Source(config, key, "hub", (), split, f"offline:{_load(source)._fingerprint}", rows=rows)
     try:
         info = huggingface_hub.HfApi().dataset_info(config.path, revision=config.revision, timeout=HUB_TIMEOUT_S)
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
@@ -222,7 +247,7 @@ def _find_on_hub(config: SourceConfig, key: str, default_split: str) -> Source:
             "Give a local path; or set HF_HUB_OFFLINE=1 if the data set is in this machine's Hub cache."
         ) from error
     fingerprint = repr((config.path, config.name, split, info.sha))
-    return Source(config.model_copy(update={"revision": info.sha}), key, "hub", (), split, fingerprint)
+    return Source(config.model_copy(update={"revision": info.sha}), key, "hub", (), split, fingerprint, rows=rows)
 
 
 def _load(source: Source) -> datasets.Dataset:
@@ -245,12 +270,6 @@ def _load(source: Source) -> datasets.Dataset:
             f"{source.key}: {config.path} has no split {source.split!r}, only {', '.join(loaded)}. Set split."
         )
     return loaded[source.split]
-
-
-def _dataset_rows(dataset: datasets.Dataset, name: str) -> Iterator[Row]:
-    """Rows of a data set that `datasets` loaded."""
-    for number, row in enumerate(dataset):
-        yield f"{name} row {number}", without_nulls(row)
 
 
 def _check_fields(source: Source, rows: list[dict[str, Any]]) -> None:

@@ -157,6 +157,33 @@ def test_folder_saved_by_datasets(tmp_path: Path) -> None:
         rows_of(tmp_path / "many", split="test")
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "saved", "saved splits"])
+def test_a_slice_is_a_part_of_the_rows_of_anything_local(kind: str, tmp_path: Path) -> None:
+    rows, path = text_rows(7), tmp_path / "pairs"
+    match kind:
+        case "file":
+            path = write(tmp_path / "a.jsonl", rows)
+        case "folder":
+            path.mkdir()
+            write(path / "a.jsonl", rows[:3])
+            write(path / "b.parquet", rows[3:])
+        case "saved":
+            datasets.Dataset.from_list(rows).save_to_disk(path)
+        case _:
+            datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(path)
+    for split, part in (
+        ("train[:2]", rows[:2]), ("train[2:]", rows[2:]), ("train[:-2]", rows[:-2]), ("[-2:]", rows[-2:]),
+        ("train[:60%]", rows[:4]), ("train[60%:]", rows[4:]), ("train[-30%:]", rows[5:]), ("train[:9]", rows),
+        ("train", rows),
+    ):  # fmt: skip
+        assert rows_of(path, split=split) == part, split
+    source = find_sources([SourceConfig(path=str(path), split="train[3:5]")], "train")[0]
+    whole = find_sources([SourceConfig(path=str(path))], "train")[0]
+    assert list(read_rows(source)) == list(read_rows(whole))[3:5], "a row is named by its place among all"
+    with pytest.raises(DataError, match=r"split train\[7:\] holds no row"):
+        rows_of(path, split="train[7:]")
+
+
 def test_columnar_messages_lose_the_nulls_that_arrow_added(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     rows = [{"chosen": [user("u"), call, assistant("a")], "rejected": [user("u"), assistant("b")]}]
@@ -241,7 +268,7 @@ def test_folder_without_data_and_split_of_a_file_are_refused(tmp_path: Path) -> 
     with pytest.raises(DataError, match="holds no data file"):
         rows_of(tmp_path / "empty")
     with pytest.raises(DataError, match="one file and has no splits"):
-        rows_of(write(tmp_path / "a.jsonl", text_rows(1)), split="train")
+        rows_of(write(tmp_path / "a.jsonl", text_rows(1)), split="test[:1]")
     with pytest.raises(DataError, match="name and revision"):
         rows_of(tmp_path / "a.jsonl", revision="main")
 
