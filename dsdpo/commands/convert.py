@@ -67,7 +67,7 @@ def write(given: argparse.Namespace, found: Conversion, overrides: dict[str, Any
     """Write the run file. Raises `ConfigError`."""
     run = laid_over(found.run, overrides)
     ordered = {key: run[key] for key in ORDER if key in run}
-    lines = [f"# Converted from {given.file.name} ({given.program}) by dsdpo convert. Without a counterpart:"]
+    lines = [f"# Converted from {given.file.name} ({given.program}) by dsdpo convert. Without an exact counterpart:"]
     lines += [f"#   {what}    ({why})" for what, why in found.missed()] or ["#   nothing"]
     if idle := found.idle():
         lines += ["# Of no consequence here: " + ", ".join(idle)]
@@ -100,7 +100,7 @@ def described(given: argparse.Namespace, found: Conversion) -> str:
     width = min(30, max((len(what) for what, _ in found.taken), default=0))
     lines = [shorten(f"{shorten(what, width):<{width}}  {ours}", wide) for what, ours in found.taken]
     if missed := found.missed():
-        lines += ["", f"without a counterpart ({counted(len(missed), 'setting')}):"]
+        lines += ["", f"without an exact counterpart ({counted(len(missed), 'setting')}):"]
         for what, why in missed:
             lines += [
                 shorten(f"  {what}", wide),

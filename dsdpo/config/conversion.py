@@ -9,9 +9,11 @@ from typing import Any
 
 from dsdpo.config.load import dotted_keys
 from dsdpo.config.yaml_file import read_yaml
+from dsdpo.errors import ConfigError
 
 KEYS = dotted_keys()
 OFF: tuple[Any, ...] = (None, False, "", "none", "None", "no", [], {})
+TEST_SPLIT_SIZE = "dataset_mixture.test_split_size"
 LONGEST = 100  # letters of a value that are shown
 # Settings that change nothing about what is learned, evaluated or kept here.
 IDLE = """
@@ -97,6 +99,49 @@ def columns_of(entry: dict[str, Any]) -> dict[str, str]:
     return {ours: theirs for ours, theirs in found.items() if isinstance(theirs, str) and theirs != ours}
 
 
+def parts(found: Conversion) -> None:
+    """The rows of each source that are trained on and held out, as slices of its split."""
+    limit, size = (
+        _number(found.take(*names)) for names in (("max_samples",), ("val_set_size", "val_size", TEST_SPLIT_SIZE))
+    )
+    given = as_list(found.run.get("data", {}).get("train"))
+    train = [each if isinstance(each, dict) else {"path": each} for each in given]
+    sliceable = all(each["path"] and "[" not in str(each.get("split")) for each in train)
+    if limit and not sliceable:
+        found.leave("max_samples", limit, "give {path: ..., split: 'train[:1000]'} in data.train")
+    if size and (not sliceable or "eval" in found.run["data"] or (size >= 1 and len(train) > 1)):
+        found.leave("val_set_size", size, "give {path: ..., split: 'train[:95%]'} in data.train, the rest in data.eval")
+        size = 0
+    if not sliceable or not (limit or size):
+        return
+    for key, rows in zip(("data.train", "data.eval"), ranges(int(limit), size), strict=True):
+        if rows:
+            cut = [each | {"split": f"{each.get('split') or 'train'}[{rows}]"} for each in train]
+            found.put(key, cut if len(cut) > 1 else cut[0], "val_set_size" if size else "max_samples")
+    if size:
+        why = "the last rows are held out, where others draw them: shuffle the rows first if they are sorted"
+        found.leave("val_set_size", size, why)
+
+
+def _number(value: Any) -> float:
+    """A number of theirs, 0 where there is none. Raises `ConfigError` for other words."""
+    try:
+        return 0 if value in OFF else value if isinstance(value, int) else float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{value!r}: give max_samples, val_size and val_set_size as numbers") from None
+
+
+def ranges(limit: int, size: float) -> tuple[str, str]:
+    """What stands in the brackets of the slices for training and for evaluation; 0: no limit, none held out."""
+    if not size:
+        return f":{limit}", ""
+    if limit:
+        border = limit - (int(size) if size >= 1 else round(size * limit))
+        return f":{border}", f"{border}:{limit}"
+    border_text = f"-{int(size)}" if size >= 1 else f"{100 * (1 - size):g}%"
+    return f":{border_text}", f"{border_text}:"
+
+
 def templated(kind: str) -> bool:
     """Whether rows of one of axolotl's types are put into a chat template, texts too."""
     return kind.split(".")[0] in ("chat_template", "chatml", "llama3")
@@ -108,9 +153,7 @@ def trl(found: Conversion) -> None:
     splits = found.take("dataset_splits")
     if isinstance(mixture, dict) and isinstance(mixture.get("datasets"), list):
         found.put("data.train", [source(entry) for entry in mixture["datasets"]], "dataset_mixture")
-        if mixture.get("test_split_size"):
-            found.leave("dataset_mixture.test_split_size", mixture["test_split_size"],
-                        "give held-out pairs in data.eval, e.g. {path: ..., split: 'train[:2000]'}")  # fmt: skip
+        found.theirs[TEST_SPLIT_SIZE] = mixture.get("test_split_size")
     elif isinstance(mixture, dict):
         mixed(found, mixture, splits if isinstance(splits, list) else [])
     name, pushes = found.take("hub_model_id"), found.take("push_to_hub")
@@ -168,12 +211,14 @@ def llamafactory(found: Conversion) -> None:
         found.theirs["lora_target"] = "all-linear"
     if isinstance(found.theirs.get("lora_target"), str) and "," in found.theirs["lora_target"]:
         found.theirs["lora_target"] = [part.strip() for part in found.theirs["lora_target"].split(",")]
-    names, folder = found.take("dataset"), found.take("dataset_dir") or "data"
-    if names is not None:
-        parts = names if isinstance(names, list) else [part.strip() for part in str(names).split(",")]
-        sources = [registered(name, Path(str(folder)), found) for name in parts]
-        found.put("data.train", sources if len(sources) > 1 else sources[0], "dataset")
-        found.put("data.text", "chat", "dataset")  # its template is put around texts too
+    folder = found.take("dataset_dir") or "data"
+    for place, key in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
+        if (names := found.take(place)) in OFF:
+            continue
+        names = names if isinstance(names, list) else [part.strip() for part in str(names).split(",")]
+        sources = [registered(name, Path(str(folder)), found) for name in names]
+        found.put(key, sources if len(sources) > 1 else sources[0], place)
+        found.put("data.text", "chat", place)  # its template is put around texts too
 
 
 def registered(name: str, folder: Path, found: Conversion) -> Any:
@@ -212,6 +257,9 @@ def openrlhf(found: Conversion) -> None:
         paths = [part.strip() for part in str(path).split(",")]
         sources: list[Any] = [{"path": each, "columns": renamed} if renamed else each for each in paths]
         found.put("data.train", sources if len(sources) > 1 else sources[0], "dataset", *(f"{k}_key" for k in renamed))
+    if isinstance(betas := found.take("adam_betas"), list) and len(betas) == 2:
+        for key, value in zip(("adam_beta1", "adam_beta2"), betas, strict=True):
+            found.put(f"optimizer.{key}", value, "adam_betas")
     for name in ("apply_chat_template", "module"):  # rows of messages get it anyway; the launcher's
         found.theirs.pop(name, None)
     if found.take("gradient_checkpointing") is not None:

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from dsdpo.config.conversion import KEYS, OFF, OWN, Conversion, as_list, source, templated
+from dsdpo.config.conversion import KEYS, OFF, OWN, Conversion, as_list, parts, source, templated
+from dsdpo.config.convert_schedule import schedule
 from dsdpo.config.foreign_names import FOREIGN
 from dsdpo.config.loss import LOSSES
-from dsdpo.config.optimizer import NO_ADAFACTOR, OPTIMIZERS
 from dsdpo.config.run import RunConfig
 from dsdpo.config.script import read_script
 from dsdpo.config.shipped import page
@@ -25,12 +25,15 @@ from dsdpo.errors import ConfigError
 
 Program = Literal["trl", "axolotl", "llamafactory", "openrlhf"]
 PROGRAMS: tuple[Program, ...] = get_args(Program)
-# What a program takes where its file says nothing, as far as that differs from ours (TRL 1.16, LLaMA-Factory 0.9).
+# What a program takes where its file says nothing, as far as that differs from ours (TRL 1.16, LLaMA-Factory 0.9,
+# OpenRLHF a3be906).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "trl": {"learning_rate": 1e-6, "num_train_epochs": 3, "per_device_train_batch_size": 8, "max_length": 1024,
             "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
     "llamafactory": {"learning_rate": 5e-5, "num_train_epochs": 3, "per_device_train_batch_size": 8,
                      "cutoff_len": 2048, "pref_beta": 0.1},
+    "openrlhf": {"learning_rate": 1e-5, "train_batch_size": 128, "max_len": 512, "adam_betas": [0.9, 0.95],
+                 "lr_scheduler": "cosine_with_min_lr", "min_lr_ratio": 0.1, "lr_warmup_ratio": 0.03, "zero_stage": 2},
 }  # fmt: skip
 # Settings on which a result depends most.
 TELLING = (
@@ -71,12 +74,16 @@ def convert(path: Path, program: Program, *, gpus: int) -> Conversion:
     )
     if found.theirs.get("finetuning_type") == "lora" and "lora_rank" in found.theirs:
         found.theirs.setdefault("lora_alpha", 2 * found.theirs["lora_rank"])  # LLaMA-Factory's
-    found.defaults = {name: value for name, value in DEFAULTS.get(program, {}).items() if name not in found.theirs}
+    given = {*found.theirs, *map(ours_of, found.theirs)}
+    found.defaults = {
+        name: value for name, value in DEFAULTS.get(program, {}).items() if not {name, ours_of(name) or name} & given
+    }
     if "train_batch_size" in found.theirs or "max_steps" in found.theirs:
         found.defaults.pop("num_train_epochs" if "max_steps" in found.theirs else "per_device_train_batch_size", None)
     found.theirs |= found.defaults
-    for step in (OWN[program], model, adapter, data, loss, reference, batch, schedule, tracking, engine, renames):
+    for step in (OWN[program], model, adapter, data, parts, loss, reference, batch, schedule, tracking, engine):
         step(found)
+    renames(found)
     return found
 
 
@@ -166,6 +173,8 @@ def data(found: Conversion) -> None:
         for key, split in splits.items():
             if key == "data.train" or split is not None or evaluates:
                 found.put(key, source({"path": name, "config": config, "split": split}), "dataset_name")
+    elif odd := [split for split in splits.values() if split not in (None, "train", "test")]:
+        found.leave("dataset_split", odd[0], "give it in data.train and data.eval: {path: ..., split: NAME}")
     for name in PACKED:
         if found.take(name) not in OFF:
             found.taken.append((name, "data.layout: auto (packed where the model allows it)"))
@@ -238,57 +247,6 @@ def batch(found: Conversion) -> None:
         found.put("batch.pairs_per_step", number * found.gpus, names)
     for name in ("per_device_eval_batch_size", "eval_batch_size"):
         found.theirs.pop(name, None)
-
-
-def schedule(found: Conversion) -> None:
-    """Learning rate, when to evaluate and when to save."""
-    if found.theirs.get("warmup_steps") not in OFF and found.theirs.get("warmup_steps") != 0:
-        found.theirs.pop("warmup_ratio", None)
-    steps = found.theirs.get("warmup_steps")
-    if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 takes a share here
-        found.put("optimizer.warmup_ratio", found.take("warmup_steps"), "warmup_steps")
-    optimizer(found)
-    for strategy, steps_name, key in (
-        ("eval_strategy", "eval_steps", "evaluation.every_steps"),
-        ("save_strategy", "save_steps", "checkpoint.every_steps"),
-    ):
-        how, value = (
-            found.take(strategy, "evaluation_strategy" if "eval" in strategy else strategy),
-            found.take(steps_name),
-        )
-        if isinstance(value, float) and value < 1:
-            found.leave(steps_name, value, f"a share of all steps: give {key} as a number of steps")
-        elif value is not None and how not in ("no", "epoch"):
-            found.put(key, max(0, int(value)), steps_name)
-        elif how == "no":
-            if key.startswith("checkpoint") or "eval" in found.run.get("data", {}):
-                found.put(key, 0, strategy)
-        elif how == "epoch":
-            found.leave(strategy, how, f"give {key} as a number of steps")
-
-
-def optimizer(found: Conversion) -> None:
-    """transformers' `optim`, as TRL, axolotl and LLaMA-Factory have it, and what goes with it."""
-    name, muon = found.take("optim", "optimizer"), found.take("use_muon")
-    if name is None and not muon:
-        return
-    theirs = "muon" if muon else str(name)
-    bare = re.sub(r"^paged_|_(torch|hf|bnb|apex|fused|xla|npu|32bit|8bit|4bit)", "", theirs)
-    kind = "adamw_8bit" if bare == "adamw" and "8bit" in theirs else bare
-    if kind == "adafactor":
-        found.leave("optim", theirs, NO_ADAFACTOR.partition(": ")[0] + "; adamw is used")
-        return
-    if kind not in OPTIMIZERS:
-        found.leave("optim", theirs, f"adamw is used; optimizer.type has {', '.join(OPTIMIZERS)}")
-        return
-    if kind != "adamw":
-        found.put("optimizer.type", kind, "use_muon" if muon else "optim")
-    if re.search(r"4bit", theirs) or (kind == "lion" and "8bit" in theirs):
-        found.leave("optim", theirs, f"{kind} with states of 32 bits is used")
-    if kind == "lion" and "adam_beta2" not in found.theirs:
-        found.put("optimizer.adam_beta2", 0.999, "transformers' default of adam_beta2")
-    if kind == "muon" and (norm := found.take("max_grad_norm")):
-        found.leave("max_grad_norm", norm, "muon's updates do not depend on the size of gradients")
 
 
 def tracking(found: Conversion) -> None:

@@ -62,10 +62,10 @@ _TABLE = {
     "dataset_config dataset_config_name subset dataset_subset": "use data.train with {path: ..., name: ...}",
     "dataset_train_split train_split split": "use data.train with {path: ..., split: ...}",
     "dataset_test_split eval_split test_split": "use data.eval with {path: ..., split: ...}",
-    "val_set_size val_size eval_ratio": _NONE + "give held-out pairs in data.eval, e.g. {path: ..., split: "
-    "'train[95%:]'}, and the rest in data.train",
-    "max_samples num_samples max_train_samples max_eval_samples sample_packing_group_size": "use data.train with "
-    "{path: HUB_ID, split: 'train[:1000]'}; a file is read whole",
+    "val_set_size val_size eval_ratio": "use data.eval with {path: ..., split: 'train[95%:]'}, and 'train[:95%]' in "
+    "data.train",
+    "max_samples num_samples max_train_samples max_eval_samples": "use data.train with {path: ..., split: "
+    "'train[:1000]'}",
     "mix_strategy interleave_probs probs dataset_probs prompt_data_probs": "use data.train, a list of {path, weight}",
     "dataset_exact_deduplication": _NONE + "dsdpo inspect counts doubled pairs",
     "streaming dataset_streaming": _NONE + "rows are tokenized once and kept; data.cache_dir says where",
@@ -80,9 +80,9 @@ _TABLE = {
     "chat_template_args template_kwargs": "use data.chat_template_kwargs",
     "truncation_mode": "use data.truncation",
     "max_prompt_length": "use data.max_prompt_length",
-    "sample_packing packing packing_samples neat_packing padding_free pad_to_sequence_len pad_to_multiple_of "
-    "group_by_length length_column_name train_sampling_strategy eval_sample_packing use_dynamic_batch": "use "
-    "data.layout (auto packs pairs without padding and balances them over ranks)",
+    "sample_packing sample_packing_group_size packing packing_samples neat_packing padding_free pad_to_sequence_len "
+    "pad_to_multiple_of group_by_length length_column_name train_sampling_strategy eval_sample_packing "
+    "use_dynamic_batch": "use data.layout (auto packs pairs without padding and balances them over ranks)",
     "preprocessing_num_workers dataset_processes dataset_preparation_workers preprocessing_workers": "use "
     "data.dataset_num_proc",
     "dataset_prepared_path tokenized_path": "use data.cache_dir",
@@ -129,8 +129,9 @@ _TABLE = {
     # optimizer
     "lr peak_lr actor_learning_rate": "use optimizer.learning_rate",
     "lr_scheduler scheduler lr_schedule": "use optimizer.lr_scheduler_type",
-    "lr_scheduler_kwargs cosine_min_lr_ratio min_lr min_lr_ratio lr_min cosine_constant_lr_ratio": "use "
-    "optimizer.lr_scheduler_type; the schedules run with transformers' own defaults",
+    "cosine_min_lr_ratio min_lr min_lr_ratio lr_min min_lr_rate": "use optimizer.lr_scheduler_kwargs, as "
+    "{min_lr_rate: 0.1} with optimizer.lr_scheduler_type cosine_with_min_lr",
+    "cosine_constant_lr_ratio": "use optimizer.lr_scheduler_type; none stays at its end's rate for a while",
     "lr_warmup_ratio warmup_proportion warmup": "use optimizer.warmup_ratio",
     "num_warmup_steps lr_warmup_steps": "use optimizer.warmup_steps",
     "optim optimizer_name optim_args optim_target_modules": "use optimizer.type (AdamW if left out) | "

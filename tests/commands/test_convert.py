@@ -37,7 +37,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "model": {"path": "org/model-8b", "dtype": "bfloat16", "gradient_checkpointing": True, "pad_token": "<|pad|>",
                   "attn_implementation": "flash_attention_2",
                   "lora": {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}},
-        "data": {"train": {"path": "org/pairs", "split": "train"}, "text": "chat", "max_length": 4096},
+        "data": {"train": {"path": "org/pairs", "split": "train[:95%]"},
+                 "eval": {"path": "org/pairs", "split": "train[95%:]"}, "text": "chat", "max_length": 4096},
         "loss": {"type": "sigmoid", "beta": 0.2},
         "optimizer": {"type": "adamw_8bit", "learning_rate": 0.0002, "lr_scheduler_type": "cosine",
                       "warmup_ratio": 0.1},
@@ -49,7 +50,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "llamafactory.yaml": {
         "model": {"path": "org/model-8b", "dtype": "bfloat16", "trust_remote_code": True, "lora": LORA},
-        "data": {"train": {"path": str(FOREIGN / "data/pairs.json"), "columns": {"prompt": "instruction"}},
+        "data": {"train": {"path": str(FOREIGN / "data/pairs.json"), "columns": {"prompt": "instruction"},
+                           "split": "train[:1000]"},
                  "text": "chat", "max_length": 2048, "dataset_num_proc": 16},
         "loss": {"type": "sigmoid", "beta": 0.1, "rpo_alpha": 0.3},
         "optimizer": {"learning_rate": 5e-6, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1},
@@ -67,7 +69,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
                  "max_length": 8192},
         "loss": {"beta": 0.1, "rpo_alpha": 0.2},
         "reference": {"path": "org/reference-8b", "deepspeed": "ds_configs/reference/zero3_offload.json"},
-        "optimizer": {"learning_rate": 5e-7, "weight_decay": 0.01},
+        "optimizer": {"learning_rate": 5e-7, "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.95,
+                      "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+                      "warmup_ratio": 0.03},
         "batch": {"pairs_per_step": 256},
         "train": {"num_train_epochs": 1},
         "evaluation": {"every_steps": 0},
@@ -80,7 +84,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 WITHOUT: dict[str, set[str]] = {
     "trl.yaml": set(),
     "axolotl.yaml": {"chat_template", "val_set_size", "evals_per_epoch", "saves_per_epoch"},
-    "llamafactory.yaml": {"chat_template", "max_samples", "ddp_timeout"},
+    "llamafactory.yaml": {"chat_template", "ddp_timeout"},
     "openrlhf.sh": set(),
 }
 IDLE: dict[str, list[str]] = {
@@ -119,6 +123,71 @@ def test_what_a_file_leaves_out_is_the_programs_default(tmp_path: Path, capsys: 
     run = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert (run["data"]["max_length"], run["loss"]) == (512, {"type": "ipo"})
     assert "dsdpo's own default: loss.beta, optimizer.learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "theirs", "train", "held_out", "left"),
+    [
+        ("axolotl", "datasets: [{path: d}]\nval_set_size: 0.02", "train[:98%]", "train[98%:]", {"val_set_size"}),
+        ("axolotl", "datasets: [{path: d}]\nval_set_size: 500", "train[:-500]", "train[-500:]", {"val_set_size"}),
+        ("axolotl", "datasets: [{path: d}]\nval_set_size: 0.0", None, None, set()),
+        ("axolotl", "datasets: [{path: d, split: 'train[:9%]'}]\nval_set_size: 0.1", "train[:9%]", None,
+         {"val_set_size"}),
+        ("llamafactory", "dataset: d\nmax_samples: 1000\nval_size: 0.1", "train[:900]", "train[900:1000]",
+         {"dataset", "val_set_size"}),
+        ("llamafactory", "dataset: d\nmax_samples: 1000\nval_size: 10", "train[:990]", "train[990:1000]",
+         {"dataset", "val_set_size"}),
+        ("llamafactory", "dataset: d\neval_dataset: e\nmax_samples: 10", "train[:10]", None, {"dataset"}),
+        ("openrlhf", "dataset: d\nmax_samples: 10", "train[:10]", None, set()),
+        ("trl", "dataset_mixture: {datasets: [{path: d, split: all}, {path: e}], test_split_size: 0.1}", "all[:90%]",
+         "all[90%:]", {"val_set_size"}),
+        ("trl", "dataset_mixture: {datasets: [{path: d, split: all}, {path: e}], test_split_size: 50}", "all", None,
+         {"val_set_size"}),
+    ],
+)  # fmt: skip
+def test_parts_of_the_rows(
+    program: Any, theirs: str, train: str | None, held_out: str | None, left: set[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(f"base_model: m\nmodel_name_or_path: m\npretrain: m\n{theirs}\n")
+    found = convert(file, program, gpus=1)
+    for name, split in (("train", train), ("eval", held_out)):
+        sources = found.run["data"].get(name)
+        first = sources[0] if isinstance(sources, list) else sources
+        assert (first.get("split") if isinstance(first, dict) else None) == split, name
+    assert {each.split(":")[0] for each, _ in found.left} == left
+
+
+@pytest.mark.parametrize(
+    ("program", "theirs", "kind", "options", "left"),
+    [
+        ("trl", "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 3}",
+         "cosine_with_restarts", {"num_cycles": 3}, set()),
+        ("trl", "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: '{\"min_lr\": 1.0e-7}'",
+         "cosine_with_min_lr", {"min_lr": 1e-7}, set()),
+        ("trl", "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {min_lr_rate: 0.1}", "cosine", None,
+         {"lr_scheduler_kwargs"}),
+        ("trl", "lr_scheduler_type: warmup_stable_decay", None, None, {"lr_scheduler_type"}),
+        ("trl", "lr_scheduler_type: constant\nwarmup_ratio: 0.1", "constant", None, set()),
+        ("axolotl", "lr_scheduler: cosine\ncosine_min_lr_ratio: 0.2", "cosine_with_min_lr", {"min_lr_rate": 0.2},
+         set()),
+        ("axolotl", "lr_scheduler: rex", None, None, {"lr_scheduler_type"}),
+        ("openrlhf", "lr: 1.0e-6", "cosine_with_min_lr", {"min_lr_rate": 0.1}, set()),
+        ("openrlhf", "lr_scheduler: constant", "constant", None, set()),
+    ],
+)  # fmt: skip
+def test_schedules(
+    program: Any, theirs: str, kind: str | None, options: dict[str, Any] | None, left: set[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(f"base_model: m\nmodel_name_or_path: m\npretrain: m\n{theirs}\n")
+    found = convert(file, program, gpus=1)
+    ours = found.run.get("optimizer", {})
+    assert (ours.get("lr_scheduler_type"), ours.get("lr_scheduler_kwargs")) == (kind, options)
+    assert {each.split(":")[0] for each, _ in found.left} == left
+    assert not (kind == "constant" and "warmup_ratio" in ours)
+    if "lr: " in theirs:
+        assert ours["learning_rate"] == 1e-6, "the program's default took the place of another name for it"
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,10 @@ dataset_mixture:
     - {id: org/pairs, config: default, split: train_prefs, columns: [chosen, rejected], weight: 1.0}
   test_split_size: 2000
 """,
-        {"data.train": [{"path": "org/pairs", "name": "default", "split": "train_prefs", "weight": 1.0}],
+        {"data.train": {"path": "org/pairs", "name": "default", "split": "train_prefs[:-2000]", "weight": 1.0},
+         "data.eval": {"path": "org/pairs", "name": "default", "split": "train_prefs[-2000:]", "weight": 1.0},
          "batch.pairs_per_step": 32, "export.push_to_hub": "me/dpo", "loss.beta": 0.01, "model.lora": None},
-        {"dataset_mixture.test_split_size"},
+        {"val_set_size"},
     ),
     "handbook, QLoRA on splits of two sets": (
         "trl",
@@ -131,8 +132,9 @@ dataset_mixture:
         HANDBOOK.replace("save_steps: 100", "save_steps: 0.5").replace("cosine", "cosine_with_min_lr")
         + "dataset_name: org/pairs\nloss_type: apo_zero\npadding_free: true\neval_strategy: 'no'\n"
         "lr_scheduler_kwargs: {min_lr_rate: 0.1}\nuse_liger_kernel: true\nreport_to: [wandb]",
-        {"loss.type": "apo_zero", "tracking.wandb": {}, "data.layout": None, "data.eval": None},
-        {"save_steps", "lr_scheduler_type", "lr_scheduler_kwargs"},
+        {"loss.type": "apo_zero", "tracking.wandb": {}, "data.layout": None, "data.eval": None,
+         "optimizer.lr_scheduler_type": "cosine_with_min_lr", "optimizer.lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        {"save_steps"},
     ),
     "handbook, ORPO": (
         "trl",
@@ -169,7 +171,8 @@ optimizer: adamw_bnb_8bit
 evals_per_epoch: 4
 dataset_exact_deduplication: true
 """,
-        {"data.train": {"path": "org/pairs", "columns": {"prompt": "conversation", "chosen": "better"}},
+        {"data.train": {"path": "org/pairs", "columns": {"prompt": "conversation", "chosen": "better"},
+                        "split": "train[:95%]"},
          "data.text": "chat", "model.lora.target_modules": "all-linear", "model.pad_token": "<|pad|>",
          "batch.pairs_per_step": 16, "tracking.wandb": None, "model.quantization": None,
          "optimizer.type": "adamw_8bit"},
@@ -205,21 +208,23 @@ dataset_exact_deduplication: true
         FACTORY + "stage: dpo\nfinetuning_type: lora\nlora_rank: 8\nlora_target: all\npref_loss: sigmoid\n"
         "dataset: dialogues\ndeepspeed: examples/deepspeed/ds_z2_config.json",
         {"model.lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, "data.text": "chat",
-         "data.train": {"path": "data/dialogues.json", "columns": {"prompt": "conversations"}},
+         "data.train": {"path": "data/dialogues.json", "columns": {"prompt": "conversations"},
+                        "split": "train[:1000]"},
          "deepspeed": "ds_configs/zero2.json", "batch.pairs_per_step": 16},
-        {"chat_template", "max_samples", "ddp_timeout", "deepspeed"},
+        {"chat_template", "ddp_timeout", "deepspeed"},
     ),
     "LLaMA-Factory, KTO": (
         "llamafactory", FACTORY + "stage: kto\nfinetuning_type: full\ndataset: rated",
         {"loss.type": "kto", "model.lora": None,
-         "data.train": {"path": "data/rated.json", "columns": {"completion": "messages"}}},
-        {"chat_template", "max_samples", "ddp_timeout"},
+         "data.train": {"path": "data/rated.json", "columns": {"completion": "messages"},
+                        "split": "train[:1000]"}},
+        {"chat_template", "ddp_timeout"},
     ),
     "LLaMA-Factory, what cannot be: OFT, images": (
         "llamafactory",
         FACTORY + "stage: dpo\nfinetuning_type: oft\noft_block_size: 32\ndataset: dialogues\nimage_max_pixels: 262144",
         {"model.lora": None},
-        {"chat_template", "adapter", "oft_block_size", "image_max_pixels", "max_samples", "ddp_timeout"},
+        {"chat_template", "adapter", "oft_block_size", "image_max_pixels", "ddp_timeout"},
     ),
 }  # fmt: skip
 
