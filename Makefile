@@ -100,6 +100,7 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.packing $(SHORT) --out runs/bench/packing.json
 	$(VENV)/bin/python -m benchmarks.precompute $(SHORT) --tiny --pairs 256 --out runs/bench/precompute.json
 	$(VENV)/bin/python -m benchmarks.overhead $(SHORT) --tiny --pairs-per-step 8 --out runs/bench/overhead.json
+	$(VENV)/bin/python -m benchmarks.step_split --rounds 1 --tiny --pairs-per-step 8 --out runs/bench/step_split.json
 	$(VENV)/bin/python -m benchmarks.saves $(SHORT) --tiny --out runs/bench/saves.json
 	$(VENV)/bin/python -m benchmarks.window $(SHORT) --tiny --quick-memory --out runs/bench/window.json
 	$(VENV)/bin/python -m benchmarks.strategies $(TINY) --out runs/bench/strategies.json

@@ -2,23 +2,23 @@
 
 Real shapes with random weights, pairs with the lengths of UltraFeedback, HH-RLHF and Tülu 3's HelpSteer, bfloat16. Each
 case is held against the shortest step that this device's measured peak allows. MFU counts what the formulas ask for
-(dsdpo/objective/flops.py) against the data sheet's peak.
+(dsdpo/objective/flops.py) against the data sheet's peak. Sides run one after another, as two do not fit the device.
 
     python -m benchmarks.gpu [--cases 1b 8b-lora] [--mixes ultrafeedback hh helpsteer] [--sides compiled dsdpo]
+    python -m benchmarks.gpu --minutes 8                           what can be measured in eight minutes, 1B first
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
+import time
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_peak import measured_peak
 from benchmarks.harness.common import Report, Spread, Table, gpu_names, parser, work_folder
 from benchmarks.harness.compare import raw, speedups
 from benchmarks.harness.inputs import (
@@ -32,12 +32,12 @@ from benchmarks.harness.inputs import (
     random_rows,
     write_rows,
 )
-from benchmarks.harness.processes import Measured, Side, environment, run_sides
+from benchmarks.harness.processes import Measured, Side, run_sides
 from benchmarks.harness.roofline import Floor, Peak, floor_of_step
 from benchmarks.harness.sides import Task, default_dtype, ours, theirs
 from dsdpo.training.perf import peak_tflops
 
-WARMUP = 3
+WARMUP = 2
 # Median tokens of prompt and of each response, spread, from the medians in arXiv 2410.20305.
 MIXES = {"ultrafeedback": (71, 169, 0.6), "hh": (96, 45, 0.6), "helpsteer": (589, 93, 0.6)}
 LONGEST = 2048
@@ -78,49 +78,57 @@ TINY = Case(replace(DEMO, dtype="float32"), {"stage": 2, "overlap_comm": False},
 
 def main() -> None:
     """Measure and report."""
-    options = parser("gpu", "1B and 8B models on one GPU.", rounds=5, steps=3)
+    options = parser("gpu", "1B and 8B models on one GPU.", rounds=3, steps=2)
     options.add_argument("--cases", nargs="+", default=["1b", "8b-lora"], choices=list(CASES))
     options.add_argument("--mixes", nargs="+", default=list(MIXES), choices=list(MIXES))
     options.add_argument("--sides", nargs="+", default=[PACKED, PADDED, TRL], choices=SIDES)
     options.add_argument("--pairs-per-step", type=int, default=64)
     options.add_argument("--trl-micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size")
+    options.add_argument("--minutes", type=float, default=None, help="begin nothing that would end after so many")
     options.add_argument("--tiny", action="store_true", help="a model that takes no time, to try the script")
     given = options.parse_args()
     if not gpu_names() and not given.tiny:
         raise SystemExit("benchmarks.gpu: no CUDA device here; --tiny tries the script on a CPU")
-    report = Report("gpu", "On one GPU", given)
+    report, ends = Report("gpu", "On one GPU", given), time.monotonic() + 60 * (given.minutes or float("inf"))
     with work_folder(given.folder) as folder:
         peak = measured_peak(folder)
         report.measured("peak", vars(peak))
         for name in given.cases:
-            rows = []
+            rows, took = [], 0.0
             case = TINY if given.tiny else CASES[name]
             model = make_model(folder / f"model-{name}", case.size)
             for mix in given.mixes:
+                began = time.monotonic()
+                if began + took > ends:
+                    print(f"no time left for {name}, {mix}")
+                    continue
                 measured = measure(case, given, model, mix, folder / f"{name}-{mix}")
                 report.measured(f"{name}, {mix}", raw(measured, None))
                 rows += case_rows(f"{name}, {mix}", case, given, measured, peak)
+                took = time.monotonic() - began
+                report.write()
             report.table(Table(f"{name}, {given.pairs_per_step} pairs per step", COLUMNS, tuple(rows), NOTE))
-    report.write()
+            report.write()
 
 
 NOTE = (
-    "Sides in turns: median [lowest, highest] of rounds. MFU is of the data sheet's peak, the share of the shortest "
+    "Median [lowest, highest] of rounds. MFU is of the data sheet's peak, the share of the shortest "
     "step of the measured one. TRL's MFU follows from dsdpo's by the times of the same pairs. The last column is the "
     "share of dsdpo's step that is neither policy nor reference nor optimizer."
 )
 
 
-def measured_peak(folder: Path) -> Peak:
-    """This device's peak, measured in a process of its own, whose memory is free afterwards."""
-    out = folder / "peak.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_peak", "--rounds", "3", "--out", str(out)]
-    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
-    return Peak(**json.loads(out.read_text())["measured"]["peak"])
-
-
 def measure(case: Case, given: argparse.Namespace, model: Path, mix: str, folder: Path) -> dict[str, Measured]:
     """What the sides of a case report."""
+    task = make_task(case, given, model, mix, folder)
+    adapter = make_adapter(model, folder / "adapter", rank=16) if case.lora else None
+    names = [name for name in given.sides if not (case.lora and name == "compiled")]  # which do not go together
+    sides = [make_side(name, case, task, given, adapter) for name in names]
+    return run_sides(sides, rounds=given.rounds, steps=given.steps, warmup=WARMUP, together=not gpu_names())
+
+
+def make_task(case: Case, given: argparse.Namespace, model: Path, mix: str, folder: Path) -> Task:
+    """A case's model and pairs with the lengths of a mix, in a new folder."""
     folder.mkdir(parents=True)
     max_steps = WARMUP + given.rounds * given.steps
     prompt, response, sigma = (8, 6, 0.3) if given.tiny else MIXES[mix]
@@ -128,7 +136,7 @@ def measure(case: Case, given: argparse.Namespace, model: Path, mix: str, folder
     lengths = mixed_lengths(
         given.pairs_per_step * max_steps, prompt=prompt, response=response, sigma=sigma, longest=longest
     )
-    task = Task(
+    return Task(
         model=model,
         data=write_rows(folder / "train.jsonl", random_rows(lengths, case.size.vocabulary)),
         folder=folder,
@@ -140,10 +148,6 @@ def measure(case: Case, given: argparse.Namespace, model: Path, mix: str, folder
         dtype=default_dtype(),
         gradient_checkpointing=not given.tiny,
     )
-    adapter = make_adapter(model, folder / "adapter", rank=16) if case.lora else None
-    names = [name for name in given.sides if not (case.lora and name == "compiled")]  # which do not go together
-    sides = [make_side(name, case, task, given, adapter) for name in names]
-    return run_sides(sides, rounds=given.rounds, steps=given.steps, warmup=WARMUP)
 
 
 def make_side(name: str, case: Case, task: Task, given: argparse.Namespace, adapter: Path | None) -> Side:

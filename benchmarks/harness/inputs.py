@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.common import gpu_names
+
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 
 
@@ -65,7 +67,13 @@ def make_model(folder: Path, size: Size, *, seed: int = 0) -> Path:
         tie_word_embeddings=size.tied,
         dtype=size.dtype,
     )
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype)).save_pretrained(folder)
+    # On a GPU where there is one: a CPU takes minutes to draw the weights of 8B.
+    with torch.device("cuda" if gpu_names() else "cpu"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
+    lm.save_pretrained(folder)
+    if gpu_names():
+        del lm
+        torch.cuda.empty_cache()  # for the processes that load it
     return folder
 
 
@@ -115,17 +123,23 @@ def first_rows(source: Path, path: Path, count: int) -> Path:
 
 
 def make_adapter(model: Path, folder: Path, *, rank: int = 8, seed: int = 0) -> Path:
-    """A fresh LoRA adapter on every linear layer but the head, for two sides to start from."""
+    """A fresh LoRA adapter on every linear layer but the head, for two sides to start from. Reads no weights."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    disable_progress_bar()
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(lm, settings).save_pretrained(folder)
+    adapted = get_peft_model(lm, settings)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            for half in (module.lora_A, module.lora_B):
+                half.to_empty(device="cpu")
+            module.reset_lora_parameters("default", init_lora_weights=True)
+    adapted.save_pretrained(folder)
     return folder
 
 

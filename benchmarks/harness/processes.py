@@ -152,11 +152,19 @@ def _filled(side: Side) -> dict[str, str]:
 
 
 def run_sides(
-    sides: Sequence[Side], *, rounds: int, steps: int, warmup: int = 2, starts: int = 1, seed: int = 0
+    sides: Sequence[Side],
+    *,
+    rounds: int,
+    steps: int,
+    warmup: int = 2,
+    starts: int = 1,
+    seed: int = 0,
+    together: bool = True,
 ) -> dict[str, Measured]:
     """Every side's figures after `rounds` rounds, in each of which every side runs `steps` steps, in random order.
 
-    Sides run one at a time. They are started `starts` times over, between which the rounds are divided.
+    Sides run one at a time. They are started `starts` times over, between which the rounds are divided. Not `together`:
+    a side takes all turns of a start before the next side starts, for sides of which one alone fits the device.
     """
     end_with_children()
     order = random.Random(seed)
@@ -165,22 +173,30 @@ def run_sides(
         turns = rounds // starts + (start < rounds % starts)
         if not turns:
             continue
-        running: list[Running] = []
-        try:
-            for side in sides:
-                folder = side.folder / f"start{start}"
-                running.append(Running(replace(side, folder=folder), warmup=warmup, steps=steps, turns=turns))
-            for one in running:
-                one.wait_for("ready")
-            for turn in range(turns):
-                for one in order.sample(running, len(running)):
-                    one.turn(turn)
-            for one in running:
-                _add(measured[one.side.name], one.finish())
-        finally:
-            for one in running:
-                one.stop()
+        own = [replace(side, folder=side.folder / f"start{start}") for side in sides]
+        for group in [own] if together else [[side] for side in order.sample(own, len(own))]:
+            for name, reports in _in_turns(group, order, warmup=warmup, steps=steps, turns=turns).items():
+                _add(measured[name], reports)
     return measured
+
+
+def _in_turns(
+    sides: Sequence[Side], order: random.Random, *, warmup: int, steps: int, turns: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Start the sides, let them take their turns; what their ranks report."""
+    running: list[Running] = []
+    try:
+        for side in sides:
+            running.append(Running(side, warmup=warmup, steps=steps, turns=turns))
+        for one in running:
+            one.wait_for("ready")
+        for turn in range(turns):
+            for one in order.sample(running, len(running)):
+                one.turn(turn)
+        return {one.side.name: one.finish() for one in running}
+    finally:
+        for one in running:
+            one.stop()
 
 
 def measure_memory(sides: Sequence[Side], *, steps: int, warmup: int = 2) -> dict[str, Measured]:

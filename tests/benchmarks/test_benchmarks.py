@@ -67,6 +67,18 @@ def test_precompute_is_timed_against_its_forwards(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_a_step_is_split_and_held_against_the_peak(tmp_path: Path) -> None:
+    options = ("--tiny", "--rounds", "1", "--steps", "2", "--pairs-per-step", "8")
+    result = run_benchmark("step_split", tmp_path / "split.json", *options)
+    split, targets = result["tables"]
+    assert {"matrix products", "output head", "optimizer", "host", "unclassified"} <= {row[0] for row in split["rows"]}
+    assert targets["rows"][0][2] == "< 5 %"
+    (measured,) = (value for name, value in result["measured"].items() if name != "peak")
+    assert len(measured["steps"]) == 2
+    assert len(measured["plain_s"]) == 1
+
+
+@pytest.mark.nightly
 def test_saves_are_timed_beside_steps(tmp_path: Path) -> None:
     result = run_benchmark("saves", tmp_path / "saves.json", "--tiny", "--rounds", "2", "--steps", "3")
     *rounds, memory = result["measured"]["1 ranks"][0]["rounds"]
