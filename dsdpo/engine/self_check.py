@@ -223,14 +223,12 @@ def describe(*answers: Answers) -> None:
     say(f"checked: log-probs are the models' own, and the same each time ({seconds:.1f} s)")
 
 
-def describe_bias(policy: Answers, reference: Answers) -> None:
-    """Say how far a reference with the policy's weights in fewer bits is from it before training.
+def measured_bias(policy: Answers, reference: Answers) -> dict[str, float]:
+    """How far a reference with the policy's weights in fewer bits is from it before training, in nats of a response.
 
     The part that chosen and rejected share cancels in the loss; what is left is the size of an error in its margin.
     """
     difference = (reference.logps - policy.logps).double()
     size = difference.abs().mean() / policy.tokens.double().clamp(min=1).mean()
-    say(
-        f"reference in fewer bits: a response gets {float(difference.mean()):+.3f} nats on average beside the policy's "
-        f"({float(size):.4f} a token, spread {float(difference.std()):.3f}): the first loss is that far from ln 2"
-    )
+    found = {"mean": difference.mean(), "spread": difference.std(), "size_per_token": size}
+    return {name: round(float(value), 6) for name, value in found.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -60,16 +60,18 @@ class ReferenceIdentity:
     sync: str | None  # how the reference has moved; null: not at all
     token_weights: str | None = None  # by which tokens count in a response's sum; null: all alike
     date: str | None = None  # YYYY-MM-DD, what the chat template was told; not known where a template asks for none
+    # Of a reference with the policy's weights in fewer bits: how far from it at step 0 (`self_check.measured_bias`).
+    bias: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; the date only where the template writes one."""
-        return {name: value for name, value in asdict(self).items() if name != "date" or value is not None}
+        """All fields; the date only where the template writes one, the bias only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value is not None}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ReferenceIdentity:
         """Raises TypeError where `content` is no identity."""
         known = {field.name for field in fields(cls)}
-        found = set(content) | {"token_weights", "date"}  # which identities of older versions do not have
+        found = set(content) | {"token_weights", *LATER}  # which identities of older versions do not have
         if found != known:
             raise TypeError(f"not a reference identity: {sorted(found ^ known)}")
         return cls(**content)
@@ -84,19 +86,45 @@ class ReferenceIdentity:
     def differences(self, other: ReferenceIdentity, among: Sequence[str] = ()) -> list[str]:
         """One text for each field that differs, this identity's value first; of all fields, or `among` these.
 
-        Dates differ where both are known: identities of older versions have none, whatever the template was told.
+        Dates differ where both are known: identities of older versions have none, whatever the template was told. The
+        bias follows from the other fields but for the rounding of a device: see `drift`.
         """
-        names = among or [field.name for field in fields(self) if field.name != "date" or (self.date and other.date)]
+        known = [field.name for field in fields(self) if field.name not in LATER or (self.date and other.date)]
+        names = among or [name for name in known if name != "bias"]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name} ({_short(ours)}, not {_short(theirs)})" for name, ours, theirs in pairs if ours != theirs]
+
+    def drift(self, saved: ReferenceIdentity) -> str | None:
+        """What to say where the bias is another than it was by more than a tenth of its spread over responses."""
+        if self.bias is None or saved.bias is None:
+            return None
+        if abs(self.bias["mean"] - saved.bias["mean"]) <= 0.1 * saved.bias["spread"]:
+            return None
+        return (
+            f"the reference in fewer bits was {saved.bias['mean']:+.3f} nats off when training began, and is "
+            f"{self.bias['mean']:+.3f} now with the same weights: something computes it otherwise (device, versions)"
+        )
 
     def describe(self) -> str:
         """The identity in one line."""
         revision = f" at {self.revision[:12]}" if self.revision else ""
         moved = f", {self.sync}" if self.sync else ""
-        return f"{self.path}{revision}, {self.dtype}, {self.strategy}{moved}, weights {self.weights[:12]}"
+        weights = f"weights {self.weights[:12]}"
+        return f"{self.path}{revision}, {self.dtype}, {self.strategy}{moved}, {weights}{bias_text(self.bias)}"
 
 
+def bias_text(bias: Mapping[str, float] | None) -> str:
+    """What a reference in fewer bits is off by; nothing for one that is not."""
+    if bias is None:
+        return ""
+    return (
+        f"; in fewer bits: a response gets {bias['mean']:+.3f} nats on average beside the policy's "
+        f"({bias['size_per_token']:.4f} a token, spread {bias['spread']:.3f}), so the first loss is not ln 2"
+    )
+
+
+# Fields that are there only where there is something to say.
+LATER = ("date", "bias")
 # Fields that decide log-probs. The rest says where the same weights lay and what they were used for; the date is in the
 # tokens, by which the store knows a pair.
 DECISIVE = ("weights", "architecture", "dtype", "tokenizer", "template", "max_length", "logps_version")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +11,7 @@ from dsdpo.console import waiting
 from dsdpo.engine.build import build_policy, device, warm_up
 from dsdpo.engine.download import fetch_model
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
-from dsdpo.engine.self_check import Answers, check_engine, check_same, computing_dtype, describe, describe_bias
+from dsdpo.engine.self_check import Answers, check_engine, check_same, computing_dtype, describe, measured_bias
 from dsdpo.reference.base import Reference
 from dsdpo.run.plan import Plan
 
@@ -34,8 +35,8 @@ def build_policy_and_reference(plan: Plan) -> tuple[Any, Reference]:
     if theirs is not None and starts_as_policy(plan):
         if plan.reference.model.quantization == plan.run.model.quantization:
             check_same(ours, theirs)
-        else:
-            describe_bias(ours, theirs)
+        elif reference.identity is not None:
+            reference.identity = replace(reference.identity, bias=measured_bias(ours, theirs))
     describe(ours, *([] if theirs is None else [theirs]))
     return policy, reference
 

@@ -13,6 +13,7 @@ from dsdpo.console import counted
 from dsdpo.data.pairs import Pairs
 from dsdpo.engine.elastic import shares_store
 from dsdpo.reference.store import pair_keys
+from dsdpo.run.models import starts_as_policy
 from dsdpo.run.plan import Plan
 
 
@@ -40,6 +41,12 @@ def run_notes(plan: Plan) -> Iterator[str]:
         yield (
             f"distributed.sequence_parallel {plan.sequence.size}: ranks that share a row are on several nodes, whose "
             "network then carries every layer's exchange; a divisor of the ranks of a node would stay on it"
+        )
+    bits = plan.reference.model.quantization
+    if starts_as_policy(plan) and plan.reference.own_engine and bits is not None and bits != run.model.quantization:
+        yield (
+            f"reference.quantization: the reference has the policy's weights in fewer bits ({bits.describe()}), so the "
+            "first loss is not ln 2; how far off it is, is measured before training, printed, and kept in identity.json"
         )
     if shares_store():
         yield (

@@ -17,6 +17,7 @@ from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
 from dsdpo.reference.base import Reference
 from dsdpo.reference.identity import ReferenceIdentity
+from dsdpo.reference.store import read_identity
 from dsdpo.run.plan import Plan, with_total_steps
 from dsdpo.run_folder import RunFolder
 from dsdpo.training.checkpoint import TrainState, load_checkpoint, read_state
@@ -105,6 +106,7 @@ def restore_or_start(
     others = []
     if reference.identity is not None:
         others = check_identity(checkpoint, reference.identity, allow=plan.run.checkpoint.allow_other_reference)
+        reference.identity = with_first_bias(reference.identity, checkpoint)
     for line in others:
         say(f"another reference than {checkpoint.name}'s, as checkpoint.allow_other_reference permits: {line}")
     seed = plan.run.train.seed
@@ -114,6 +116,16 @@ def restore_or_start(
             drop_rows_after(folder, state.step)
     say(f"resumed from {checkpoint}: step {state.step} of {plan.total_steps}")
     return record_identity(reference.identity, folder, overridden=others)
+
+
+def with_first_bias(identity: ReferenceIdentity, checkpoint: Path) -> ReferenceIdentity:
+    """The identity with the bias that was measured when training began; another one today is said."""
+    saved = read_identity(checkpoint)
+    if saved is None or saved.bias is None or identity.bias is None:
+        return identity
+    if (line := identity.drift(saved)) is not None:
+        say(line)
+    return replace(identity, bias=saved.bias)
 
 
 def record_identity(identity: ReferenceIdentity | None, folder: RunFolder, *, overridden: list[str]) -> dict[str, Any]:

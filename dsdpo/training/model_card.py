@@ -14,6 +14,7 @@ import dsdpo
 from dsdpo.config.load import dump_yaml
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import RunConfig
+from dsdpo.reference.identity import bias_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 LICENCE = "# license: yours to name; that of the base model and of the data may bind it"
@@ -116,4 +117,5 @@ def identity_text(identity: Mapping[str, Any] | None) -> str:
     if not identity:
         return ""
     revision = f", revision `{identity['revision']}`" if identity.get("revision") else ""
-    return f" ({identity['dtype']}, weights digest `{identity['weights']}`{revision})"
+    off = bias_text(identity.get("bias"))
+    return f" ({identity['dtype']}, weights digest `{identity['weights']}`{revision}{off})"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from safetensors.torch import load_file
 
 from dsdpo.config.model import ModelConfig
 from dsdpo.config.run import RunConfig
-from dsdpo.engine.self_check import Answers, describe_bias
+from dsdpo.engine.self_check import Answers, measured_bias
+from dsdpo.reference.identity import ReferenceIdentity
 from tests.ranks import run_ranks
 from tests.reference.test_adapter import lora_run
-from tests.runs import losses, train_on
+from tests.runs import losses, metrics, train_here, train_on
 
 pytest.importorskip("bitsandbytes")
 LN_2 = math.log(2)
@@ -136,22 +139,58 @@ def digests_here() -> tuple[str, str, str]:
 
 
 def test_reference_in_4_bits_beside_a_policy_in_32(inputs: Path, tmp_path: Path) -> None:
+    """How far off it is at the start stands in the plan, the identity and the model card, and stays on a resume."""
     run = lora_run(
-        tmp_path, inputs, {"r": 4}, reference={"strategy": "separate", "quantization": NF4}, policy_zero="zero2"
-    )
-    found = losses(train_on(2, run))
+        tmp_path, inputs, {"r": 4}, reference={"strategy": "separate", "quantization": NF4}, policy_zero="zero2",
+        checkpoint={"every_steps": 2}, tracking={"every_steps": 1},
+    )  # fmt: skip
+    plan, rows = run_ranks(2, planned_and_trained, run)[0]
+    found, folder = losses(rows), tmp_path / "run"
+    assert "reference has the policy's weights in fewer bits (4-bit nf4, double)" in plan
     assert found[0] != pytest.approx(LN_2, abs=1e-6)
     assert found[0] == pytest.approx(LN_2, abs=0.05)
+    identity = json.loads((folder / "identity.json").read_text())
+    bias = identity["bias"]
+    assert bias["spread"] > 0
+    assert 0 < abs(bias["mean"]) < 5
+    assert f"a response gets {bias['mean']:+.3f} nats on average" in (folder / "model" / "README.md").read_text()
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    saved = folder / "checkpoints" / "step-000002" / "identity.json"
+    assert json.loads(saved.read_text()) == identity
+    assert losses(train_on(2, {**run, "checkpoint": {"every_steps": 2, "resume": "auto"}})) == found
+    assert json.loads((folder / "identity.json").read_text()) == identity
 
 
-def test_bias_of_a_reference_in_fewer_bits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def planned_and_trained(run: dict[str, Any]) -> tuple[str, list[dict[str, float]]]:
+    """What the plan says, and the rows of the run."""
+    from dsdpo.run.plan import plan_run
+    from dsdpo.run.summary import describe_plan
+
+    plan = plan_run(RunConfig.model_validate(run))
+    train_here(run)
+    return " ".join(describe_plan(plan).split()), metrics(Path(run["output_dir"]))
+
+
+def test_bias_of_a_reference_in_fewer_bits() -> None:
     """Differences of -1 and 3 nats: 1 on average, 2 in size over 20 tokens a response, spread √8."""
     tokens = torch.tensor([10, 30])
     policy, reference = (
         Answers(torch.tensor(values), tokens, "float32", "model", 0.0) for values in ([-20.0, -60.0], [-21.0, -57.0])
     )
-    describe_bias(policy, reference)
-    assert "gets +1.000 nats on average beside the policy's (0.1000 a token, spread 2.828)" in capsys.readouterr().out
+    bias = measured_bias(policy, reference)
+    assert bias == {"mean": 1.0, "spread": 2.828427, "size_per_token": 0.1}
+    identity = ReferenceIdentity("w", "a", "bfloat16", "t", "c", 64, 1, "m", None, "separate", None, bias=bias)
+    assert "+1.000 nats on average beside the policy's (0.1000 a token, spread 2.828)" in identity.describe()
+    assert ReferenceIdentity.from_json(identity.to_json()) == identity
+    again, other = (replace(identity, bias={**bias, "mean": mean}) for mean in (1.2, 2.0))
+    assert again.drift(identity) is None
+    assert "was +1.000 nats off when training began, and is +2.000 now" in str(other.drift(identity))
+    plain = replace(identity, bias=None)
+    assert other.differences(identity) == other.differences(plain) == []
+    assert other.key() == plain.key()
+    assert "bias" not in plain.to_json()
+    assert plain.drift(identity) is None
 
 
 @pytest.mark.parametrize(
