@@ -31,6 +31,7 @@ from dsdpo.errors import ConfigError
 __all__ = ["check_run", "did_you_mean", "dotted_keys", "dump_yaml", "load_run", "nested", "read_yaml", "run_parser"]
 
 COMMAND_LINE = "command line"
+MOST_ERRORS = 10  # of one run file that are told at once
 
 
 class RunParser(argparse.ArgumentParser):
@@ -174,9 +175,9 @@ def check_run(
     try:
         return RunConfig.model_validate(_merge(content, overrides), context={"folder": folder})
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(_explain(detail, (str(source), over), content, overrides) for detail in error.errors())
-        ) from None
+        found = [_explain(detail, (str(source), over), content, overrides) for detail in error.errors()]
+        more = [f"{source}: and {len(found) - MOST_ERRORS} more such errors"] if len(found) > MOST_ERRORS else []
+        raise ConfigError("\n".join([*found[:MOST_ERRORS], *more])) from None
 
 
 def check_deepspeed_files(run: RunConfig) -> None:
@@ -325,7 +326,7 @@ def _meaning(loc: tuple[int | str, ...]) -> str:
     if field is None:
         return ""
     inner = _section(loc)
-    text = field.description or (inner.__doc__ if inner else None)
+    text = " ".join((field.description or (inner.__doc__ if inner else None) or "").split())
     return f" ({text.rstrip('.')})" if text else ""
 
 

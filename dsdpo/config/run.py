@@ -53,7 +53,7 @@ class BatchConfig(Section):
 class TrainConfig(Section):
     """How long to train, and the seed."""
 
-    num_train_epochs: PositiveFloat = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Passes over the training pairs; fractions are allowed."""
     max_steps: Annotated[int, Field(ge=-1)] = -1
     """Optimizer steps, in place of num_train_epochs; -1: as many as the epochs take."""

@@ -36,6 +36,7 @@ KINDS = {
 }
 LEFT_OUT = ("tie",)  # kinds that say nothing against the row: they count towards no limit on bad rows
 CUT = ("prompt_too_long", "equal_after_truncation", "nothing_learned")  # kinds that a larger data.max_length mends
+BY_TEMPLATE = ("template_refused", "template_drops")  # kinds that another chat template may mend
 
 
 # What is worth saying of rows that were kept; a note may name a token behind a space.
@@ -154,8 +155,14 @@ def collect_problems(bad_rows: Iterable[tuple[str, str, str, str]]) -> tuple[Pro
 def check_report(report: DropReport, *, key: str, strict: bool, max_dropped_share: float) -> None:
     """Raises DataError if no row is left, or more were dropped than `data.strict` and the share allow."""
     if report.kept == 0:
-        cut = any(problem.kind in CUT for problem in report.problems)
-        remedy = "Raise data.max_length, or correct the rows." if cut else "Correct the rows."
+        kinds = {problem.kind for problem in report.problems}
+        remedy = (
+            "Raise data.max_length, or correct the rows."
+            if kinds & set(CUT)
+            else "Correct the rows, or the chat template (model.chat_template)."
+            if kinds & set(BY_TEMPLATE)
+            else "Correct the rows."
+        )
         raise DataError(f"{key}: no usable row is left.\n{report.text}\n{remedy}")
     if strict and report.bad:
         raise DataError(

@@ -82,9 +82,7 @@ def _example(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> di
     """One pair of the row."""
     chosen, rejected = (read_turns(name, fields[name]) for name in ("chosen", "rejected"))
     prompt = None if fields["prompt"] is None else read_turns("prompt", fields["prompt"])
-    system, history = fields["system"], fields["history"]
-    if system is not None and not isinstance(system, str):
-        raise BadRow("wrong_type", f"system is text, not {short(system)}")
+    system, history = _system(fields["system"]), fields["history"]
     tools = read_json("tools", fields["tools"], list)
     template_kwargs = read_json("chat_template_kwargs", fields["chat_template_kwargs"], dict)
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -107,6 +105,18 @@ def _example(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> di
     example = _message_example(prompt, chosen, rejected, system, history)
     options |= {"tools": tools, "chat_template_kwargs": {**rules.chat_template_kwargs, **(template_kwargs or {})}}
     return example | {name: value for name, value in options.items() if value or name in NUMBERS}
+
+
+def _system(value: Any) -> str | None:
+    """The text of a row's own field for the system message, which may hold it as parts or as one message."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    turns = read_turns("system", value)
+    if isinstance(turns, str):
+        return turns
+    if len(turns) != 1 or turns[0]["role"] not in SYSTEM:
+        raise BadRow("wrong_type", f"system is text or one system message, not {short(value)}")
+    return text_of(turns[0])
 
 
 def _text_example(prompt: str | None, chosen: str, rejected: str, system: str | None) -> dict[str, Any]:

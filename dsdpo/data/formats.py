@@ -196,7 +196,7 @@ def _number(name: str, value: Any) -> float | None:
         return None
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise BadRow("wrong_type", f"{name} is a number, not {short(value)}")
@@ -257,7 +257,7 @@ def _same_label(value: Any, one: Any) -> bool:
         return value.strip().lower() == one.strip().lower()
     try:
         return float(value) == float(one)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -37,7 +37,7 @@ MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 def read_turns(name: str, value: Any) -> Turns:
     """A field as text or as checked messages. Raises BadRow where it is neither, empty, or holds more than text."""
     if isinstance(value, str):
-        value = _parsed_messages(name, value)
+        value = _parsed_parts(_parsed_messages(name, value))
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list) and value and all(isinstance(item, dict) and "type" in item for item in value):

@@ -40,7 +40,7 @@ __all__ = ["Pairs", "cache_folder", "open_pairs", "prepare_pairs", "template_dig
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of the code that decides ids and order: raise it when they change for the same input
+VERSION = 5  # of the code that decides ids and order: raise it when they change for the same input
 # Settings of `data` that change nothing in the prepared pairs; all others are in their key.
 WITHOUT_EFFECT = {
     "train", "eval", "shuffle", "layout", "strict", "max_dropped_share", "dataset_num_proc", "cache_dir",

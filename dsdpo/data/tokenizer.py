@@ -26,9 +26,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
             revision=None if model.tokenizer else model.revision,
             trust_remote_code=model.trust_remote_code,
         )
+        tokenizer("a")  # what some settings and vocabularies make impossible
     except Exception as error:  # the libraries below raise whatever their parsers raise
         key = "model.tokenizer" if model.tokenizer else "model.path"
-        first_line = str(error).strip().splitlines()[0]
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"{key}: no tokenizer could be loaded from {source!r} ({first_line}); give one with model.tokenizer"
         ) from error
@@ -36,7 +37,12 @@ def load_tokenizer(model: ModelConfig) -> Any:
         path = Path(model.chat_template)
         if not path.is_file():
             raise ConfigError(f"model.chat_template: no file {path}; give the path of a Jinja template")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"model.chat_template: {path} cannot be read as text ({error}); give a Jinja template"
+            ) from error
     _check_template(tokenizer, "model.chat_template" if model.chat_template else f"the chat template of {source!r}")
     tokenizer.end_tokens = end_tokens(tokenizer, model)
     if model.pad_token is not None:
@@ -52,7 +58,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 def end_tokens(tokenizer: Tokenizer, model: ModelConfig) -> tuple[str, ...]:
     """The tokens that end a generation of the model: its tokenizer's EOS and those of its generation config."""
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    with suppress(OSError, ValueError):  # most models without one
+    with suppress(OSError, ValueError, TypeError):  # most models without one
         config = GenerationConfig.from_pretrained(model.path, revision=model.revision)
         ids = config.eos_token_id
         found += [] if ids is None else ids if isinstance(ids, list) else [ids]

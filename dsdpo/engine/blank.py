@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from dsdpo.config.model import ModelConfig
 from dsdpo.data.binning import LayoutName
-from dsdpo.engine.weight_files import Shapes, model_tensors, some
+from dsdpo.engine.weight_files import Shapes, first_difference, model_tensors, some
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
 from dsdpo.objective.logps import ResponseScorer
@@ -64,7 +64,8 @@ def blank_lm(model: ModelConfig, *, layout: LayoutName = "padded", key: str = "m
             raise ConfigError(
                 f"model.attn_implementation: {name} cannot be used for {model.path}: {first_line}; set it to auto"
             ) from error
-        raise ConfigError(f"{key}: {model.path} cannot be built from its config.json: {first_line}") from error
+        what = f"no {first_line} is known" if isinstance(error, KeyError) else first_line
+        raise ConfigError(f"{key}: {model.path} cannot be built from its config.json: {what}; correct it") from error
 
 
 def attention_name(model: ModelConfig, layout: LayoutName) -> str | None:
@@ -113,6 +114,13 @@ def _check_weights(lm: Any, shapes: Shapes, model: ModelConfig, *, key: str) -> 
     refuse_unfit(
         found, shapes, f"{key}: the weights in {model.path} do not fit its config.json", what=type(lm).__name__
     )
+    tied: dict[str, str] = getattr(lm, "all_tied_weights_keys", {})
+    if different := first_difference(Path(model.path).expanduser(), tied):
+        raise ConfigError(
+            f"{key}: the config.json of {model.path} makes {different[0]} and {different[1]} one tensor "
+            "(tie_word_embeddings), but the weights hold two: set tie_word_embeddings to false if both count, or leave "
+            "the first out of the weights"
+        )
 
 
 REMEDY = "copy or download the model again, or correct config.json; nothing was trained"

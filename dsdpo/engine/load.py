@@ -113,7 +113,7 @@ def switch_off_randomness(lm: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in RANDOM:
-            if isinstance(getattr(module, name, None), float):
+            if isinstance(value := getattr(module, name, None), (int, float)) and not isinstance(value, bool):
                 setattr(module, name, 0.0)
 
 

@@ -27,6 +27,7 @@ from dsdpo.data.steps import BatchSource
 from dsdpo.distributed import gather_objects
 from dsdpo.engine.build import device
 from dsdpo.engine.quirks.gather_trace import SecondOrder
+from dsdpo.engine.shards import nonfinite_parameters
 from dsdpo.errors import ConfigError
 from dsdpo.objective.logps import ROUNDING
 from dsdpo.objective.output_head import base_lm
@@ -80,6 +81,7 @@ def check_engine(
     tokens = torch.zeros_like(plain, dtype=torch.int64)
     tokens.index_add_(0, padded.response, torch.ones_like(padded.response))
     answers = Answers(plain, tokens, dtype, name, time.perf_counter() - started)
+    _refuse_nonfinite(engine.module, answers)
     agree(
         _repeats(first, second, answers, training=trains)
         or _as_own_logits(*per_token, answers)
@@ -146,6 +148,21 @@ def agree(refusal: str | None) -> None:
     for text in gather_objects(refusal):
         if text is not None:
             raise ConfigError(text)
+
+
+def _refuse_nonfinite(module: nn.Module, answers: Answers) -> None:
+    """Raise `ConfigError` on all ranks where finite weights give no response a finite log-prob. Collective.
+
+    Single pairs may have none: training stops at them and names them. Weights that are not finite are named by
+    `finite_weights`.
+    """
+    if any(gather_objects(bool(answers.logps.isfinite().any()))) or nonfinite_parameters(module):
+        return
+    raise ConfigError(
+        f"{answers.name}: no response of a sample has a finite log-prob in {answers.dtype}, though all weights are "
+        "finite: compare the numbers in its config.json (norms, rotary embeddings, scales) with those of the original, "
+        "or set another model.dtype"
+    )
 
 
 def _repeats(first: Tensor, second: Tensor, answers: Answers, *, training: bool) -> str | None:

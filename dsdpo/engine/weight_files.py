@@ -6,16 +6,19 @@ import json
 import pickle
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from dsdpo.errors import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LARGEST_HEADER = 100 * 2**20  # bytes; what the format allows
+ROWS = 4096  # of an embedding that are compared at a time
 LFS = b"version https://git-lfs"
 TRAINED_AS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes
 Shapes = dict[str, tuple[int, ...]]
@@ -42,8 +45,11 @@ def _sharded(folder: Path, index: str, *, key: str) -> Shapes:
     try:
         places: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key}: {folder / index} is not an index of weights ({error}); {AGAIN}") from error
+        if not all(isinstance(name, str) for name in files):
+            raise TypeError(f"weight_map puts tensors into {files[0]!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"{key}: {folder / index} is not an index of weights ({why}); {AGAIN}") from error
     shapes: Shapes = {}
     for name in files:
         if not (folder / name).is_file():
@@ -57,6 +63,30 @@ def _sharded(folder: Path, index: str, *, key: str) -> Shapes:
             )
         shapes |= held
     return shapes
+
+
+def first_difference(folder: Path, pairs: Mapping[str, str]) -> tuple[str, str] | None:
+    """The first two tensors of `pairs` that are both stored and hold other values; None if there are none.
+
+    Of pickles nothing is known.
+    """
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        holders = {name: file for file in reversed(opened) for name in file.keys()}  # noqa: SIM118 - not a dict
+        for one, other in pairs.items():
+            both = [holders[name].get_slice(name) for name in (one, other) if name in holders]
+            if len(both) == 2 and not _equal(*both):
+                return one, other
+    return None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two tensors hold the same values, some rows in memory at a time."""
+    if one.get_shape() != other.get_shape():
+        return False
+    rows = range(0, one.get_shape()[0], ROWS)
+    return all(torch.equal(one[row : row + ROWS].float(), other[row : row + ROWS].float()) for row in rows)
 
 
 AGAIN = "copy or download the model again"
@@ -80,8 +110,9 @@ def safetensors_shapes(path: Path, *, key: str) -> Shapes:
         end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ConfigError(f"{key}: {path} is no safetensors file; {AGAIN}") from error
-    if size < end:
-        raise ConfigError(f"{key}: {path} is cut off: it has {size:,} bytes of {end:,}; {AGAIN}")
+    if size != end:
+        what = "is cut off" if size < end else "is not what its header says"
+        raise ConfigError(f"{key}: {path} {what}: it has {size:,} bytes of {end:,}; {AGAIN}")
     # Masks and indices may be whole numbers.
     kinds = {name: str(tensor.get("dtype")) for name, tensor in tensors.items() if name.endswith("weight")}
     other = sorted(f"{name} ({kind})" for name, kind in kinds.items() if kind not in TRAINED_AS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsdpo.config.run import RunConfig
+from dsdpo.console import counted
 from dsdpo.engine.shards import nonfinite_parameters
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import CheckpointError, ConfigError, TrainingError
@@ -46,4 +47,4 @@ def named_model(run: RunConfig) -> str:
 def list_names(names: list[str]) -> str:
     """Tensors in a few words."""
     shown = ", ".join(name.removeprefix("lm.") for name in names[:3])
-    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 3 else ''})"
+    return f"{counted(len(names), 'tensor')} ({shown}{', ...' if len(names) > 3 else ''})"

@@ -22,6 +22,7 @@ from dsdpo.engine.lora import check_adapter_fits
 from dsdpo.engine.optimizers import refuse_matrices
 from dsdpo.engine.quantization import check_installed
 from dsdpo.engine.rope import longest_allowed
+from dsdpo.engine.weight_files import AGAIN
 from dsdpo.errors import ConfigError
 from dsdpo.objective.sequence_parallel import refuse_heads
 from dsdpo.objective.tiles import mlps_of
@@ -62,7 +63,8 @@ def check_model(model: ModelConfig, *, key: str, weights: bool = True) -> Any:
     except Exception as error:  # whatever the Hub client or a parser raises
         said = " ".join(str(error).split())[:300] or type(error).__name__  # a validator's reason is not its first line
         what = "" if folder.is_dir() else " is no folder here and"
-        raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {said}") from error
+        remedy = "correct its config.json, or copy or download it again" if folder.is_dir() else "correct the path"
+        raise ConfigError(f"{key}: {model.path!r}{what} cannot be loaded: {said.rstrip('.')}; {remedy}") from error
     _check_kind(config, model, key=key)
     return config
 
@@ -86,7 +88,9 @@ def _check_folder(folder: Path, model: ModelConfig, *, key: str, weights: bool) 
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{key}: {folder / 'config.json'} cannot be read as JSON: {error}") from error
-    for name in QUANTIZED if isinstance(content, dict) else ():
+    if not isinstance(content, dict):
+        raise ConfigError(f"{key}: {folder / 'config.json'} holds no settings; {AGAIN}")
+    for name in QUANTIZED:
         _check_unquantized(content.get(name), name, model, key=key)
     pickled = any(folder.glob("pytorch_model*.bin"))
     if not weights:
@@ -103,7 +107,7 @@ def _check_folder(folder: Path, model: ModelConfig, *, key: str, weights: bool) 
 
 def _check_unquantized(stored: Any, name: str, model: ModelConfig, *, key: str) -> None:
     """Raise `ConfigError` if a block of config.json says that weights are stored quantized."""
-    if not stored:
+    if stored is None:
         return
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     raise ConfigError(
@@ -148,8 +152,12 @@ def _check_kind(config: Any, model: ModelConfig, *, key: str) -> None:
             f"{key}: {model.path} ({kind}) sees the tokens that it is to predict (is_decoder is false); {CAUSAL}"
         )
     for name in ("hidden_size", "vocab_size"):
-        if not isinstance(getattr(config.get_text_config(), name, None), int):
+        if not isinstance(getattr(text, name, None), int):
             raise ConfigError(f"{key}: the config.json of {model.path} ({kind}) has no {name}; {CAUSAL}")
+    positions = getattr(text, "max_position_embeddings", None)
+    for name, number in (("hidden_size", text.hidden_size), ("max_position_embeddings", positions)):
+        if isinstance(number, int) and number < 1:
+            raise ConfigError(f"{key}: the config.json of {model.path} ({kind}) has {name} {number}; correct it")
 
 
 def check_rank(model: ModelConfig, hidden_size: int) -> None:

@@ -108,6 +108,7 @@ RUN_FILE = [
     Case("each row a billion times", ("weight is 1000000000",), {"data": {"train": [{"path": "d", "weight": 1e9}]}}),
     Case("wrong type", ("batch.pairs_per_step is 'many'", "integer"), {"batch": {"pairs_per_step": "many"}}),
     Case("missing section", ("data is missing",), run_file="model: {path: m}\ndeepspeed: d\noutput_dir: o\n"),
+    Case("endless training", ("train.num_train_epochs is 1e+308", "less than"), {"train": {"num_train_epochs": 1e308}}),
     Case(
         "contradictory batch sizes",
         ("batch.pairs_per_micro_batch 16 is more than batch.pairs_per_step 8",),
@@ -374,6 +375,17 @@ DATA = [
         "all rows bad",
         ("data.train: no usable row is left", "2 equal_responses", "rows.jsonl:1"),
         **with_data(lines(*[{**ROW, "rejected": ROW["chosen"]}] * 2)),
+    ),
+    Case(
+        "a margin of 400 digits",
+        ("no usable row is left", "1 wrong_type", "margin is a number"),
+        **with_data(lines({**ROW, "margin": 10**400})),
+    ),
+    Case(
+        "a chat template that leaves everything out",
+        ("no usable row is left", "template_drops", "or the chat template (model.chat_template)"),
+        **with_data(lines(ROW)),
+        model={"chat_template.jinja": "hello"},
     ),
     Case(
         "too many bad rows",

@@ -45,6 +45,15 @@ def index_that_lies(folder: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(places))
 
 
+def index_of_numbers(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").rename(folder / "model" / "model-00001.safetensors")
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": 1}}))
+
+
+def another_head(held: dict[str, Any]) -> None:
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] * 2
+
+
 def renamed(how: Callable[[str], str]) -> Callable[[dict[str, Any]], None]:
     def change(held: dict[str, Any]) -> None:
         for name in list(held):
@@ -69,6 +78,20 @@ def content(data: bytes | None, *, first: int | None = None) -> Change:
     def apply(folder: Path) -> None:
         path = folder / "model" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:first] if data is None else data)
+
+    return apply
+
+
+def appended(folder: Path) -> None:
+    with (folder / "model" / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+
+
+def text(name: str, content: str) -> Change:
+    """A file of the model with another text."""
+
+    def apply(folder: Path) -> None:
+        (folder / "model" / name).write_text(content)
 
     return apply
 
@@ -159,6 +182,7 @@ T5 = {"model_type": "t5", "vocab_size": 67, "d_model": 8, "d_ff": 8, "num_layers
 BERT = {"model_type": "bert", "vocab_size": 67, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 ADAPTER: dict[str, Any] = {"model": {"lora": {"path": "adapter"}}}
 REFERENCE: dict[str, Any] = {"reference": {"path": "reference"}}
+BYTES: dict[str, Any] = {"model": {"chat_template": "model/model.safetensors"}}
 DRY = ("--dry-run",)
 
 Row = tuple[str, tuple[str, ...], dict[str, Any], tuple[str, ...], Change]
@@ -201,7 +225,41 @@ UNFIT: list[Row] = [
         config(quantization_config=["x"]),
     ),
     ("whole numbers for weights", (f"stores {UP} (I8): quantized weights",), {}, DRY, tensors(whole_numbers)),
-    ("index of other shards", ("puts absent.weight into model-00001.safetensors",), {}, DRY, index_that_lies),
+    ("index of other shards", ("says that model-00001.safetensors holds absent.weight",), {}, DRY, index_that_lies),
+    ("index of numbers", ("weight_map puts tensors into 1)",), {}, DRY, index_of_numbers),
+    ("weights with more behind them", ("is not what its header says: it has",), {}, DRY, appended),
+    (
+        "a head of its own where config.json ties it",
+        ("lm_head.weight and model.embed_tokens.weight one tensor", "set tie_word_embeddings to false"),
+        {},
+        DRY,
+        tensors(another_head),
+    ),
+    ("config.json that is a list", ("config.json holds no settings",), {}, DRY, text("config.json", "[]")),
+    (
+        "empty block of quantization",
+        ("stored quantized (quantization_config: unn",),
+        {},
+        DRY,
+        config(quantization_config={}),
+    ),
+    ("activation that there is not", ("no 'foo' is known; correct it",), {}, DRY, config(hidden_act="foo")),
+    (
+        "no position at all",
+        ("has max_position_embeddings -4; correct it",),
+        {},
+        DRY,
+        config(max_position_embeddings=-4),
+    ),
+    (
+        "tokenizer that encodes nothing",
+        ("no tokenizer could be loaded", "'>' not supported"),
+        {},
+        DRY,
+        text("tokenizer_config.json", json.dumps({"model_max_length": "x"})),
+    ),
+    ("chat template of bytes", ("model.chat_template", "cannot be read as text"), BYTES, DRY, unchanged),
+    ("norm of NaN", ("no response of a sample has a finite log-prob",), {}, (), config(rms_norm_eps=float("nan"))),
     ("encoder-decoder", ("is an encoder-decoder (t5)",), {}, DRY, other_kind(**T5)),
     ("model that sees all tokens", ("(bert) sees the tokens",), {}, DRY, other_kind(**BERT)),
     (
@@ -274,11 +332,4 @@ UNFIT: list[Row] = [
         unchanged,
     ),
     ("rank of an adapter", ("model.lora.r: 100000 is more",), {"model": {"lora": {"r": 100000}}}, DRY, unchanged),
-    (
-        "float16 on a CPU",
-        ("model.dtype: float16 does not run on cpu",),
-        {"model": {"dtype": "float16"}},
-        DRY,
-        unchanged,
-    ),
 ]

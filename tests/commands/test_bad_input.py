@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.bad_input import CASES, DATA, DEEPSPEED, MODEL, RUN_FILE, Case, write
+from tests.commands.bad_input import CASES, DATA, DEEPSPEED, MODEL, RUN_FILE, UNFIT_MODEL, Case, write
 from tests.commands.processes import DSDPO, finish, launcher
 from tests.ranks import run_ranks
 
@@ -21,7 +21,7 @@ HANG_S = 240  # 15 s on a machine of one's own, minutes on a crowded one
 BY_NAME = {case.name: case for case in CASES}
 # Ranks have nothing to agree on before DeepSpeed is asked about its JSONs.
 BEFORE_RANKS_MEET = RUN_FILE
-ON_RANKS = [BY_NAME["unknown key"], *DEEPSPEED, *MODEL, *DATA]
+ON_RANKS = [BY_NAME["unknown key"], *DEEPSPEED, *MODEL, *DATA, BY_NAME["missing tensor"]]
 # Through real processes: before torch is imported, before ranks meet, after they have met.
 AS_PROCESSES = ["unknown section", "no tokenizer", "one bad row under data.strict"]
 UNDER_THE_LAUNCHER = ["unknown key", "one bad row under data.strict"]
@@ -54,6 +54,27 @@ def test_every_rank_refuses_and_rank_0_says_why(case: Case, inputs: Path, tmp_pa
     assert answers[1][2] == ""
 
 
+@pytest.mark.parametrize("case", UNFIT_MODEL, ids=str)
+def test_models_that_are_not_what_a_run_needs(case: Case, inputs: Path, tmp_path: Path) -> None:
+    [(code, output, errors)] = run_ranks(1, command_here, write(case, tmp_path, inputs))
+    assert code == 2
+    assert_says(case, errors)
+    assert output == "" or case.options == ()  # what is found once the model is loaded comes after the plan
+
+
+def test_half_precision_that_the_device_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some CPUs do."""
+    from deepspeed.accelerator import get_accelerator
+
+    from dsdpo.config.model import ModelConfig
+    from dsdpo.engine.load import refuse_on_device
+    from dsdpo.errors import ConfigError
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match=r"model\.dtype: float16 does not run on \w+ devices; set it to bfloat16"):
+        refuse_on_device(ModelConfig(path="m", dtype="float16"))
+
+
 def command_here(argv: list[str]) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of `dsdpo` in this process, C++ libraries' words included."""
     from dsdpo.__main__ import main
@@ -82,6 +103,7 @@ def captured(descriptor: int) -> Iterator[Path]:
 
 def assert_says(case: Case, errors: str) -> None:
     """One message, whole, and nothing beside it."""
+    errors = re.sub(r"\Aloading .* \.\.\. \d+ s\n", "", errors)  # what is said on a crowded machine
     assert errors.startswith("dsdpo: "), errors
     assert errors.count("dsdpo: ") == 1
     for mention in case.mentions:

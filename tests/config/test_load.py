@@ -358,3 +358,12 @@ def test_the_version_costs_no_imports():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert answer.startswith("dsdpo 0.1.0\ntorch 2")
     assert answer.endswith("False\n")
+
+
+def test_of_many_errors_some_are_told_and_the_others_counted():
+    """Each in one line, also where the setting is documented in several."""
+    said = refusal(GOOD + "evaluation: {length_buckets: [" + "x, " * 1000 + "]}\nreference: {quantization: 4}\n")
+    lines = said.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "run.yaml: and 991 more such errors"
+    assert all(line.startswith("run.yaml: ") for line in refusal(GOOD + "reference: {quantization: 4}\n").splitlines())

@@ -192,6 +192,22 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"prompt": [Q], "chosen": [A], "rejected": [B]},
     ),
+    "fields in text parts, as text": (
+        {
+            "prompt": '[{"type": "text", "text": "u"}]',
+            "chosen": '[{"type": "text", "text": "a"}]',
+            "rejected": "[{'type': 'text', 'text': 'b'}]",
+        },
+        {"prompt": "u", "chosen": "a", "rejected": "b"},
+    ),
+    "system message as JSON text": (
+        {"system": json.dumps([S]), "prompt": [Q], "chosen": [A], "rejected": [B]},
+        {"prompt": [S, Q], "chosen": [A], "rejected": [B]},
+    ),
+    "system message in parts": (
+        {"system": [{"type": "text", "text": "s"}], "prompt": [Q], "chosen": [A], "rejected": [B]},
+        {"prompt": [S, Q], "chosen": [A], "rejected": [B]},
+    ),
     "messages as JSON text": (
         {"prompt": json.dumps([Q]), "chosen": json.dumps([A]), "rejected": json.dumps(B)},
         {"prompt": [Q], "chosen": [A], "rejected": [B]},
