@@ -71,10 +71,20 @@ def name_optimizer(config: Config, run: RunConfig, run_source: str | Path) -> It
     if kind == "muon":
         params["torch_adam"] = True  # steps what is no matrix
         zero = config.get("zero_optimization", {})
-        if zero.get("stage") == 3 and zero.get("reduce_scatter") in (None, "auto"):
+        if needs_whole_gradients(config) and zero.get("reduce_scatter") in (None, "auto"):
             zero["reduce_scatter"] = False
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("zero_allow_untested_optimizer", True)
+
+
+def needs_whole_gradients(config: Config) -> bool:
+    """Whether Muon goes without `reduce_scatter` only.
+
+    At stage 3 DeepSpeed refuses it. At stage 2 with sums in float32 of a model in 16 bits DeepSpeed 0.19.8 drops, and
+    says nothing, gradients of AdamW's parameters that lie before a matrix of Muon's in a bucket.
+    """
+    zero_stage, sums = lookup(config, "zero_optimization.stage"), lookup(config, "data_types.grad_accum_dtype")
+    return zero_stage == 3 or (zero_stage == 2 and sums == "fp32")
 
 
 def optimizer_problems(config: Config, run: RunConfig) -> Iterator[str]:

@@ -16,6 +16,7 @@ from dsdpo.config.load import did_you_mean
 from dsdpo.config.run import RunConfig
 from dsdpo.console import counted
 from dsdpo.engine.deepspeed_keys import OPTIMIZERS, SCHEDULES, Config, lookup
+from dsdpo.engine.optimizer_limits import needs_whole_gradients, optimizer_kind
 
 MONITORS = {"tensorboard": "tensorboard", "comet": "comet_ml"}  # block -> the package it takes
 # What an engine computes with, beside its dtype: policy and reference must have the same.
@@ -116,10 +117,17 @@ def reduction_problems(config: Config) -> Iterator[str]:
         yield (
             f"gradient_predivide_factor is {factor}, which stage {zero['stage']} refuses with reduce_scatter: delete it"
         )
-    if str(lookup(config, "optimizer.type")).lower() == "muon" and zero["stage"] == 3:
+    if optimizer_kind(config) != "muon" or not needs_whole_gradients(config):
+        return
+    if zero["stage"] == 3:
         yield (
             "optimizer.type Muon takes whole gradients, which stage 3 has without zero_optimization.reduce_scatter "
             'only: write "reduce_scatter": false, or use stage 1 or 2'
+        )
+    elif lookup(config, "bf16.enabled") or lookup(config, "fp16.enabled"):
+        yield (
+            "optimizer.type Muon at stage 2 with data_types.grad_accum_dtype fp32 loses gradients under "
+            'zero_optimization.reduce_scatter (DeepSpeed 0.19.8): write "reduce_scatter": false'
         )
 
 

@@ -94,6 +94,20 @@ def test_muon_takes_each_expert_as_a_matrix(zero: str, inputs: Path, tmp_path: P
         assert (first[name] - wanted[name]).norm() < 1e-2 * moved, name
 
 
+def test_muon_at_stage_2_with_float32_sums_trains_what_adamw_steps(inputs: Path, tmp_path: Path) -> None:
+    """DeepSpeed's reduce_scatter drops such gradients there: norms would stand still, without a word."""
+    ends = {}
+    for zero in ("zero2", "zero3"):
+        run = run_of(tmp_path, inputs, "muon", zero, model={"dtype": "bfloat16"})
+        config = {"zero_optimization": ZERO[zero], "data_types": {"grad_accum_dtype": "fp32"}}
+        run["deepspeed"] = write_json(tmp_path / "policy.json", config)
+        start, *_, ends[zero] = run_ranks(2, trained_here, run)[0]
+    for name, before in start.items():
+        moved = (ends["zero3"][name] - before).norm()
+        assert moved > 1e-4, f"{name} was not trained"
+        assert (ends["zero2"][name] - ends["zero3"][name]).norm() < 0.3 * moved, name
+
+
 def test_experts_that_muon_cannot_take_are_refused_before_the_model_loads(inputs: Path, tmp_path: Path) -> None:
     """DeepSpeed raises ValueError for them at stage 1 in bfloat16 with float32 sums, once it has the whole model."""
     model = save_lm(tmp_path / "start", inputs / "model", tiny_lm("mixtral"))
