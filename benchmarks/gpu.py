@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -84,31 +84,42 @@ def main() -> None:
     options.add_argument("--sides", nargs="+", default=[PACKED, PADDED, TRL], choices=SIDES)
     options.add_argument("--pairs-per-step", type=int, default=64)
     options.add_argument("--trl-micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size")
-    options.add_argument("--minutes", type=float, default=None, help="begin nothing that would end after so many")
+    options.add_argument("--minutes", type=float, default=None, help="begin no side that may end after so many")
     options.add_argument("--tiny", action="store_true", help="a model that takes no time, to try the script")
     given = options.parse_args()
     if not gpu_names() and not given.tiny:
         raise SystemExit("benchmarks.gpu: no CUDA device here; --tiny tries the script on a CPU")
-    report, ends = Report("gpu", "On one GPU", given), time.monotonic() + 60 * (given.minutes or float("inf"))
+    if TRL in given.sides and find_spec("trl") is None:
+        print("TRL is not installed: without it (pip install -c constraints.txt -e '.[bench]')")
+        given.sides.remove(TRL)
+    report, budget = Report("gpu", "On one GPU", given), Budget(given.minutes)
     with work_folder(given.folder) as folder:
         peak = measured_peak(folder)
         report.measured("peak", vars(peak))
         for name in given.cases:
-            rows, took = [], 0.0
-            case = TINY if given.tiny else CASES[name]
+            rows = []
+            case = replace(TINY, lora=CASES[name].lora) if given.tiny else CASES[name]
             model = make_model(folder / f"model-{name}", case.size)
             for mix in given.mixes:
-                began = time.monotonic()
-                if began + took > ends:
-                    print(f"no time left for {name}, {mix}")
-                    continue
-                measured = measure(case, given, model, mix, folder / f"{name}-{mix}")
+                measured = measure(case, given, model, mix, folder / f"{name}-{mix}", budget)
                 report.measured(f"{name}, {mix}", raw(measured, None))
                 rows += case_rows(f"{name}, {mix}", case, given, measured, peak)
-                took = time.monotonic() - began
                 report.write()
             report.table(Table(f"{name}, {given.pairs_per_step} pairs per step", COLUMNS, tuple(rows), NOTE))
             report.write()
+
+
+@dataclass
+class Budget:
+    """The minutes there are, and how long the longest side has taken so far."""
+
+    minutes: float | None
+    longest_s: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def left_s(self) -> float:
+        """Seconds to go."""
+        return 60 * (self.minutes or float("inf")) - (time.monotonic() - self.began)
 
 
 NOTE = (
@@ -118,13 +129,29 @@ NOTE = (
 )
 
 
-def measure(case: Case, given: argparse.Namespace, model: Path, mix: str, folder: Path) -> dict[str, Measured]:
-    """What the sides of a case report."""
+def measure(
+    case: Case, given: argparse.Namespace, model: Path, mix: str, folder: Path, budget: Budget
+) -> dict[str, Measured]:
+    """What the sides of a case report, one after another; of one that fails or does not end, why is printed."""
     task = make_task(case, given, model, mix, folder)
     adapter = make_adapter(model, folder / "adapter", rank=16) if case.lora else None
-    names = [name for name in given.sides if not (case.lora and name == "compiled")]  # which do not go together
-    sides = [make_side(name, case, task, given, adapter) for name in names]
-    return run_sides(sides, rounds=given.rounds, steps=given.steps, warmup=WARMUP, together=not gpu_names())
+    measured = {}
+    for name in given.sides:
+        if case.lora and name == "compiled":  # which do not go together
+            continue
+        left = budget.left_s()
+        if left < budget.longest_s:
+            print(f"no time left for {name} of {mix}", flush=True)
+            continue
+        side = make_side(name, case, task, given, adapter)
+        limited = replace(side, limit_s=None if budget.minutes is None else left)
+        began = time.monotonic()
+        try:
+            measured |= run_sides([limited], rounds=given.rounds, steps=given.steps, warmup=WARMUP)
+        except RuntimeError as error:
+            print(f"{mix}: {error}", flush=True)
+        budget.longest_s = max(budget.longest_s, time.monotonic() - began)
+    return measured
 
 
 def make_task(case: Case, given: argparse.Namespace, model: Path, mix: str, folder: Path) -> Task:
@@ -146,7 +173,7 @@ def make_task(case: Case, given: argparse.Namespace, model: Path, mix: str, fold
         max_length=longest,
         learning_rate=1e-5,
         dtype=default_dtype(),
-        gradient_checkpointing=not given.tiny,
+        gradient_checkpointing=True,
     )
 
 
@@ -172,7 +199,9 @@ def case_rows(
     name: str, case: Case, given: argparse.Namespace, measured: dict[str, Measured], peak: Peak
 ) -> list[tuple[str, ...]]:
     """One row of `COLUMNS` for each side."""
-    base = next(one for side, one in measured.items() if side != TRL)
+    base = next((one for side, one in measured.items() if side != TRL), None)
+    if base is None:  # which has the operations of a step in its metrics
+        return []
     seconds = {
         side: statistics.median(turn["wall_s"] for turn in one.turns) / given.steps for side, one in measured.items()
     }

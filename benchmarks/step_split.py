@@ -87,7 +87,7 @@ def runs_of(given: argparse.Namespace, folder: Path) -> list[Run]:
         return [Run(name, replace(side, module=module), task.model, task.dtype)]
     found = []
     for name in given.cases:
-        case = gpu.TINY if given.tiny else gpu.CASES[name]
+        case = replace(gpu.TINY, lora=gpu.CASES[name].lora) if given.tiny else gpu.CASES[name]
         model = make_model(folder / f"model-{name}", case.size)
         task = gpu.make_task(case, given, model, given.mix, folder / name)
         adapter = make_adapter(model, folder / f"adapter-{name}", rank=16) if case.lora else None

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
+
 TIMEOUT_S = 480
 ON_CUDA = os.environ.get("DS_ACCELERATOR") == "cuda"
 context: Any = multiprocessing.get_context("spawn" if ON_CUDA else "forkserver")  # CUDA cannot be used after a fork
@@ -33,7 +35,12 @@ class RankError(AssertionError):
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on `world_size` ranks at once; what each returned, by rank."""
+    """`function(*arguments)` on `world_size` ranks at once; what each returned, by rank.
+
+    Skips the test under `make gpu` where there are fewer GPUs.
+    """
+    if ON_CUDA and (gpus := _gpus()) < world_size:
+        pytest.skip(f"needs {world_size} GPUs, and here is {gpus}")
     group = _groups.get(world_size) or _start(world_size)
     for _, connection in group:
         connection.send((function, arguments))
@@ -56,6 +63,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     if outcomes != {"refused"}:
         _stop(world_size)
     raise RankError(_said(answers))
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _said(answers: dict[int, tuple[Outcome, Any]]) -> str:

@@ -35,6 +35,7 @@ class Side:
     launcher: str = "deepspeed"  # or accelerate; not used for one rank
     launcher_config: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    limit_s: float | None = None  # from its start on: then it is taken to hang
     hosted: tuple[str, ...] = ()  # a command line that starts all ranks elsewhere, in place of a launcher's
 
     def command(self) -> list[str]:
@@ -86,7 +87,7 @@ class Running:
     """A side's processes, from start to report."""
 
     def __init__(self, side: Side, *, warmup: int, steps: int, turns: int) -> None:
-        self.side, self.turns = side, turns
+        self.side, self.turns, self.started = side, turns, time.monotonic()
         side.folder.mkdir(parents=True)
         told = {
             "folder": str(side.folder),
@@ -106,11 +107,14 @@ class Running:
         )
 
     def wait_for(self, name: str) -> None:
-        """Until every rank has said `name`. Raises with the end of the log if the run ends before."""
+        """Until every rank has said `name`. Raises with the end of the log if the run ends before or takes too long."""
         while not all((self.side.folder / f"{name}.{rank}").exists() for rank in range(self.side.ranks)):
-            if self.process.poll() is not None and not (self.side.folder / f"{name}.0").exists():
+            ended = self.process.poll() is not None and not (self.side.folder / f"{name}.0").exists()
+            took = time.monotonic() - self.started
+            if ended or took > (self.side.limit_s or float("inf")):
+                how = f"ended with code {self.process.returncode}" if ended else f"not done in {took:.0f} s"
                 tail = (self.side.folder / "log.txt").read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"{self.side.name}: ended with code {self.process.returncode}\n{tail}")
+                raise RuntimeError(f"{self.side.name}: {how}\n{tail}")
             time.sleep(0.05)
 
     def turn(self, number: int) -> None:
@@ -152,19 +156,11 @@ def _filled(side: Side) -> dict[str, str]:
 
 
 def run_sides(
-    sides: Sequence[Side],
-    *,
-    rounds: int,
-    steps: int,
-    warmup: int = 2,
-    starts: int = 1,
-    seed: int = 0,
-    together: bool = True,
+    sides: Sequence[Side], *, rounds: int, steps: int, warmup: int = 2, starts: int = 1, seed: int = 0
 ) -> dict[str, Measured]:
     """Every side's figures after `rounds` rounds, in each of which every side runs `steps` steps, in random order.
 
-    Sides run one at a time. They are started `starts` times over, between which the rounds are divided. Not `together`:
-    a side takes all turns of a start before the next side starts, for sides of which one alone fits the device.
+    Sides run one at a time. They are started `starts` times over, between which the rounds are divided.
     """
     end_with_children()
     order = random.Random(seed)
@@ -173,30 +169,22 @@ def run_sides(
         turns = rounds // starts + (start < rounds % starts)
         if not turns:
             continue
-        own = [replace(side, folder=side.folder / f"start{start}") for side in sides]
-        for group in [own] if together else [[side] for side in order.sample(own, len(own))]:
-            for name, reports in _in_turns(group, order, warmup=warmup, steps=steps, turns=turns).items():
-                _add(measured[name], reports)
+        running: list[Running] = []
+        try:
+            for side in sides:
+                folder = side.folder / f"start{start}"
+                running.append(Running(replace(side, folder=folder), warmup=warmup, steps=steps, turns=turns))
+            for one in running:
+                one.wait_for("ready")
+            for turn in range(turns):
+                for one in order.sample(running, len(running)):
+                    one.turn(turn)
+            for one in running:
+                _add(measured[one.side.name], one.finish())
+        finally:
+            for one in running:
+                one.stop()
     return measured
-
-
-def _in_turns(
-    sides: Sequence[Side], order: random.Random, *, warmup: int, steps: int, turns: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Start the sides, let them take their turns; what their ranks report."""
-    running: list[Running] = []
-    try:
-        for side in sides:
-            running.append(Running(side, warmup=warmup, steps=steps, turns=turns))
-        for one in running:
-            one.wait_for("ready")
-        for turn in range(turns):
-            for one in order.sample(running, len(running)):
-                one.turn(turn)
-        return {one.side.name: one.finish() for one in running}
-    finally:
-        for one in running:
-            one.stop()
 
 
 def measure_memory(sides: Sequence[Side], *, steps: int, warmup: int = 2) -> dict[str, Measured]:

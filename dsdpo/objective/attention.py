@@ -189,7 +189,10 @@ def _short_pairs(packed: Packed, device: torch.device) -> ShortPairs:
                 order[end : end + rest] = at + len(rows) * width + np.arange(shared, shared + rest)
                 rows.append(np.r_[start : start + shared, end : end + rest, np.full(width - shared - rest, start)])
                 end += rest
-    index, places = (torch.from_numpy(part).to(device) for part in (np.stack(rows), order))
+    found = (torch.from_numpy(part) for part in (np.stack(rows), order))
+    if device.type == "cuda":  # from other memory the copy would wait for all that is queued
+        found = (part.pin_memory() for part in found)
+    index, places = (part.to(device, non_blocking=True) for part in found)
     return ShortPairs(len(short), index, places)
 
 
@@ -369,18 +372,21 @@ def _flash_varlen(
 def _torch_varlen(
     function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, packed: Packed, variant: Variant
 ) -> Tensor:
+    options: dict[str, Any] = {"window_size": (-1 if variant.window is None else variant.window - 1, 0)}
+    groups = query.shape[1] // key.shape[1]
+    if _knows_groups(function):
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:  # as the first function with windows wanted it
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    starts = packed.query_starts, packed.key_starts
     return function(
-        query,
-        key,
-        value,
-        packed.query_starts,
-        packed.key_starts,
-        packed.longest_query,
-        packed.longest_key,
-        scale=variant.scale,
-        window_size=(-1 if variant.window is None else variant.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, *starts, packed.longest_query, packed.longest_key, scale=variant.scale, **options
     )
+
+
+@lru_cache(maxsize=8)
+def _knows_groups(function: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(function).parameters
 
 
 for _name, _function in {

@@ -142,3 +142,9 @@ def test_the_page_shows_the_results_that_are_kept() -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         assert path.stem.startswith(result["benchmark"]), "a script's parts may be kept apart, as in vs_trl_one.json"
         assert f"`{result['command']}`" in page
+
+
+def test_a_side_that_hangs_is_ended(tmp_path: Path) -> None:
+    slow = Side("slow", "tests.benchmarks.steps", ("60", "9", str(tmp_path / "x")), tmp_path / "slow", limit_s=0.5)
+    with pytest.raises(RuntimeError, match="slow: not done in"):
+        run_sides([slow], rounds=1, steps=1)

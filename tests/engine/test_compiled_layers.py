@@ -99,6 +99,7 @@ def one_step(run: dict[str, Any], compiled: bool) -> tuple[list[list[float]], li
     """Of a policy under ZeRO: margins of two batches, the gradients of the second, and how much was compiled."""
     from deepspeed.utils import safe_get_full_grad
 
+    from dsdpo.engine.build import device
     from dsdpo.objective.logps import pair_logps
 
     compiled_layers.BACKEND = "aot_eager"
@@ -107,7 +108,8 @@ def one_step(run: dict[str, Any], compiled: bool) -> tuple[list[list[float]], li
     policy = policy_of(planned(run))
     margins = []
     for seed in (1, 2):
-        logps = pair_logps(policy, collate_packed(random_pairs(3, seed=seed, vocab=30, longest=9 * seed)))
+        batch = collate_packed(random_pairs(3, seed=seed, vocab=30, longest=9 * seed)).to(device())
+        logps = pair_logps(policy, batch)
         margin = logps.chosen - logps.rejected
         policy.backward(margin.mean(), scale_wrt_gas=False)
         margins.append(margin.tolist())

@@ -24,20 +24,25 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             "reason": reason.removeprefix("Skipped: "),
             "figures": dict(report.user_properties),
         }
+        if REPORT is not None:
+            write(Path(REPORT))  # what is stopped before its end has said what it found until then
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Write the report, if one was asked for."""
-    if REPORT is None:
-        return
+    """Show the report, if one was asked for."""
+    if REPORT is not None:
+        terminalreporter.write_line("\n" + table(write(Path(REPORT))))
+        terminalreporter.write_line(f"the same as JSON: {REPORT}")
+
+
+def write(path: Path) -> dict[str, Any]:
+    """Write the report as far as it goes; its content."""
     from benchmarks.harness.common import machine, versions
 
     content = {"machine": machine(), "versions": versions(), "cuda": cuda(), "tests": list(_rows.values())}
-    path = Path(REPORT)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    terminalreporter.write_line("\n" + table(content))
-    terminalreporter.write_line(f"the same as JSON: {path}")
+    return content
 
 
 def cuda() -> dict[str, Any]:

@@ -279,7 +279,8 @@ def test_fused_adam_equals_adam() -> None:
 
 def busy(seconds: float) -> None:
     """Queue work on the device that takes about so long."""
-    matrix = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+    # Large, so that few products take long: a host that has queued some thousand kernels waits until one is done.
+    matrix = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(20):

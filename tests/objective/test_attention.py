@@ -253,6 +253,12 @@ def torch_varlen(*tensors: Any, scale: float | None, window_size: tuple[int, int
     return flash_varlen(*tensors, softmax_scale=scale, causal=False, window_size=window_size, softcap=0.0)
 
 
+def torch_varlen_without_groups(*tensors: Any, scale: float | None, window_size: tuple[int, int]) -> Tensor:
+    """The same in a torch that wants a key head for each query head."""
+    assert tensors[0].shape[1] == tensors[1].shape[1] == tensors[2].shape[1]
+    return torch_varlen(*tensors, scale=scale, window_size=window_size, enable_gqa=False)
+
+
 def flash4_varlen(*tensors: Any, window_size: tuple[int | None, int | None], **options: Any) -> tuple[Tensor, None]:
     """flash-attn 4 in the same terms: None for no bound, and the normalizers with the result."""
     assert -1 not in window_size
@@ -261,6 +267,7 @@ def flash4_varlen(*tensors: Any, window_size: tuple[int | None, int | None], **o
 
 
 FLASH, TORCH = partial(module._flash_varlen, flash_varlen), partial(module._torch_varlen, torch_varlen)
+TORCH_WITHOUT_GROUPS = partial(module._torch_varlen, torch_varlen_without_groups)
 FLASH_4 = partial(module._flash_varlen, flash4_varlen, unbounded=None)
 
 
@@ -270,6 +277,7 @@ FLASH_4 = partial(module._flash_varlen, flash4_varlen, unbounded=None)
     [
         *((FLASH, name) for name in VARIANTS),
         *((TORCH, name) for name in VARIANTS if name != "softcap"),
+        (TORCH_WITHOUT_GROUPS, "window"),
         *((FLASH_4, name) for name in ("plain", "window")),
     ],
 )
@@ -322,7 +330,8 @@ def test_flash_attn_4_is_taken_where_it_is_asked_for(tmp_path, monkeypatch) -> N
 def test_torch_has_the_function_that_is_called() -> None:
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": 1.0, "window_size": (-1, 0), "enable_gqa": True}
+    options = {"scale": 1.0, "window_size": (-1, 0)}
+    options |= {"enable_gqa": True} if module._knows_groups(varlen_attn) else {}
     inspect.signature(varlen_attn).bind(*range(7), **options)
     assert module._varlen_functions()[1] is varlen_attn
 
