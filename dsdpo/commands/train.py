@@ -15,7 +15,7 @@ from dsdpo.run.export import export_trained
 from dsdpo.run.loop import evaluate_at_start, train_until_done
 from dsdpo.run.output_folder import opened_folder, parameter_counts
 from dsdpo.run.plan import Plan, plan_run
-from dsdpo.run.resume import state_of
+from dsdpo.run.resume import checkpoint_to_resume, state_of
 from dsdpo.run.run import Run, build_run
 from dsdpo.run.summary import as_table, describe_plan, describe_results
 from dsdpo.run_folder import RunFolder
@@ -30,6 +30,9 @@ def main(given: TrainArguments) -> int:
     """Run the command; the exit code."""
     quiet_libraries(verbose=given.verbose)
     plan = plan_run(given.run, run_file=given.run_file)
+    if given.dry_run and given.run.checkpoint.resume:
+        checkpoint = checkpoint_to_resume(plan)
+        say(f"would go on from {checkpoint}" if checkpoint else "there is no checkpoint: would begin at step 0")
     say(describe_plan(plan))
     if given.dry_run:
         if is_main():  # one process is enough

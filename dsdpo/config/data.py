@@ -37,6 +37,14 @@ Column = Literal[
 ]
 
 
+# Arguments of apply_chat_template that are not for the template itself, and what it is given in any case.
+NOT_OF_TEMPLATES = (
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "fixed_dates"),
+)
+
+
 def _as_list(value: Any) -> Any:
     """One value or a list of them, as a list."""
     return value if isinstance(value, (list, tuple)) else [value]
@@ -155,6 +163,16 @@ class DataConfig(Section):
                 f"{self.max_length}: give less, or leave it out"
             )
         return self
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := next((name for name in value if name in NOT_OF_TEMPLATES), None):
+            raise ValueError(
+                f"data.chat_template_kwargs: {taken} is no variable of a template but an argument of transformers' "
+                "apply_chat_template, which dsdpo gives: leave it out"
+            )
+        return value
 
     @field_validator("date", mode="before")
     @classmethod

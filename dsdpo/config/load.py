@@ -173,11 +173,19 @@ def check_run(
     `folder`. Raises `ConfigError` listing everything wrong.
     """
     try:
-        return RunConfig.model_validate(_merge(content, overrides), context={"folder": folder})
+        run = RunConfig.model_validate(_merge(content, overrides), context={"folder": folder})
     except ValidationError as error:
-        found = [_explain(detail, (str(source), over), content, overrides) for detail in error.errors()]
+        details = _by_setting(error.errors())
+        found = [_explain(detail, (str(source), over), content, overrides) for detail in details]
         more = [f"{source}: and {len(found) - MOST_ERRORS} more such errors"] if len(found) > MOST_ERRORS else []
         raise ConfigError("\n".join([*found[:MOST_ERRORS], *more])) from None
+    for name in run.checkpoint.allow_changes:
+        if name not in dotted_keys():
+            where = over if _given(("checkpoint", "allow_changes"), overrides) else source
+            raise ConfigError(
+                f"{where}: checkpoint.allow_changes: {name} is not a setting{about_unknown(name, dotted_keys())}"
+            )
+    return run
 
 
 def check_deepspeed_files(run: RunConfig) -> None:
@@ -276,6 +284,29 @@ def _explain(error: Any, places: tuple[str, str], content: dict[str, Any], overr
             return f"{where}: {key} is {value}: input should be a text; in YAML, put it in quotes"
         case _:
             return f"{where}: {key} is {value}: {message[0].lower()}{message[1:]}"
+
+
+# Where a setting may have several types, pydantic has an error for each, and puts its name into the location.
+_TYPE = re.compile(r"str|bool|int|float|(list|dict|literal)\[.*\]")
+
+
+def _by_setting(errors: Sequence[Any]) -> list[Any]:
+    """The errors with one for a value that has none of the types that its setting may have."""
+    found: dict[tuple[int | str, ...], list[Any]] = {}
+    for error in errors:
+        at = next((i for i, part in enumerate(error["loc"]) if i and _TYPE.fullmatch(str(part))), len(error["loc"]))
+        rest = error["loc"][at + 1 :]
+        found.setdefault(error["loc"][:at], []).append(
+            {**error, "loc": (*error["loc"][:at], *rest), "inner": len(rest)}
+        )
+    told = []
+    for group in found.values():
+        if inner := [error for error in group if error["inner"]]:  # a list of which only some parts are wrong
+            told += inner
+        else:
+            words = [group[0]["msg"], *(error["msg"].removeprefix("Input should be ") for error in group[1:])]
+            told.append({**group[0], "msg": " or ".join(dict.fromkeys(words))} if len(group) > 1 else group[0])
+    return told
 
 
 def _blamed(message: str, places: tuple[str, str], content: dict[str, Any], overrides: dict[str, Any]) -> str:

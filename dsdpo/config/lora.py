@@ -58,6 +58,17 @@ class LoraConfig(Section):
                 f"model.lora.path {self.path} and model.lora.{others[0]} {getattr(self, others[0])!r} both describe "
                 "the adapter: a folder brings its own settings; keep one of the two"
             )
+        patterns = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
+        patterns += [("rank_pattern", key) for key in self.rank_pattern]
+        patterns += [("alpha_pattern", key) for key in self.alpha_pattern]
+        for name, pattern in patterns:
+            if isinstance(pattern, str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"model.lora.{name} {pattern!r} is no regular expression ({error}): correct it, or give names"
+                    ) from None
         if targets_head(self.target_modules):
             raise ValueError(f"model.lora.target_modules {self.target_modules!r}: {ON_THE_HEAD}")
         return self

@@ -192,10 +192,13 @@ class TrackingConfig(Section):
         return self
 
 
+SHORTEST_SILENCE = timedelta(seconds=5)
+
+
 class DistributedConfig(Section):
     """How ranks work together."""
 
-    timeout_minutes: Annotated[float, Field(gt=0, le=60 * 24 * 365)] = 30
+    timeout_minutes: Annotated[float, Field(ge=0.1, le=60 * 24 * 365)] = 30
     """Minutes a collective may wait for the other ranks before the run fails."""
     lost_after: PositiveDuration = timedelta(minutes=3)
     """Time without a sign of life, as HH:MM:SS or seconds, after which a rank is taken for lost and the others end."""
@@ -204,6 +207,15 @@ class DistributedConfig(Section):
     min_ranks: PositiveInt = 1
     """Fewest ranks to train with. With fewer, a run under torchrun elastic waits for nodes to join, any other is
     refused."""
+
+    @model_validator(mode="after")
+    def _signs_come_sooner(self) -> DistributedConfig:
+        if self.lost_after < SHORTEST_SILENCE:
+            raise ValueError(
+                f"distributed.lost_after {self.lost_after} is less than ranks can promise, who give a sign of life "
+                f"each second: give {SHORTEST_SILENCE} or more"
+            )
+        return self
 
 
 class RunConfig(Section):

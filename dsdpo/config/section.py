@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -16,6 +17,34 @@ NULLS = ("None", "null", "Null", "NULL", "~")
 LARGEST_INT = 2**63 - 1  # what a tensor can count to
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that Linux takes
+
+
+def path_trouble(text: str) -> str | None:
+    """What makes a text no path on this machine, as the end of a sentence; None if nothing does."""
+    try:
+        names = os.fsencode(os.path.expanduser(text)).split(b"/")
+    except UnicodeEncodeError:
+        return "holds half a character, which no file name can"
+    if b"\0" in b"/".join(names):
+        return "holds a NUL, which no file name can"
+    if not text.strip():
+        return "is blank"
+    if max(map(len, names)) > LONGEST_NAME or len(b"/".join(names)) > LONGEST_PATH:
+        return f"is too long: a name has at most {LONGEST_NAME} bytes and a path {LONGEST_PATH}"
+    if (variable := re.search(r"\$\{?[A-Za-z_]\w*\}?", text)) and not os.path.exists(text):
+        return f"names the environment variable {variable[0]}, which is not filled in here"
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        return f"names the home folder of a user that this machine does not have, {text.split('/')[0]}"
+    return None
+
+
+def _possible(path: str) -> str:
+    if trouble := path_trouble(path):
+        raise PydanticCustomError("path", "{trouble}; give another path", {"trouble": f"it {trouble}"})
+    return path
+
+
 def _beside_run_file(path: str, info: ValidationInfo) -> str:
     """The path as given if it exists from here, else beside the run file, else where it came with dsdpo, if at all."""
     path = os.path.expanduser(path)
@@ -27,9 +56,9 @@ def _beside_run_file(path: str, info: ValidationInfo) -> str:
 
 
 # A file or folder, or for models and data also a Hub id: so a path that is nowhere stays as it is.
-PathText = Annotated[str, Field(min_length=1), AfterValidator(_beside_run_file)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible), AfterValidator(_beside_run_file)]
 # A folder that the run may make: from here, never beside the run file.
-FolderText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+FolderText = Annotated[str, Field(min_length=1), AfterValidator(_possible), AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):

@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsdpo.config.data import NOT_OF_TEMPLATES
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.formats import NUMBERS, RowRules, other_prompt_field, pairs_of, read_fields
 from dsdpo.data.messages import Message, Turns, as_messages, read_json, read_turns, short, text_of
@@ -85,6 +86,8 @@ def _example(row: dict[str, Any], fields: dict[str, Any], rules: RowRules) -> di
     system, history = _system(fields["system"]), fields["history"]
     tools = read_json("tools", fields["tools"], list)
     template_kwargs = read_json("chat_template_kwargs", fields["chat_template_kwargs"], dict)
+    if taken := next((name for name in template_kwargs or () if name in NOT_OF_TEMPLATES), None):
+        raise BadRow("wrong_type", f"chat_template_kwargs holds {taken}, which is no variable of a template")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("wrong_type", "one of chosen and rejected is text, the other messages")
     if chosen == rejected:

@@ -6,6 +6,7 @@ A policy has one trained adapter and, where the reference needs its own, a secon
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,11 +77,40 @@ def check_adapter_fits(lm: CausalLM, model: ModelConfig) -> None:
         return
     with torch.device("meta"):
         if model.lora.path is None:
+            check_names(model, lm)
             add_adapter(lm, model, seed=0)
         else:
             folder = Path(model.lora.path).expanduser()
             stored = safetensors_shapes(folder / ADAPTER_WEIGHTS, key="model.lora.path")
             check_stored_adapter(with_settings_of(lm, model), stored, folder)
+
+
+def check_names(model: ModelConfig, lm: CausalLM) -> None:
+    """Raise `ConfigError` for a name in the settings of a fresh adapter that no part of the model has.
+
+    peft minds only if not one name is there.
+    """
+    lora = model.lora
+    assert lora is not None
+    names = [name for name, _ in lm.named_modules()]
+    given: list[tuple[str, str, bool]] = []  # setting, name, whether it is a regular expression
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = getattr(lora, key)
+        given += [(key, each, False) for each in value or ()] if not isinstance(value, str) else []
+    given += [(key, each, True) for key in ("rank_pattern", "alpha_pattern") for each in getattr(lora, key)]
+    for key, each, pattern in given:
+        wanted = re.compile(rf"(.*\.)?({each if pattern else re.escape(each)})")
+        if not any(wanted.fullmatch(name) for name in names):
+            ends = sorted({name.split(".")[-1] for name, part in lm.named_modules() if isinstance(part, nn.Linear)})
+            raise ConfigError(
+                f"model.lora.{key}: {each} is no part of {model.path}; its linear layers are {', '.join(ends)}: give "
+                "one of them, or leave it out"
+            )
+    layers = lora.layers_to_transform
+    number = getattr(lm.config.get_text_config(), "num_hidden_layers", None)
+    for index in [layers] if isinstance(layers, int) else layers or ():
+        if number is not None and not 0 <= index < number:
+            raise ConfigError(f"model.lora.layers_to_transform: {model.path} has layers 0 to {number - 1}, no {index}")
 
 
 def blank_adapter(lm: Any, model: ModelConfig, *, second: bool = False) -> peft.PeftModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.run import RunConfig
+from dsdpo.config.section import path_trouble
 from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
 
@@ -21,10 +22,9 @@ def check_inputs_stay(run: RunConfig, run_file: str | Path) -> None:
     home = folder.path.resolve()
     inputs = [*named_values(run.model_dump(mode="json")), ("the run file", str(run_file))]
     for key, text in inputs:
-        path = Path(text).expanduser()
-        if key in OUTPUTS or not path.exists():
+        if key in OUTPUTS or path_trouble(text) or not Path(text).expanduser().exists():
             continue
-        place = path.resolve()
+        place = Path(text).expanduser().resolve()
         for target in going:
             if target.resolve() in (place, *place.parents) or (place == home and target.exists()):
                 raise ConfigError(
@@ -41,5 +41,5 @@ def named_values(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from named_values(inner, f"{key}[{index}]")
-    elif isinstance(value, str) and value and len(value) < 4096 and "\0" not in value:
+    elif isinstance(value, str) and value:
         yield key, value

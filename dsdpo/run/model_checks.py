@@ -53,6 +53,11 @@ def check_model(model: ModelConfig, *, key: str, weights: bool = True) -> Any:
     """
     folder = Path(model.path).expanduser()
     if folder.is_dir():
+        if model.revision:
+            raise ConfigError(
+                f"{key.replace('path', 'revision')} {model.revision}: {model.path} is a folder, without revisions: "
+                "leave it out, or give a Hub id"
+            )
         _check_folder(folder, model, key=key, weights=weights)
     elif folder.is_file() or model.path.startswith((".", "/", "~")):
         raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
@@ -162,11 +167,15 @@ def _check_kind(config: Any, model: ModelConfig, *, key: str) -> None:
 
 def check_rank(model: ModelConfig, hidden_size: int) -> None:
     """Raise `ConfigError` for an adapter that holds more than the matrices it adds to."""
-    if model.lora is not None and model.lora.path is None and model.lora.r > hidden_size:
-        raise ConfigError(
-            f"model.lora.r: {model.lora.r} is more than the hidden size of {model.path}, {hidden_size}; set it to a "
-            "rank such as 16"
-        )
+    if model.lora is None or model.lora.path is not None:
+        return
+    ranks = {"r": model.lora.r} | {f"rank_pattern.{name}": r for name, r in model.lora.rank_pattern.items()}
+    for name, r in ranks.items():
+        if r > hidden_size:
+            raise ConfigError(
+                f"model.lora.{name}: {r} is more than the hidden size of {model.path}, {hidden_size}; set it to a rank "
+                "such as 16"
+            )
 
 
 def check_heads(models: dict[str, Any], size: int) -> None:

@@ -305,6 +305,11 @@ UNFIT_MODEL = [
 ]
 DATA = [
     Case(
+        "checkpoint of no run",
+        ("checkpoint.resume: nowhere is not in", "say auto"),
+        options=("--dry-run", "--checkpoint.resume", "nowhere"),
+    ),
+    Case(
         "no chat template for messages",
         ("rows.jsonl:1 holds messages", "no chat template", "model.chat_template"),
         **with_data(lines(ROW)),

@@ -367,3 +367,33 @@ def test_of_many_errors_some_are_told_and_the_others_counted():
     assert len(lines) == 11
     assert lines[-1] == "run.yaml: and 991 more such errors"
     assert all(line.startswith("run.yaml: ") for line in refusal(GOOD + "reference: {quantization: 4}\n").splitlines())
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"loss": {"type": {"a": 1}}}, "loss.type is {'a': 1}: input should be a valid string or a valid list"),
+        ({"loss": {"type": ["sft", 1]}}, "loss.type[1] is 1: input should be a text"),
+        ({"loss": {"options": {"a": [1]}}}, "loss.options.a is [1]: input should be a valid boolean or"),
+        ({"model": {"lora": {"lora_alpha": -1}}}, "model.lora.lora_alpha is -1: input should be greater than 0"),
+        ({"model": {"lora": {"target_modules": "["}}}, "target_modules '[' is no regular expression (unterminated"),
+        ({"model": {"lora": {"rank_pattern": {"(": 2}}}}, "model.lora.rank_pattern '(' is no regular expression"),
+        ({"checkpoint": {"allow_changes": ["loss.betta"]}}, "loss.betta is not a setting; did you mean loss.beta?"),
+        ({"output_dir": "a\0b"}, "output_dir is 'a\\x00b': it holds a NUL, which no file name can; give another path"),
+        ({"output_dir": " "}, "output_dir is ' ': it is blank"),
+        ({"data": {"cache_dir": "x" * 256}}, "it is too long: a name has at most 255 bytes"),
+        ({"output_dir": "~no-such-user/x"}, "the home folder of a user that this machine does not have, ~no-such-user"),
+        ({"output_dir": "${HOME}/x"}, "names the environment variable ${HOME}, which is not filled in here"),
+        ({"data": {"chat_template_kwargs": {"tokenize": True}}}, "tokenize is no variable of a template but"),
+        ({"distributed": {"lost_after": 1}}, "distributed.lost_after 0:00:01 is less than ranks can promise"),
+        ({"distributed": {"timeout_minutes": 1e-320}}, "should be greater than or equal to 0.1"),
+    ],
+    ids=str,
+)
+def test_errors_name_settings_that_there_are(setting, said):
+    run = yaml.safe_load(GOOD)
+    for name, value in setting.items():
+        run[name] = {**(run.get(name) or {}), **value} if isinstance(value, dict) else value
+    answer = refusal(yaml.safe_dump(run))
+    assert said in answer
+    assert len(answer.splitlines()) == 1

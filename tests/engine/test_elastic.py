@@ -45,7 +45,7 @@ def test_too_few_ranks_wait_until_torchrun_ends_them(restarting: None, capfd: py
 
 def test_too_few_ranks_do_not_wait_for_ever(restarting: None) -> None:
     with pytest.raises(TrainingError, match=r"no node joined for 0\.001 minutes"):
-        check_ranks(DistributedConfig(min_ranks=3, timeout_minutes=0.001), TWO)
+        check_ranks(DistributedConfig.model_construct(min_ranks=3, timeout_minutes=0.001), TWO)
 
 
 def test_stop_that_torchrun_would_undo_ends_with_0(monkeypatch: pytest.MonkeyPatch, restarting: None) -> None:
