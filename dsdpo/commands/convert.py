@@ -66,7 +66,7 @@ def overrides_of(words: list[str]) -> dict[str, Any]:
 def write(given: argparse.Namespace, found: Conversion, overrides: dict[str, Any]) -> None:
     """Write the run file. Raises `ConfigError`."""
     run = laid_over(found.run, overrides)
-    ordered = {key: run[key] for key in ORDER if key in run}
+    ordered = in_order({key: run[key] for key in ORDER if key in run})
     lines = [f"# Converted from {given.file.name} ({given.program}) by dsdpo convert. Without an exact counterpart:"]
     lines += [f"#   {what}    ({why})" for what, why in found.missed()] or ["#   nothing"]
     if idle := found.idle():
@@ -77,6 +77,16 @@ def write(given: argparse.Namespace, found: Conversion, overrides: dict[str, Any
         write_text(given.out, "\n".join(lines) + "\n" + text)
     except OSError as error:
         raise ConfigError(f"convert: {given.out} cannot be written ({error}): give another --out") from error
+
+
+def in_order(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of each section as they stand in the help; what is no section stays as it is."""
+    places = {key: place for place, key in enumerate(dotted_keys())}
+    names = sorted(section, key=lambda name: places.get(prefix + name, 0)) if prefix else list(section)
+    return {
+        name: in_order(value, f"{prefix}{name}.") if isinstance(value := section[name], dict) else value
+        for name in names
+    }
 
 
 def laid_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +108,13 @@ def described(given: argparse.Namespace, found: Conversion) -> str:
     """What became of each setting, and what to type next."""
     wide = shutil.get_terminal_size().columns
     width = min(30, max((len(what) for what, _ in found.taken), default=0))
-    lines = [shorten(f"{shorten(what, width):<{width}}  {ours}", wide) for what, ours in found.taken]
+    lines = [
+        line
+        for what, ours in found.taken
+        for line in textwrap.wrap(
+            ours, wide, initial_indent=f"{shorten(what, width):<{width}}  ", subsequent_indent=" " * (width + 4)
+        )
+    ]
     if missed := found.missed():
         lines += ["", f"without an exact counterpart ({counted(len(missed), 'setting')}):"]
         for what, why in missed:

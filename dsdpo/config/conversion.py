@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dsdpo.config.load import dotted_keys
 from dsdpo.config.yaml_file import read_yaml
@@ -49,7 +52,10 @@ class Conversion:
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
-        self.taken.append((", ".join(names), f"{key}: {value}"))
+        earlier = [theirs for theirs, ours in self.taken if ours.startswith(f"{key}: ")]
+        self.taken = [each for each in self.taken if not each[1].startswith(f"{key}: ")]
+        shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).removesuffix("\n...\n")
+        self.taken.append((", ".join(dict.fromkeys([*earlier, *names])), f"{key}: {shown.strip()}"))
 
     def leave(self, name: str, value: Any, why: str) -> None:
         """Note a setting that has no counterpart."""
@@ -101,26 +107,27 @@ def columns_of(entry: dict[str, Any]) -> dict[str, str]:
 
 def parts(found: Conversion) -> None:
     """The rows of each source that are trained on and held out, as slices of its split."""
-    limit, size = (
-        _number(found.take(*names)) for names in (("max_samples",), ("val_set_size", "val_size", TEST_SPLIT_SIZE))
-    )
+    sizes = [name for name in ("val_set_size", "val_size", TEST_SPLIT_SIZE) if found.theirs.get(name) not in OFF]
+    theirs = sizes[0] if sizes else "val_set_size"
+    limit, size = _number(found.take("max_samples")), _number(found.take(theirs))
     given = as_list(found.run.get("data", {}).get("train"))
     train = [each if isinstance(each, dict) else {"path": each} for each in given]
     sliceable = all(each["path"] and "[" not in str(each.get("split")) for each in train)
     if limit and not sliceable:
         found.leave("max_samples", limit, "give {path: ..., split: 'train[:1000]'} in data.train")
     if size and (not sliceable or "eval" in found.run["data"] or (size >= 1 and len(train) > 1)):
-        found.leave("val_set_size", size, "give {path: ..., split: 'train[:95%]'} in data.train, the rest in data.eval")
+        found.leave(theirs, size, "give {path: ..., split: 'train[:95%]'} in data.train, the rest in data.eval")
         size = 0
     if not sliceable or not (limit or size):
         return
     for key, rows in zip(("data.train", "data.eval"), ranges(int(limit), size), strict=True):
         if rows:
-            cut = [each | {"split": f"{each.get('split') or 'train'}[{rows}]"} for each in train]
-            found.put(key, cut if len(cut) > 1 else cut[0], "val_set_size" if size else "max_samples")
+            cut = [deepcopy(each) | {"split": f"{each.get('split') or 'train'}[{rows}]"} for each in train]
+            names = [name for name, number in (("max_samples", limit), (theirs, size)) if number]
+            found.put(key, cut if len(cut) > 1 else cut[0], *names)
     if size:
         why = "the last rows are held out, where others draw them: shuffle the rows first if they are sorted"
-        found.leave("val_set_size", size, why)
+        found.leave(theirs, size, why)
 
 
 def _number(value: Any) -> float:
@@ -227,7 +234,8 @@ def registered(name: str, folder: Path, found: Conversion) -> Any:
                   if (each / "dataset_info.json").is_file()), None)  # fmt: skip
     entry = read_yaml(table).get(name) if table is not None else None  # JSON is YAML
     if table is None or not isinstance(entry, dict):
-        found.leave("dataset", name, f"a name of dataset_info.json, which is not in {folder}: put the file's path here")
+        why = f"a name of dataset_info.json, which is not in the folder {folder}: put the file's path here"
+        found.leave("dataset", name, why)
         return name
     result: dict[str, Any] = {"path": entry.get("hf_hub_url") or str(table.parent / str(entry.get("file_name", name)))}
     if entry.get("subset"):

@@ -107,6 +107,8 @@ def test_each_programs_settings_become_a_run(name: str, tmp_path: Path, capsys: 
     assert {each["theirs"].split(":")[0] for each in left} == WITHOUT[name]
     assert all(each["why"] for each in left)
     assert all(f"#   {each['theirs']}" in out.read_text() for each in left)
+    assert "&id" not in out.read_text(), "two settings share a value, which YAML writes as an anchor"
+    assert next(iter(yaml.safe_load(out.read_text())["model"])) == "path"
 
 
 def test_what_a_file_leaves_out_is_the_programs_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,15 +136,15 @@ def test_what_a_file_leaves_out_is_the_programs_default(tmp_path: Path, capsys: 
         ("axolotl", "datasets: [{path: d, split: 'train[:9%]'}]\nval_set_size: 0.1", "train[:9%]", None,
          {"val_set_size"}),
         ("llamafactory", "dataset: d\nmax_samples: 1000\nval_size: 0.1", "train[:900]", "train[900:1000]",
-         {"dataset", "val_set_size"}),
+         {"dataset", "val_size"}),
         ("llamafactory", "dataset: d\nmax_samples: 1000\nval_size: 10", "train[:990]", "train[990:1000]",
-         {"dataset", "val_set_size"}),
+         {"dataset", "val_size"}),
         ("llamafactory", "dataset: d\neval_dataset: e\nmax_samples: 10", "train[:10]", None, {"dataset"}),
         ("openrlhf", "dataset: d\nmax_samples: 10", "train[:10]", None, set()),
         ("trl", "dataset_mixture: {datasets: [{path: d, split: all}, {path: e}], test_split_size: 0.1}", "all[:90%]",
-         "all[90%:]", {"val_set_size"}),
+         "all[90%:]", {"dataset_mixture.test_split_size"}),
         ("trl", "dataset_mixture: {datasets: [{path: d, split: all}, {path: e}], test_split_size: 50}", "all", None,
-         {"val_set_size"}),
+         {"dataset_mixture.test_split_size"}),
     ],
 )  # fmt: skip
 def test_parts_of_the_rows(

@@ -111,7 +111,7 @@ dataset_mixture:
         {"data.train": {"path": "org/pairs", "name": "default", "split": "train_prefs[:-2000]", "weight": 1.0},
          "data.eval": {"path": "org/pairs", "name": "default", "split": "train_prefs[-2000:]", "weight": 1.0},
          "batch.pairs_per_step": 32, "export.push_to_hub": "me/dpo", "loss.beta": 0.01, "model.lora": None},
-        {"val_set_size"},
+        {"dataset_mixture.test_split_size"},
     ),
     "handbook, QLoRA on splits of two sets": (
         "trl",
