@@ -99,16 +99,23 @@ def prepare_data(run: RunConfig) -> Iterator[str]:
             if pairs.report.text:
                 yield f"{name} data: {pairs.report.text}"
             yield f"{name} data: {counted(len(pairs), 'pair')} in {folder}"
-            yield from (f"  {describe_source(source)}" for source in pairs.sources)
+            yield from (f"  {line}" for line in describe_sources(pairs, sources))
 
 
-def describe_source(source: SourceFacts) -> str:
-    """What became of a source's rows, in a line."""
+def describe_sources(pairs: Pairs, configs: Sequence[SourceConfig]) -> Iterator[str]:
+    """What became of each source's rows, in a line."""
+    for facts, config in zip(pairs.sources, configs, strict=True):
+        yield _described(facts, config)
+
+
+def _described(source: SourceFacts, config: SourceConfig) -> str:
+    """Under the name that this run has for the source: pairs on disk may have been prepared by another."""
     dropped = ", ".join(f"{count:,} {kind}" for kind, count in source.dropped.items())
-    alone = len(source.files) == 1 and source.path.endswith(source.files[0])
+    name = f"{config.path} {config.split}" if config.split else config.path
+    alone = len(source.files) == 1 and config.path.endswith(source.files[0])
     read = "" if alone or not source.files else f" ({_names(source.files)})"
     return (
-        f"{source.path}{read}: {counted(source.rows, 'row')}, {counted(source.pairs, 'pair')}, "
+        f"{name}{read}: {counted(source.rows, 'row')}, {counted(source.pairs, 'pair')}, "
         f"{source.tokens:,} tokens, dropped {dropped or 'none'}, {source.truncated:,} truncated, "
         f"{counted(source.duplicates, 'duplicate')}" + (f"; not read: {_names(source.unread)}" if source.unread else "")
     )

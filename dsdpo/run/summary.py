@@ -18,7 +18,7 @@ from dsdpo.engine.config_remarks import json_remarks
 from dsdpo.engine.deepspeed_keys import untested_deepspeed
 from dsdpo.engine.optimizer_limits import optimizer_kind
 from dsdpo.engine.zero_config import TRAINING_KEYS, offload_device, read_deepspeed_json, serves_both, stage
-from dsdpo.run.datasets import describe_source
+from dsdpo.run.datasets import describe_sources
 from dsdpo.run.notes import run_notes
 from dsdpo.run.plan import Layout, Plan
 from dsdpo.run_folder import RunFolder
@@ -33,14 +33,15 @@ def describe_plan(plan: Plan) -> str:
     run = plan.run
     first = next(plan.training_windows(torch.device("cpu")))
     ranks = describe_ranks(plan)
+    held_out = describe_sources(plan.evaluation.pairs, run.data.eval or ()) if plan.evaluation else ()
     rows = [
         ("policy", f"{describe_policy(run)}, {describe_engine(plan.policy_config)}"),
         ("reference", describe_reference(plan)),
         ("loss", run.loss.describe()),
         ("train data", describe_pairs(plan.train)),
-        *(("from", describe_source(source)) for source in plan.train.pairs.sources),
+        *(("from", line) for line in describe_sources(plan.train.pairs, run.data.train)),
         ("held-out data", describe_pairs(plan.evaluation) if plan.evaluation else "none (data.eval)"),
-        *(("from", describe_source(source)) for source in (plan.evaluation.pairs.sources if plan.evaluation else ())),
+        *(("from", line) for line in held_out),
         *describe_samples(plan),
         ("steps", f"{plan.total_steps:,} of {counted(run.batch.pairs_per_step, 'pair')}, {ranks}"),
         (

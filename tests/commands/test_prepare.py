@@ -30,3 +30,16 @@ def test_prepare_makes_what_training_opens(inputs: Path, tmp_path: Path, capsys:
     folder = prepare_pairs(run.data.train, tokenizer, data=run.data, seed=run.train.seed, default_split="train")
     assert folder in made
     assert sorted((tmp_path / "cache" / "dsdpo").iterdir()) == made
+
+
+def test_sources_have_the_names_of_the_run_that_asks(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = settings(tmp_path, inputs)
+    monkeypatch.chdir(inputs)
+    for path in (str(inputs / "few.jsonl"), "few.jsonl"):
+        data["data"] = {"train": {"path": path, "split": "train[:2]"}, "cache_dir": str(tmp_path / "cache")}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
+        assert main([str(tmp_path / "run.yaml")]) == 0
+        assert f"  {path} train[:2]: 2 rows, 2 pairs" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache" / "dsdpo").iterdir())) == 1, "prepared again for another way to write the path"
