@@ -221,6 +221,7 @@ def quiet_libraries(*, verbose: bool) -> None:
     logger.set_verbosity(level)
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(level)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.getLogger("torch").setLevel(max(level, logging.WARNING))  # its compiler's INFO would bury all others
     if not verbose:
         logger.disable_progress_bar()
