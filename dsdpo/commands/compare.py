@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +32,10 @@ def main(given: CompareArguments | FinishedArguments) -> int:
     quiet_libraries(verbose=False)
     if isinstance(given, FinishedArguments):
         runs = load_series(given.folders)
-        print(json.dumps(side_by_side.as_json(runs), indent=1) if given.as_json else side_by_side.table(runs))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(
+            json.dumps(side_by_side.as_json(runs), indent=1) if given.as_json else side_by_side.table(runs, width=width)
+        )
         return 0
     choose_accelerator(computes=True)
     if given.trial is not None:

@@ -90,11 +90,12 @@ class Filled:
 
 
 def precompute(
-    plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = None, whose: str = "reference"
+    plan: RunPlan, stop: StopRequest, *, shard_rows: int | None = None, whose: str = "reference", data: str = "train"
 ) -> PrecomputedReference:
     """Score all pairs of the run with the reference engine, which is destroyed afterwards. Collective.
 
-    `whose` is what lines call the model: any model may stand in the plan as its reference.
+    `whose` is what lines call the model, `data` the pairs: any model may stand in the plan as its reference, and any
+    pairs as those to train on.
     Raises `StoppedError` if it is to stop before all is scored; what has been is stored then.
     """
     settings, model = plan.reference.settings, plan.reference.model
@@ -107,7 +108,7 @@ def precompute(
     rows_a_shard = shard_rows or SHARD_ROWS
     score_tokens = settings.score_tokens * plan.sequence.size
     job = ScoringJob(engine, score_tokens, settings.audit_rows, shard_rows=rows_a_shard, stop=stop)
-    tables = [filled.table for filled in fill_tables(plan, job, folder, dtype=identity.dtype, whose=whose)]
+    tables = [filled.table for filled in fill_tables(plan, job, folder, dtype=identity.dtype, names=(whose, data))]
     during = used_memory()
     destroy_engine(engine)
     del engine, job
@@ -122,10 +123,13 @@ def precompute(
     return reference
 
 
-def fill_tables(plan: RunPlan, job: ScoringJob, folder: Path, *, dtype: str, whose: str = "reference") -> list[Filled]:
-    """The log-probs of training pairs, then of held-out pairs. Collective."""
+def fill_tables(
+    plan: RunPlan, job: ScoringJob, folder: Path, *, dtype: str, names: tuple[str, str] = ("reference", "train")
+) -> list[Filled]:
+    """The log-probs of training pairs, then of held-out pairs; `names` of model and former. Collective."""
+    whose, train = names
     filled = []
-    for name, windows in (("train", plan.train), ("held-out", plan.evaluation)):
+    for name, windows in ((train, plan.train), ("held-out", plan.evaluation)):
         if windows is not None:
             seed = plan.run.train.seed
             filled.append(fill_table(job, windows, folder, dtype=dtype, seed=seed, name=name, whose=whose))

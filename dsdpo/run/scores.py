@@ -73,7 +73,7 @@ def score_judged(
 
 def _scored(plan: Plan, model: ModelConfig, stop: StopRequest, whose: str) -> PairLogps:
     fetch_model(model)
-    return precompute(as_precomputed(plan, model), stop, whose=whose).table.to("cpu")
+    return precompute(as_precomputed(plan, model), stop, whose=whose, data="given").table.to("cpu")
 
 
 def _check_loss(loss: LossConfig, *, tokens: bool) -> None:

@@ -11,7 +11,7 @@ from dsdpo.run.series import RunSeries, differences
 from dsdpo.training.jsonl import without_nan
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-WIDEST = 48  # characters of a column; longer settings lose their beginning
+WIDEST, NARROWEST = 48, 16  # characters of a column; longer settings lose their beginning
 Column = list[Any]
 
 
@@ -46,12 +46,16 @@ def of_rows(rows: Sequence[dict[str, float]], name: str, choose: Callable[[Seque
     return choose(values) if values else None
 
 
-def table(runs: Sequence[RunSeries]) -> str:
-    """A column for each run, a line for each thing to compare."""
-    lines: list[tuple[str, ...]] = [("", *(run.name for run in runs))]
-    for section, rows in comparison(runs).items():
+def table(runs: Sequence[RunSeries], *, width: int | None = None) -> str:
+    """A column for each run, a line for each thing to compare; at most `width` characters wide if it can be."""
+    sections = comparison(runs)
+    names = max((len(f"  {name}") for rows in sections.values() for name in rows), default=0)
+    names = max(names, 0, *map(len, sections))
+    widest = WIDEST if width is None else max(NARROWEST, min(WIDEST, (width - names) // len(runs) - 2))
+    lines: list[tuple[str, ...]] = [("", *(shown(run.name, widest) for run in runs))]
+    for section, rows in sections.items():
         lines += [("",), (section,)]
-        lines += [(f"  {name}", *map(shown, values)) for name, values in rows.items()]
+        lines += [(f"  {name}", *(shown(value, widest) for value in values)) for name, values in rows.items()]
     widths = [max(len(line[at]) for line in lines if at < len(line)) for at in range(len(runs) + 1)]
     return "\n".join(
         "  ".join(
@@ -67,7 +71,7 @@ def as_json(runs: Sequence[RunSeries]) -> dict[str, Any]:
     return {"runs": [str(run.folder) for run in runs], **without_nan(comparison(runs))}
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, widest: int = WIDEST) -> str:
     """A value as the table has it: settings as YAML writes them, of a list of sources the paths."""
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -75,7 +79,7 @@ def shown(value: Any) -> str:
         value = ", ".join(str(each.get("path", each)) for each in value)
     text = {None: "-", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else None
     text = str(value) if text is None else text
-    return text if len(text) <= WIDEST else f"...{text[3 - WIDEST :]}"
+    return text if len(text) <= widest else f"...{text[3 - widest :]}"
 
 
 def _held_out(name: str) -> str:

@@ -13,6 +13,8 @@ from dsdpo.__main__ import main
 from dsdpo.commands.arguments import CompareArguments, compare
 from dsdpo.config.load import load_run, run_parser
 from dsdpo.config.run import RunConfig
+from dsdpo.run import side_by_side
+from dsdpo.run.series import load_series
 from dsdpo.run.trial import speed_of, trial_settings
 from dsdpo.run.trial_process import how_it_failed
 from tests.commands.processes import DSDPO, finish
@@ -120,6 +122,9 @@ def test_finished_runs_side_by_side(inputs: Path, tmp_path: Path, capsys: pytest
     assert ["perf/pairs_per_s", "9", "9"] in lines
     assert ["memory/peak_gib", "1.5", "1.5"] in lines
     assert not any(line[:1] == ["output_dir"] for line in lines)
+    series = load_series(runs)
+    wide, narrow = (side_by_side.table(series, width=width).splitlines() for width in (200, 70))
+    assert max(map(len, wide)) > 70 >= max(map(len, narrow)), "a table that a terminal would break"
     assert main(["compare", "--json", str(runs[0]), str(runs[1] / "config.yaml")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["held-out, last"]["loss"] == [pytest.approx(0.11), pytest.approx(0.21)]
