@@ -82,14 +82,16 @@ def average_memory(weights: Weights, config: dict[str, Any], *, ranks: int, trai
 def optimizer_states(config: dict[str, Any], weights: Weights | None = None) -> float:
     """float32 numbers for each trained element beside its master weight; of Muon at most, without the `weights`.
 
-    Muon keeps one for each element of the layers, twice at stages 1 and 2 on the device, and Adam's two for the rest.
+    Muon keeps one for each element of the layers and Adam's two for the rest. At stages 1 and 2 on the device it is two
+    in the weights' dtype, of which a step works on one.
     """
     kind, on_host = optimizer_kind(config), offload_device(config, "optimizer") != "none"
     if kind == "muon" and weights is not None:
         layers = sum(sum(size for size, trains in zip(part.sizes, part.trained, strict=True) if trains)
                      for part in weights.parts if part.block is not None)  # fmt: skip
         share = layers / max(1, weights.total(trained=True))
-        return share * (1 if on_host or stage(config) == 3 else 2) + (1 - share) * ADAM_STATES
+        staged = not on_host and stage(config) < 3 and not _is_bf16_optimizer(config, weights.itemsize)
+        return share * (2 * weights.itemsize / FLOAT32 if staged else 1) + (1 - share) * ADAM_STATES
     if kind == "lion" and on_host:
         return 2  # DeepSpeed's keeps one that it has no use for
     if kind == "sgd" and not lookup(config, "optimizer.params.momentum"):
@@ -100,6 +102,13 @@ def optimizer_states(config: dict[str, Any], weights: Weights | None = None) -> 
 def sums_bytes(config: dict[str, Any], itemsize: int) -> int:
     """Bytes of an element of the sums of gradients over micro-batches."""
     return FLOAT32 if lookup(config, "data_types.grad_accum_dtype") in ("fp32", "float32") else itemsize
+
+
+def _is_bf16_optimizer(config: dict[str, Any], itemsize: int) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, whose sums of gradients are whole and in float32."""
+    return bool(
+        stage(config) == 1 and sums_bytes(config, itemsize) == FLOAT32 > itemsize and lookup(config, "bf16.enabled")
+    )
 
 
 def _stage12(config: dict[str, Any], weights: Weights, *, ranks: int, fused: bool) -> EngineMemory:
@@ -125,7 +134,7 @@ def _stage12(config: dict[str, Any], weights: Weights, *, ranks: int, fused: boo
             training[GRADIENTS, "device"] = float(FLOAT32 * share)
         return EngineMemory(held, training, {}, {}, None, None)
     step = _step_temporaries(share, TEMPORARIES.get(optimizer_kind(config), states), fused=fused)
-    if level == 1 and sums == FLOAT32 > b and lookup(config, "bf16.enabled"):  # BF16_Optimizer
+    if _is_bf16_optimizer(config, b):
         held[GRADIENTS, "device"] = float(FLOAT32 * trained)
         whole = float(b * trained)  # each micro-batch's, before it is added
         training[GRADIENTS, "device"] = whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -257,13 +258,15 @@ def test_states_of_each_optimizer_are_those_that_it_keeps(block: dict[str, Any],
 
 
 def test_muon_keeps_one_number_for_each_weight_of_the_layers() -> None:
-    weights = parts(300, 500, 200, blocks=(None, 0, None))
-    cpu = {"device": "cpu"}
-    found = {
-        (stage, bool(offload)): optimizer_states(
-            {"zero_optimization": {"stage": stage, **offload}, "optimizer": {"type": "Muon"}}, weights
-        )
-        for stage, offload in ((2, {}), (3, {}), (2, {"offload_optimizer": cpu}))
-    }
-    # 500 of 1,000 are of layers; a step at stages 1 and 2 works on a second copy of their momentum.
-    assert found == {(2, False): 0.5 * 2 + 0.5 * 2, (3, False): 0.5 + 0.5 * 2, (2, True): 0.5 + 0.5 * 2}
+    """Of 16-bit weights as DeepSpeed 0.19 was seen to: momentum and its copy in bfloat16 at stages 1 and 2."""
+    cpu = {"offload_optimizer": {"device": "cpu"}}
+    fp32_sums = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+    def states(itemsize: int, stage: int, offload: dict[str, Any] | None = None, **more: Any) -> float:
+        weights = replace(parts(300, 500, 200, blocks=(None, 0, None)), itemsize=itemsize)  # 500 of 1,000 are of layers
+        config = {"zero_optimization": {"stage": stage, **(offload or {})}, "optimizer": {"type": "Muon"}, **more}
+        return optimizer_states(config, weights)
+
+    assert states(2, 2) == states(2, 1) == 0.5 * 2 / 2 + 0.5 * 2
+    assert states(4, 2) == 0.5 * 2 + 0.5 * 2
+    assert states(2, 1, **fp32_sums) == states(2, 3) == states(2, 2, cpu) == 0.5 + 0.5 * 2
