@@ -11,12 +11,14 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
 
 from dsdpo.accelerator import choose_accelerator
 from dsdpo.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 _quiet = threading.Event()
 _amount: list[str] = []  # how much is done of what is being waited for, if that is known
@@ -167,10 +169,16 @@ def waiting(what: str) -> Iterator[None]:
     """A block that may take long: if it does, rank 0 says what is being done and for how long, until it is over.
 
     In a terminal that is a line that counts seconds and goes away; in a log file a line after 20 s, 40 s, 80 s, ...
+    With `--verbose` every rank says afterwards how long it took.
     """
-    if not is_main() or _quiet.is_set():
+    started = time.monotonic()
+    with _told(what) if is_main() and not _quiet.is_set() else nullcontext():
         yield
-        return
+    log.info("%s: %.2f s", what, time.monotonic() - started)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
     over = threading.Event()
     teller = threading.Thread(target=_tell, args=(what, over), name="waiting", daemon=True)
     teller.start()

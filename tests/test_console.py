@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import re
 import subprocess
 import sys
+import time
 
+import pytest
+
+from dsdpo import console
 from tests.commands.processes import environment_of
 
 WAITS = """
@@ -62,3 +67,11 @@ with console.waiting("loading"):
 def test_nothing_is_said_in_quiet() -> None:
     said = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, env=environment_of())
     assert (said.returncode, said.stdout, said.stderr) == (0, "the command's own answer\n", "")
+
+
+def test_how_long_it_took_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dsdpo.console"), console.waiting("loading"):
+        time.sleep(0.05)
+    [line] = caplog.messages
+    assert re.fullmatch(r"loading: \d\.\d\d s", line)
+    assert float(line.split()[1]) >= 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -26,6 +28,8 @@ from dsdpo.engine.zero_config import stage
 from dsdpo.errors import ConfigError
 from dsdpo.objective.eight_bits import multiply_in_fp8
 from dsdpo.objective.tiles import compute_in_tiles, mlps_of
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -56,6 +60,7 @@ def load_lm(
     bits = None if model.quantization is None else model.quantization.bits
     in_shards = stage(config) == 3 and bits != 4
     by_parts = loading_own_shards(like=like) if in_shards else nullcontext()
+    started = time.monotonic()
     with partitioned_loading(config), by_parts, quiet_loading():
         try:
             lm, found = AutoModelForCausalLM.from_pretrained(
@@ -72,6 +77,7 @@ def load_lm(
         except (RuntimeError, ValueError, OSError, ImportError, SafetensorError) as error:
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ConfigError(f"the weights of {model.path} cannot be loaded: {first_line}") from error
+    log.info("%s: %.2f s", f"weights of {model.path}", time.monotonic() - started)
     refuse_unfit(found, {}, f"the weights of {model.path} do not fill the model", what=type(lm).__name__)
     switch_off_randomness(lm)
     keep_packed(lm)

@@ -79,6 +79,17 @@ def test_a_step_is_split_and_held_against_the_peak(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_a_start_is_split_into_its_parts(tmp_path: Path) -> None:
+    result = run_benchmark("start", tmp_path / "start.json", "--shape", "demo", "--rounds", "1")
+    for way in ("transformers", "own-parts"):
+        [start] = result["measured"]["starts"][way]
+        whole, _ = start.pop("command to first step"), start.pop("the same, CPU time of all ranks")
+        assert len(start) == 9
+        assert all(seconds > 0 for seconds in start.values())
+        assert sum(start.values()) == pytest.approx(whole, rel=0.05)
+
+
+@pytest.mark.nightly
 def test_saves_are_timed_beside_steps(tmp_path: Path) -> None:
     result = run_benchmark("saves", tmp_path / "saves.json", "--tiny", "--rounds", "2", "--steps", "3")
     *rounds, memory = result["measured"]["1 ranks"][0]["rounds"]
