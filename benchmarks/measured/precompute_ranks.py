@@ -1,4 +1,4 @@
-"""Inside the processes of `benchmarks.precompute`: `dsdpo precompute`, with its scoring timed against bare forwards.
+"""Inside the processes of `benchmarks.precompute`: what `dsdpo precompute` does, its scoring beside bare forwards.
 
 python -m benchmarks.measured.precompute_ranks ROUNDS RUN.yaml                 (or under the deepspeed launcher)
 """
@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness.recorder import VARIABLE, synchronize
-from dsdpo.__main__ import main as run_command
+from dsdpo.config.load import load_run, run_parser
+from dsdpo.config.reference import Precomputed
+from dsdpo.console import quiet_libraries
 from dsdpo.distributed import barrier
-from dsdpo.reference import precomputed
+from dsdpo.reference.base import build_checked_reference
+from dsdpo.reference.identity import identify_reference
+from dsdpo.reference.precomputed import ScoringJob, fill_tables, open_store_on_ranks
+from dsdpo.run.plan import plan_run
 
 
 class Recording:
@@ -37,37 +40,35 @@ class Recording:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; the exit code."""
+    """Score all pairs into a store of its own in each round, and make the bare forwards; the exit code."""
     rounds = int(argv[0])
-    fill_tables = precomputed.fill_tables
+    run, flags = load_run(argv[1:], run_parser("benchmarks.measured.precompute_ranks", "Scoring, timed."))
+    quiet_libraries(verbose=False)
+    plan = plan_run(run, run_file=flags.run, writes_output=False)
+    settings = plan.reference.settings
+    assert isinstance(settings, Precomputed)
+    engine, _ = build_checked_reference(plan)
+    identity = identify_reference(plan, engine.module, adapter=None)
 
-    def fill_and_compare(plan: Any, scorer: Any, folder: Path, **options: Any) -> Any:
-        recording = Recording(scorer.engine)
+    def scored(by: Any, name: str) -> Callable[[], Any]:
+        store = open_store_on_ranks(plan.store_folder / name, identity)
+        job = ScoringJob(by, settings.score_tokens, settings.audit_rows)
+        return lambda: fill_tables(plan, job, store, dtype=identity.dtype)
 
-        def whole(number: int) -> Callable[[], Any]:
-            store = folder.with_name(f"{folder.name}-{number}")
-            if int(os.environ.get("RANK", "0")) == 0:
-                shutil.copytree(folder, store)  # an empty store of this reference
-            barrier()
-            return lambda: fill_tables(plan, scorer, store, **options)
+    recording = Recording(engine)
+    scored(recording, "warm-up")()
 
-        @torch.no_grad()
-        def bare() -> None:
-            for batch in recording.batches:
-                scorer.engine(batch=batch)
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in recording.batches:
+            engine(batch=batch)
 
-        stores = [whole(number) for number in range(rounds)]
-        filled = fill_tables(plan, replace(scorer, engine=recording), folder, **options)  # warm-up
-        order = random.Random(0)
-        results = []
-        for store in stores:
-            passes = {"precompute": store, "bare": bare}
-            results.append({name: timed(passes[name]) for name in order.sample(sorted(passes), 2)})
-        report(results, pairs=len(plan.train.pairs))
-        return filled
-
-    precomputed.fill_tables = fill_and_compare
-    return run_command(["precompute", *argv[1:]])
+    order, results = random.Random(0), []
+    for number in range(rounds):
+        passes = {"precompute": scored(engine, f"round-{number}"), "bare": bare}
+        results.append({name: timed(passes[name]) for name in order.sample(sorted(passes), 2)})
+    report(results, pairs=len(plan.train.pairs))
+    return 0
 
 
 def timed(function: Callable[[], Any]) -> dict[str, float]:
