@@ -179,7 +179,7 @@ def predicted(run_yaml: Path) -> dict[str, Any]:
     from dsdpo.run.estimate import configs_of, job_of, subject_of
 
     run, _ = load_run([str(run_yaml)], run_parser("benchmarks.estimate_error", ""))
-    subject = subject_of(run, run_yaml, tokens=None)
+    subject = subject_of(run, run_yaml, tokens=None, ranks=RANKS)
     machine = Machine(hardware("cpu", ranks_per_node=RANKS), RANKS, RANKS)
     found = forecast(job_of(subject, machine, configs_of(subject, machine)))
     without = sum(size for (part, _), size in found.policy.items() if part == ALLOWANCE)

@@ -141,7 +141,7 @@ def exchanges_of(run_yaml: Path, ranks: int) -> tuple[Exchange, ...]:
 
     run, _ = load_run([str(run_yaml)], run_parser("benchmarks.scale_model", ""))
     machine = Machine(hardware("cpu", ranks_per_node=1), ranks, 1)
-    return forecast_of(subject_of(run, run_yaml, tokens=None), machine).time.exchanges
+    return forecast_of(subject_of(run, run_yaml, tokens=None, ranks=ranks), machine).time.exchanges
 
 
 def kinds_of(exchanges: Sequence[Exchange]) -> Iterator[tuple[str, int]]:

@@ -25,6 +25,13 @@ SHAPES = {
     "110m": Size(768, 12, 16, 8, 32_000),
     "1b": replace(LLAMA_1B, vocabulary=8192),  # 0.99 billion weights
 }
+# Gradients are summed as they come, the update goes in parts, and few layers are whole at a time, to take less memory.
+SMALL_ZERO3 = {
+    **ZERO3,
+    "sub_group_size": 50_000_000,
+    "stage3_max_live_parameters": 100_000_000,
+    "stage3_max_reuse_distance": 100_000_000,
+}
 COLUMNS = ("part of the start", "transformers, s", "own parts, s", "transformers / own parts")
 
 
@@ -32,7 +39,7 @@ def main() -> None:
     """Measure and report."""
     options = parser("start", "From the command to the first step.", rounds=3)
     options.add_argument("--shape", default="110m", choices=SHAPES, help="of the Llama that is started")
-    options.add_argument("--optimizer", default="adamw", help="optimizer.type; sgd keeps no states beside the weights")
+    options.add_argument("--lora", action="store_true", help="train an adapter, where states of all weights do not fit")
     options.add_argument("--dtype", default=default_dtype(), choices=["float32", "bfloat16"])
     given = options.parse_args()
     report = Report("start", "From the command to the first step", given)
@@ -44,17 +51,18 @@ def main() -> None:
         model, data = model_and_rows(folder, model=None, data=None, rows=8, size=size, lengths=(8, 6))
         gigabytes = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9
         task = Task(model, data, folder, pairs_per_step=2, max_steps=1, ranks=available_ranks(), dtype=given.dtype)
-        run = ours("start", task, optimizer={"type": given.optimizer})
-        if given.dtype == "bfloat16":  # gradients summed as they come, and the update in parts, to take less memory
-            content = {"zero_optimization": {**ZERO3, "sub_group_size": 50_000_000}}
-            (folder / "start" / "deepspeed.json").write_text(json.dumps(content))
+        lora = {"r": 8, "target_modules": "all-linear"} if given.lora else None
+        run = ours("start", task, model={"lora": lora}, reference={"strategy": "separate"})
+        if given.dtype == "bfloat16":
+            (folder / "start" / "deepspeed.json").write_text(json.dumps({"zero_optimization": SMALL_ZERO3}))
         for number in range(given.rounds):
             for way in order.sample(WAYS, len(WAYS)):
                 found[way].append(started(run, way, folder / f"{way}-{number}"))
     report.measured("starts", found)
     rows = tuple(row(name, *(found[way] for way in WAYS)) for name in found[WAYS[0]][0])
+    trained = "an adapter trained by AdamW" if given.lora else "all weights trained by AdamW"
     note = (
-        f"{gigabytes:.2f} GB of weights, in the page cache, {task.ranks} ranks, {given.optimizer}; starts in turns, in "
+        f"{gigabytes:.2f} GB of weights, in the page cache, {task.ranks} ranks, {trained}; starts in turns, in "
         "random order. Parts are rank 0's."
     )
     report.table(Table("ZeRO-3 policy and separate reference of one path", COLUMNS, rows, note))

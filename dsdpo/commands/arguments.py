@@ -325,7 +325,8 @@ def pair_tokens(text: str, run: RunConfig) -> tuple[int, ...]:
         len(words) - 1 != responses if responses else len(words) < 3
     ):
         raise ConfigError(
-            f"--tokens {text}: give tokens as {shape}, such as {'512,256,256'[: 3 + 4 * (responses or 2)]}"
+            f"--tokens {text}: give numbers of tokens from 1 up as {shape}, such as "
+            f"{'512,256,256'[: 3 + 4 * (responses or 2)]}"
         )
     tokens = tuple(int(word) for word in words)
     if tokens[0] + max(tokens[1:]) > run.data.max_length:

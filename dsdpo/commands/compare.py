@@ -46,8 +46,8 @@ def main(given: CompareArguments | FinishedArguments) -> int:
 
 def compare(given: CompareArguments) -> int:
     """Try every pair of JSONs, then say which is best; the exit code."""
-    subject = subject_of(given.run, given.run_file, tokens=None)
     ranks = given.ranks or default_ranks()
+    subject = subject_of(given.run, given.run_file, tokens=None, ranks=ranks)
     machine = this_machine(ranks=ranks, per_node=ranks)
     own = "derived" if plan_reference(given.run).own_engine else "none"
     pairs = [(policy, reference) for policy in given.policies for reference in given.references]

@@ -12,6 +12,7 @@ from dsdpo.estimate.seconds import Machine
 from dsdpo.run.estimate import Subject, forecast_of, subject_of, this_machine, with_files
 from dsdpo.run.estimate_advice import advise
 from dsdpo.run.estimate_report import Row, as_json, best_of, describe_advice, details, overview
+from dsdpo.run.notes import idle_ranks
 
 
 def main(given: EstimateArguments) -> int:
@@ -20,7 +21,7 @@ def main(given: EstimateArguments) -> int:
     if not is_main():  # started under a launcher: one process is enough, the others say nothing
         return 0
     machine = machine_of(given)
-    subject = subject_of(given.run, given.run_file, tokens=given.tokens)
+    subject = subject_of(given.run, given.run_file, tokens=given.tokens, ranks=machine.ranks)
     rows = [row_of(subject, machine, policy, reference) for policy in given.policies for reference in given.references]
     if all(row.forecast is None for row in rows):
         raise ConfigError("\n".join(dict.fromkeys(row.refused for row in rows)))
@@ -36,6 +37,8 @@ def main(given: EstimateArguments) -> int:
     say(overview(rows, machine))
     say()
     say(details(best))
+    for line in idle_ranks(given.run, machine.ranks):
+        say(f"  {line}")
     if not best.fits:
         say()
         say(describe_advice(advice))

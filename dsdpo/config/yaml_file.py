@@ -60,6 +60,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal_int)
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises `ConfigError` naming the file, and the line where it is not valid YAML."""
+    if path.suffix in (".py", ".ipynb"):
+        raise ConfigError(
+            f"{path} is Python and starts with python; a run file is YAML, such as launch/recipes/demo.yaml"
+        )
     text = _text(path)
     try:
         if _BRACKETS.search(text):  # PyYAML would take seconds to say so

@@ -1,7 +1,7 @@
 """What devices can hold and do, by name: memory, peak arithmetic and the speed of what they are connected by.
 
 Makers' data sheets, of the common form in servers. Bandwidths are of one direction. A name that a user gives is a key
-of `GPUS`; what CUDA calls a device is found by its words.
+of `GPUS` or what CUDA calls a device, which is found by its words.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ CPU = Hardware("cpu", 0.0, 0.2, 50 * GB, 5 * GB, 1 * GB, host=20 * GB, is_cpu=Tr
 
 def gpu_called(cuda_name: str) -> Hardware | None:
     """The device that CUDA gives this name, None for one that is not in the table."""
-    return next((gpu for gpu in _TABLE if re.search(rf"\b{gpu.words}\b", cuda_name)), None)
+    return next((gpu for gpu in _TABLE if re.search(rf"\b{gpu.words}\b", cuda_name, re.IGNORECASE)), None)
 
 
 def peak_tflops(cuda_name: str) -> float | None:
@@ -92,16 +92,18 @@ def peak_tflops(cuda_name: str) -> float | None:
 
 
 def hardware(name: str, *, ranks_per_node: int) -> Hardware:
-    """The device of this name in `GPUS`, or `cpu`: this machine's memory, shared by the ranks of a node.
+    """The device of this name in `GPUS` or CUDA's for it, or `cpu`: this machine's memory, shared by a node's ranks.
 
     Raises `ConfigError` for names that are not known.
     """
-    wanted = name.lower().replace("_", "-").replace(" ", "-")
+    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
     if wanted == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return replace(CPU, memory=memory / ranks_per_node)
-    if wanted not in GPUS:
+    found = GPUS.get(wanted) or gpu_called(wanted.replace("-", " "))
+    if found is None:
         raise ConfigError(
-            f"--gpu {name} is not known{did_you_mean(wanted, GPUS)}; known are {', '.join([*GPUS, 'cpu'])}"
+            f"--gpu {name!r} is not a device of the table, which has {', '.join([*GPUS, 'cpu'])}"
+            f"{did_you_mean(wanted, GPUS)}"
         )
-    return GPUS[wanted]
+    return found

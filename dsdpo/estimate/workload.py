@@ -38,8 +38,8 @@ class Workload:
         return self._size(self._longest_first[: max(1, min(there, at_once * together))])
 
     def step(self, ranks: int, windows: tuple[Window, ...]) -> StepWork:
-        """A rank's mean share of a step, in layers that see so far."""
-        pairs = self.pairs_per_step / ranks
+        """A rank's mean share of a step, in layers that see so far; ranks that share a row have at least one pair."""
+        pairs = max(self.pairs_per_step / ranks, 1 / self.sharing)
         all_of_them = pair_work(self.lengths, windows)
         share = pairs / len(self.lengths)
         work = Work(

@@ -32,7 +32,7 @@ from dsdpo.estimate.weights import Blank, blank_model
 from dsdpo.estimate.workload import workload
 from dsdpo.run.datasets import with_date
 from dsdpo.run.model_checks import check_models, check_rank
-from dsdpo.run.plan import Layout, Plan, choose_layout
+from dsdpo.run.plan import Layout, Plan, check_split, choose_layout
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Subject:
     lengths: np.ndarray  # (n, 1 + responses) tokens of the run's pairs, or of one like them
 
 
-def subject_of(run: RunConfig, run_file: str | Path, *, tokens: tuple[int, ...] | None) -> Subject:
+def subject_of(run: RunConfig, run_file: str | Path, *, tokens: tuple[int, ...] | None, ranks: int) -> Subject:
     """The run with its models on the meta device; `tokens` of prompt, chosen and rejected stand for its data.
 
     Raises `ConfigError` or `DataError`.
@@ -58,6 +58,7 @@ def subject_of(run: RunConfig, run_file: str | Path, *, tokens: tuple[int, ...] 
     models = check_models(run, reference.model, weights=False)
     hidden_size = int(models["model.path"].get_text_config().hidden_size)
     layout = choose_layout(run, models)
+    check_split(run, layout, models, ranks=ranks)
     check_adapter(run, trains_biases=not reference.shares_policy)
     check_rank(run.model, hidden_size)
     lengths = np.array([tokens]) if tokens else lengths_of(run)

@@ -14,9 +14,12 @@ from dsdpo.engine.zero_config import Config, read_deepspeed_json
 from dsdpo.errors import ConfigError
 from dsdpo.estimate.forecast import Forecast, forecast
 from dsdpo.estimate.seconds import Machine
+from dsdpo.objective.output_head import base_lm
+from dsdpo.objective.tiles import mlps_of
 from dsdpo.run.estimate import Subject, job_of, resolved, with_models
 
 MOST_RANKS = 4096
+LONG = 8192  # tokens of a pair from which on it is worth a row of its own to split or to tile
 SHOWN = 3  # changes that are named where several would do alone
 CPU = {"device": "cpu", "pin_memory": True}
 
@@ -168,8 +171,7 @@ def _micro_batches(trial: Trial) -> Iterator[Change]:
             yield f"batch.pairs_per_micro_batch: {pairs}", _run_with(trial, "batch", pairs_per_micro_batch=pairs)
             pairs //= 2
         return
-    cost = COSTS[trial.subject.layout.name]
-    longest = max(int(cost(lengths[None])[0]) for lengths in trial.subject.lengths)
+    longest = _longest(trial)
     tokens = batch.tokens_per_micro_batch // 2
     while tokens >= max(256, longest):
         smaller = _run_with(trial, "batch", tokens_per_micro_batch=tokens)
@@ -179,6 +181,33 @@ def _micro_batches(trial: Trial) -> Iterator[Change]:
         else:
             yield f"batch.tokens_per_micro_batch: {tokens}", smaller
         tokens //= 2
+
+
+def _mlps_in_tiles(trial: Trial) -> Iterator[Change]:
+    model, tokens = trial.subject.run.model, _longest(trial)
+    if model.mlp_tile_tokens is None and tokens >= LONG and list(mlps_of(trial.subject.policy.lm)):
+        tile = 2048 if tokens < 64 * 2048 else 16_384
+        yield f"model.mlp_tile_tokens: {tile}", _run_with(trial, "model", mlp_tile_tokens=tile)
+
+
+def _shared_rows(trial: Trial) -> Iterator[Change]:
+    """Rows split over as few ranks as will do."""
+    subject, now = trial.subject, trial.subject.run.distributed.sequence_parallel
+    if subject.layout.name != "packed" or _longest(trial) < LONG:
+        return
+    heads = [
+        base_lm(blank.lm).config.get_text_config().num_attention_heads for blank in (subject.policy, subject.scorer)
+    ]
+    for size in range(now + 1, trial.machine.ranks + 1):
+        if not any(number % size for number in (trial.machine.ranks, *heads)):
+            changed = _run_with(trial, "distributed", sequence_parallel=size)
+            yield f"distributed.sequence_parallel: {size}, by which so many ranks share a row", changed
+
+
+def _longest(trial: Trial) -> int:
+    """Tokens that the longest pair takes in a pass."""
+    cost = COSTS[trial.subject.layout.name]
+    return max(int(cost(lengths[None])[0]) for lengths in trial.subject.lengths)
 
 
 def _sharded_reference(trial: Trial) -> Iterator[Change]:
@@ -266,9 +295,11 @@ STEPS: tuple[Step, ...] = (
     _checkpointing,
     _scoring,
     _micro_batches,
+    _mlps_in_tiles,
     _sharded_reference,
     _higher_stage,
     _activations_on_host,
+    _shared_rows,
     _reference_on_host,
     _optimizer_on_host,
     _parameters_on_host,

@@ -42,7 +42,9 @@ def best_of(rows: Sequence[Row]) -> Row:
 
 def in_three_lines(found: Forecast, machine: Machine) -> list[tuple[str, str]]:
     """What a dry run says of memory and time, as rows of its plan."""
-    fits = "fits" if found.fits else "DOES NOT FIT"
+    fits = "fits" if found.headroom >= 0 else "DOES NOT FIT"
+    lacking = found.host_capacity is not None and found.host_node > found.host_capacity
+    host = f" of {size(found.host_capacity or 0)}: DOES NOT FIT" if lacking else " of host memory a node"
     return [
         (
             "memory",
@@ -51,7 +53,7 @@ def in_three_lines(found: Forecast, machine: Machine) -> list[tuple[str, str]]:
         ),
         (
             "host, disk",
-            f"{size(found.host_node)} of host memory a node, {size(found.checkpoint)} a checkpoint, "
+            f"{size(found.host_node)}{host}, {size(found.checkpoint)} a checkpoint, "
             f"{size(found.copy_node)} of host memory to write it in the background"
             + (f", {size(found.nvme_node)} of NVMe a node" if found.nvme_node else ""),
         ),
@@ -73,7 +75,9 @@ def overview(rows: Sequence[Row], machine: Machine) -> str:
         if (found := row.forecast) is None:
             lines.append((*names, "refused", row.refused.splitlines()[0], "", "", "", "", ""))
             continue
-        fits = ("yes, fastest" if row is best else "yes") if found.fits else "no"
+        fits = "yes, fastest" if row is best else "yes"
+        if not found.fits:
+            fits = "no" if found.headroom < 0 else "no, host memory"
         lines.append(
             (
                 *names,

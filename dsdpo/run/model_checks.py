@@ -59,7 +59,7 @@ def check_model(model: ModelConfig, *, key: str, weights: bool = True) -> Any:
                 "leave it out, or give a Hub id"
             )
         _check_folder(folder, model, key=key, weights=weights)
-    elif folder.is_file() or model.path.startswith((".", "/", "~")):
+    elif folder.is_file() or model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:  # no Hub id
         raise ConfigError(f"{key}: no folder {folder}; give a Hugging Face model folder or Hub id")
     try:
         config = AutoConfig.from_pretrained(

@@ -25,6 +25,7 @@ def run_notes(plan: Plan) -> Iterator[str]:
             f"batch.pairs_per_step {run.batch.pairs_per_step:,} is more than the {count:,} training pairs: each step "
             "is an epoch of them all"
         )
+    yield from idle_ranks(run, plan.train.world_size)
     if (warmup := run.optimizer.num_warmup_steps(plan.total_steps)) >= plan.total_steps:
         yield (
             f"the warm-up takes {warmup:,} of {counted(plan.total_steps, 'step')}: optimizer.learning_rate "
@@ -65,6 +66,16 @@ def run_notes(plan: Plan) -> Iterator[str]:
         yield (
             f"{shared:,} of the {len(plan.evaluation.pairs):,} held-out pairs are training pairs too, token for "
             "token: the held-out metrics say less than they seem to"
+        )
+
+
+def idle_ranks(run: RunConfig, ranks: int) -> Iterator[str]:
+    """What a step of fewer pairs than there are ranks to take them means."""
+    at_once = ranks // run.distributed.sequence_parallel
+    if run.batch.pairs_per_step < at_once:
+        yield (
+            f"batch.pairs_per_step {run.batch.pairs_per_step:,} is less than the {at_once:,} pairs that "
+            f"{counted(ranks, 'rank')} take at a time: the others compute what does not count"
         )
 
 

@@ -11,6 +11,7 @@ import yaml
 from transformers import LlamaConfig
 
 from dsdpo.__main__ import main
+from dsdpo.estimate.hardware import hardware
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
@@ -71,6 +72,50 @@ def test_advice_makes_it_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert found["advice"][0]["changes"] == ["batch.tokens_per_micro_batch: 50000"]
 
 
+def test_advice_for_a_long_pair_splits_or_tiles_its_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = ("--tokens", "400000,1000,1000", "--data.max_length", "500000", "--batch.tokens_per_micro_batch", "8192")
+    found = estimate(folder, capsys, "--gpu", "t4", *long)
+    assert not found["fits"]
+    changes = [change for one in found["advice"] for change in one["changes"]]
+    assert any(change.startswith(("distributed.sequence_parallel", "model.mlp_tile_tokens")) for change in changes), (
+        changes
+    )
+    assert all(one["device_bytes"] <= one["device_capacity"] for one in found["advice"])
+
+
+def test_it_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", str(folder / "run.yaml"), "--ranks", "8", "--gpu", "h100", "--tokens", "8,8,8"]
+    assert main([*words, "--host-memory", "10"]) == 0
+    assert "no, host memory" in capsys.readouterr().out
+
+
+def test_a_step_of_fewer_pairs_than_ranks_takes_as_long_as_a_pair(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, one_each = (
+        estimate(folder, capsys, "--gpu", "h100", "--ranks", "64", "--batch.pairs_per_step", pairs)["rows"][0]
+        for pairs in ("8", "64")
+    )
+    assert few["seconds"]["policy"] == one_each["seconds"]["policy"]
+    words = ["estimate", str(folder / "run.yaml"), "--gpu", "h100", "--ranks", "64", "--tokens", "8,8,8"]
+    assert main([*words, "--batch.pairs_per_step", "8"]) == 0
+    assert "batch.pairs_per_step 8 is less than the 64 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("a100-80gb", "a100"),
+        ("RTX 4090", "rtx4090"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("H100_NVL", "h100-nvl"),
+    ],
+)
+def test_a_device_goes_by_the_name_that_cuda_gives_it(given: str, found: str) -> None:
+    assert hardware(given, ranks_per_node=1).name == found
+
+
 def test_a_base_in_4_bits_takes_less(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora = ("--gpu", "rtx4090", "--model.lora.r", "8")
     plain, packed = (
@@ -115,7 +160,19 @@ WRONG = {
         ("reference.strategy adapter", "leave it out"),
     ),
     "no data and no lengths": ((), ("tokenizer", "--tokens 512,256,256")),
+    "rows that the ranks cannot share": (
+        ("--ranks", "8", "--distributed.sequence_parallel", "3", "--tokens", "8,8,8"),
+        ("distributed.sequence_parallel: 3 ranks", "8 ranks"),
+    ),
+    "rows that the heads cannot share": (
+        ("--ranks", "64", "--distributed.sequence_parallel", "64", "--tokens", "8,8,8"),
+        ("distributed.sequence_parallel: 64 ranks", "attention heads"),
+    ),
     "no model": (("--model.path", "./nowhere", "--tokens", "8,8,8"), ("model.path", "nowhere")),
+    "a folder that is not there": (
+        ("--model.path", "runs/demo-inputs/model", "--tokens", "8,8,8"),
+        ("no folder runs/",),
+    ),
     "unknown option": (("--rank", "8", "--tokens", "8,8,8"), ("--rank",)),
 }
 

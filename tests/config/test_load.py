@@ -331,6 +331,12 @@ def test_pipes_and_devices_are_refused_without_reading(folder):
         load_run(["/dev/zero"], run_parser("dsdpo train", "Train."))
 
 
+def test_python_in_place_of_a_run_file_is_named(folder):
+    (folder / "own_loss.py").write_text("import torch\n")
+    with pytest.raises(ConfigError, match=r"own_loss\.py is Python .*a run file is YAML"):
+        load_run(["own_loss.py"], run_parser("dsdpo train", "Train."))
+
+
 def test_a_missing_deepspeed_json_is_named(folder):
     (folder / "ds.json").write_text("{}")
     check_deepspeed_files(load(GOOD)[0])
