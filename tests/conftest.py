@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def _end_ranks() -> Iterator[None]:
     from tests.ranks import stop_all
 
     stop_all()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """A test that meets other ranks in pytest's own process, be it one rank, would fail others that run after it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    assert distributed is None or not distributed.is_initialized(), "run it on ranks of their own: tests/ranks.py"
 
 
 @pytest.fixture(scope="session")

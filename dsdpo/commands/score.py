@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     if given.tokens and target.run.distributed.sequence_parallel > 1:
         raise ConfigError("--tokens: needs whole rows on each rank: add --distributed.sequence_parallel 1")
     if given.rewardbench:
-        target = _as_reward_bench(target)
+        target, given.by = _as_reward_bench(target), "subset"
     choose_accelerator(computes=True)
     quiet_libraries(verbose=given.verbose)
 
@@ -51,7 +51,9 @@ def main(argv: list[str]) -> int:
             watched_ranks(lost_after=target.run.distributed.lost_after),
             judged(target.run, finished, checkpoint=given.checkpoint) as what,
         ):
-            table, plan = score_judged(what, target.sources, run_file=target.name, stop=stop, tokens=given.tokens)
+            table, plan = score_judged(
+                what, target.sources, run_file=target.name, stop=stop, tokens=given.tokens, by=given.by
+            )
             facts = {"policy": what.name, "reference": what.reference and what.reference.path,
                      "beta": what.loss(what.run).beta(what.loss_step), "loss": what.run.loss.types}  # fmt: skip
             with all_or_none():
@@ -119,8 +121,8 @@ def _report(
     kept = scores.keep_rows(table, condition)
     scores.write_table(table, given.out, kept, facts=facts)
     say(scores.summary(table, kept if condition else None))
-    if column := "subset" if given.rewardbench else given.by:
-        shares = scores.say_groups(table, scores.values_of(target.sources, plan, column))
+    if given.by:
+        shares = scores.say_groups(table, scores.values_of(target.sources, plan, given.by))
         if given.rewardbench:
             for section, share in section_scores(shares).items():
                 say(f"{section:<30}{share:>8.1%}")

@@ -22,7 +22,7 @@ from dsdpo.data.condition import SCORES, Condition
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.formats import look_up
 from dsdpo.data.sources import find_sources, read_rows
-from dsdpo.distributed import gather_objects, rank
+from dsdpo.distributed import gather_objects, on_some_ranks, rank
 from dsdpo.engine.build import device
 from dsdpo.engine.download import fetch_model
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
@@ -43,13 +43,19 @@ SIDES = ("chosen", "rejected")
 
 
 def score_judged(
-    what: Judged, sources: Sequence[SourceConfig], *, run_file: str, stop: StopRequest, tokens: bool = False
+    what: Judged,
+    sources: Sequence[SourceConfig],
+    *,
+    run_file: str,
+    stop: StopRequest,
+    tokens: bool = False,
+    by: str | None = None,
 ) -> tuple[Table, Plan]:
     """Every pair's log-probs, rewards and margin, in the order of the rows, on all ranks alike. Collective.
 
     Log-probs come from the store of precomputed ones and are kept there. With `tokens`, also the id and log-prob of
-    each learned token, on rank 0. Raises `ConfigError` or `DataError` before a model loads, `StoppedError` when it is
-    to stop: what has been scored is stored.
+    each learned token, on rank 0. `by`: a column that every row must have. Raises `ConfigError` or `DataError` before
+    a model loads, `StoppedError` when it is to stop: what has been scored is stored.
     """
     _check_loss(what.run.loss, tokens=tokens)
     if what.reference == what.policy:
@@ -58,6 +64,8 @@ def score_judged(
             "trained run, or another --reference"
         )
     plan = plan_judging(what, list(sources), strategy="precomputed", run_file=run_file)
+    if by is not None:
+        on_some_ranks(rank() == 0, lambda: values_of(sources, plan, by))
     prepare_ops(plan.policy_config, plan.reference_config)
     policy = _scored(plan, what.policy, stop, "policy")
     pairs = len(plan.train.pairs)

@@ -1,14 +1,17 @@
-"""Commands as real processes, alone or under the deepspeed launcher."""
+"""Commands as real processes, alone or under the deepspeed launcher, and in a process that is there."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NoReturn
@@ -41,6 +44,10 @@ def environment_of(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS} | changes
 
 
+# What is said where something takes long, as loading libraries does on a busy machine.
+WAITED = re.compile(r"^.* \.\.\. \d+ s\n", re.MULTILINE)
+
+
 def finish(
     command: list[str], *, limit_s: float, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -57,6 +64,7 @@ def finish(
     )
     print(f"{time.monotonic() - started:.1f} s, exit code {answer.returncode}")  # for pytest -s and failures
     print(answer.stdout, answer.stderr, sep="\n")
+    answer.stderr = WAITED.sub("", answer.stderr)
     return answer
 
 
@@ -127,3 +135,29 @@ def start_ranks(
         who = dict(zip(names, map(str, (rank, len(logs), rank, len(logs))), strict=True))
         started.append(Forked(arguments, log, **meeting, **who, **environment))
     return started
+
+
+def main_here(argv: list[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `dsdpo` in this process, C++ libraries' words included."""
+    from dsdpo.__main__ import main
+
+    with captured(1) as output, captured(2) as errors:
+        code = main(argv)
+    return code, output.read_text(), errors.read_text()
+
+
+@contextmanager
+def captured(descriptor: int) -> Iterator[Path]:
+    """A file that holds all that is written to a file descriptor meanwhile."""
+    path = Path(tempfile.mkdtemp()) / "text"
+    stream = {1: sys.stdout, 2: sys.stderr}[descriptor]
+    stream.flush()
+    kept = os.dup(descriptor)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), descriptor)
+    try:
+        yield path
+    finally:
+        stream.flush()
+        os.dup2(kept, descriptor)
+        os.close(kept)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.commands.bad_input import CASES, DATA, DEEPSPEED, MODEL, RUN_FILE, UNFIT_MODEL, Case, write
-from tests.commands.processes import DSDPO, finish, launcher
+from tests.commands.processes import DSDPO, WAITED, finish, launcher, main_here
 from tests.ranks import run_ranks
 
 HANG_S = 240  # 15 s on a machine of one's own, minutes on a crowded one
@@ -47,7 +43,7 @@ def test_refused_before_ranks_meet(case: Case, inputs: Path, tmp_path: Path, cap
 
 @pytest.mark.parametrize("case", ON_RANKS, ids=str)
 def test_every_rank_refuses_and_rank_0_says_why(case: Case, inputs: Path, tmp_path: Path) -> None:
-    answers = run_ranks(2, command_here, write(case, tmp_path, inputs))
+    answers = run_ranks(2, main_here, write(case, tmp_path, inputs))
     assert [code for code, _, _ in answers] == [2, 2]
     assert_says(case, answers[0][2])
     assert [output for _, output, _ in answers] == ["", ""]
@@ -56,7 +52,7 @@ def test_every_rank_refuses_and_rank_0_says_why(case: Case, inputs: Path, tmp_pa
 
 @pytest.mark.parametrize("case", UNFIT_MODEL, ids=str)
 def test_models_that_are_not_what_a_run_needs(case: Case, inputs: Path, tmp_path: Path) -> None:
-    [(code, output, errors)] = run_ranks(1, command_here, write(case, tmp_path, inputs))
+    [(code, output, errors)] = run_ranks(1, main_here, write(case, tmp_path, inputs))
     assert code == 2
     assert_says(case, errors)
     assert output == "" or case.options == ()  # what is found once the model is loaded comes after the plan
@@ -75,35 +71,9 @@ def test_half_precision_that_the_device_does_not_compute(monkeypatch: pytest.Mon
         refuse_on_device(ModelConfig(path="m", dtype="float16"))
 
 
-def command_here(argv: list[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `dsdpo` in this process, C++ libraries' words included."""
-    from dsdpo.__main__ import main
-
-    with captured(1) as output, captured(2) as errors:
-        code = main(argv)
-    return code, output.read_text(), errors.read_text()
-
-
-@contextmanager
-def captured(descriptor: int) -> Iterator[Path]:
-    """A file that holds all that is written to a file descriptor meanwhile."""
-    path = Path(tempfile.mkdtemp()) / "text"
-    stream = {1: sys.stdout, 2: sys.stderr}[descriptor]
-    stream.flush()
-    kept = os.dup(descriptor)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), descriptor)
-    try:
-        yield path
-    finally:
-        stream.flush()
-        os.dup2(kept, descriptor)
-        os.close(kept)
-
-
 def assert_says(case: Case, errors: str) -> None:
     """One message, whole, and nothing beside it."""
-    errors = re.sub(r"\Aloading .* \.\.\. \d+ s\n", "", errors)  # what is said on a crowded machine
+    errors = WAITED.sub("", errors)
     assert errors.startswith("dsdpo: "), errors
     assert errors.count("dsdpo: ") == 1
     for mention in case.mentions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dsdpo.__main__ import main
+from tests.commands.processes import main_here
 from tests.ranks import run_ranks
 from tests.runs import metrics, settings, train_on
 
@@ -71,22 +70,13 @@ def tables_here(argv: list[str]) -> list[dict[str, Any]]:
     return tables
 
 
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(*argv: object) -> str:
     """A command's one message, with which it ends, exit code 2."""
-
-    def ends(*argv: object) -> str:
-        capsys.readouterr()
-        assert main(list(map(str, argv))) == 2
-        said = capsys.readouterr().err
-        assert said.count("dsdpo: ") == 1
-        assert "Traceback" not in said
-        return said
-
-    return ends
+    [(code, _, said)] = run_ranks(1, main_here, list(map(str, argv)))
+    assert code == 2
+    assert said.count("dsdpo: ") == 1
+    assert "Traceback" not in said
+    return str(said)
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
@@ -143,7 +133,7 @@ def test_scores_of_two_ranks_go_on_from_the_store_and_filter_rows(run: Path, inp
     assert all(same[row] == margin for row, margin in zip(two["row"], two["margin"], strict=True) if row in same)
 
 
-def test_models_are_scored_without_a_run(inputs: Path, run: Path, tmp_path: Path, refused: Refused) -> None:
+def test_models_are_scored_without_a_run(inputs: Path, run: Path, tmp_path: Path) -> None:
     model, few = str(inputs / "model"), str(inputs / "few.jsonl")
     out = tmp_path / "out.parquet"
     merged = tmp_path / "merged"
@@ -246,7 +236,7 @@ def test_reward_bench_sections() -> None:
     assert found == {"Chat Hard": 0.25, "Reasoning": pytest.approx((984 * 0.5 + 164 * 1.0) / (984 + 164))}
 
 
-def test_what_score_refuses(run: Path, inputs: Path, tmp_path: Path, refused: Refused) -> None:
+def test_what_score_refuses(run: Path, inputs: Path, tmp_path: Path) -> None:
     few, out = inputs / "few.jsonl", tmp_path / "out.parquet"
     start = ("score", run, "--data", few, "--out")
     assert "is no .parquet file" in refused(*start, tmp_path / "out.csv")

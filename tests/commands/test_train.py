@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dsdpo.__main__ import main
 from dsdpo.config.load import dotted_keys, load_run, run_parser
 from dsdpo.config.run import RunConfig
-from tests.commands.processes import DSDPO, SLURM, finish, launcher, start_ranks
-from tests.commands.test_bad_input import command_here
+from tests.commands.processes import DSDPO, SLURM, finish, launcher, main_here, start_ranks
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, settings, train_on, write_json
 
@@ -90,7 +89,7 @@ def dry_run_here(path: str) -> tuple[int, str, str]:
     from dsdpo import __main__
 
     __main__.leave_process_group = lambda: None  # type: ignore[assignment]  # the pool of ranks lives on
-    return command_here(["train", path, "--dry-run"])
+    return main_here(["train", path, "--dry-run"])
 
 
 class Finished(NamedTuple):
