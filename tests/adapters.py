@@ -1,4 +1,4 @@
-"""Adapters to go on with, for tests: every part random, so that it differs from the base model."""
+"""Adapters to go on with, for tests: every part random, so that it differs from the base model; and their bases."""
 
 from __future__ import annotations
 
@@ -36,4 +36,28 @@ def merged(folder: Path, inputs: Path, adapter: str) -> str:
     lm = AutoModelForCausalLM.from_pretrained(inputs / "model")
     peft.PeftModel.from_pretrained(lm, adapter).merge_and_unload().save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(str(folder))
+    return str(folder)
+
+
+def dequantized(folder: Path, path: Path, *, dtype: str = "float32") -> str:
+    """The model whose weights are what the 4 bits of the one in `path` stand for, as a model folder."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dsdpo.config.model import ModelConfig
+    from dsdpo.engine.load import DTYPES
+    from dsdpo.engine.quantization import is_quantized, loading_options
+
+    model = ModelConfig.model_validate({"path": str(path), "dtype": dtype, "lora": {}, "quantization": {"bits": 4}})
+    low = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **loading_options(model))
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    targets, changed = dict(plain.named_parameters()), 0
+    with torch.no_grad():
+        for name, parameter in low.named_parameters():
+            if is_quantized(parameter):
+                targets[name].copy_(dequantize_4bit(parameter.data, parameter.quant_state))
+                changed += 1
+    assert changed == 7 * plain.config.num_hidden_layers
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
     return str(folder)

@@ -14,10 +14,10 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from dsdpo.config.model import ModelConfig
 from dsdpo.config.run import RunConfig
 from dsdpo.engine.self_check import Answers, measured_bias
 from dsdpo.reference.identity import ReferenceIdentity
+from tests.adapters import dequantized
 from tests.ranks import run_ranks
 from tests.reference.test_adapter import lora_run
 from tests.runs import losses, metrics, train_here, train_on
@@ -33,33 +33,11 @@ def quantized_run(folder: Path, inputs: Path, **sections: Any) -> dict[str, Any]
     return lora_run(folder, inputs, {"r": 4}, model=model, **sections)
 
 
-def dequantized(folder: Path, inputs: Path) -> str:
-    """The model whose weights are what the 4 bits stand for, in a folder of its own; its path as text."""
-    from bitsandbytes.functional import dequantize_4bit
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from dsdpo.engine.quantization import is_quantized, loading_options
-
-    model = ModelConfig(path=str(inputs / "model"), dtype="float32", lora={"r": 4}, quantization=NF4)
-    low = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32, **loading_options(model))
-    plain = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
-    targets, changed = dict(plain.named_parameters()), 0
-    with torch.no_grad():
-        for name, parameter in low.named_parameters():
-            if is_quantized(parameter):
-                targets[name].copy_(dequantize_4bit(parameter.data, parameter.quant_state))
-                changed += 1
-    assert changed == 7 * plain.config.num_hidden_layers
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model.path).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def truth(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """LoRA on the weights that the 4 bits stand for, held in 32 bits."""
     folder = tmp_path_factory.mktemp("truth")
-    path = dequantized(folder / "model", inputs)
+    path = dequantized(folder / "model", inputs / "model")
     return losses(train_on(2, lora_run(folder, inputs, {"r": 4}, policy_zero="zero2", model={"path": path})))
 
 
@@ -84,6 +62,72 @@ def test_losses_are_those_of_the_weights_that_the_bits_stand_for(
     assert found == pytest.approx(truth, abs=1e-4)
     assert min(found) < LN_2 - 1e-3, "nothing was learned, so nothing is compared"
     assert "nf4" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_rows_split_over_ranks_tiles_and_offloaded_activations_change_nothing(
+    truth: list[float], inputs: Path, tmp_path: Path
+) -> None:
+    model = {"mlp_tile_tokens": 16, "gradient_checkpointing": True, "activation_offloading": True}
+    run = quantized_run(tmp_path, inputs, policy_zero="zero3", model=model, distributed={"sequence_parallel": 2})
+    assert losses(train_on(2, run)) == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"type": "adamw_8bit"},
+        {"type": "lion", "learning_rate": 2e-3},
+        {"type": "muon", "learning_rate": 2e-2},
+        {"type": "sgd", "learning_rate": 3.0, "momentum": 0.9},
+    ],
+    ids=lambda optimizer: optimizer["type"],
+)
+def test_each_optimizer_trains_the_adapter(optimizer: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
+    run = quantized_run(tmp_path, inputs, policy_zero="zero3", train={"overfit_first_step": True})
+    run["optimizer"] = {**run["optimizer"], **optimizer}
+    found = losses(train_on(2, run))
+    assert found[0] == pytest.approx(LN_2, abs=1e-6)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < LN_2 - 0.01
+
+
+@pytest.mark.nightly
+def test_twenty_steps_on_real_pairs(shared: Path, tmp_path: Path, record_property: Any) -> None:
+    """In bfloat16 no further from LoRA on the weights that the bits stand for than two ZeRO stages of that are apart.
+
+    docs/models.md has the figures that this prints (pytest -s).
+    """
+    model, rows = shared / "models" / "tiny-sft", tmp_path / "rows.jsonl"
+    rows.write_text("".join((shared / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:160]))
+    base = dequantized(tmp_path / "base", model, dtype="bfloat16")
+
+    def twenty(zero: str, path: str, **more: Any) -> list[float]:
+        run = quantized_run(
+            tmp_path / f"{zero}-{len(more)}",
+            tmp_path,
+            policy_zero=zero,
+            model={"path": path, "dtype": "bfloat16", "quantization": None, **more},
+            data={"train": str(rows), "max_length": 512},
+            train={"max_steps": 20},
+        )
+        run["optimizer"] = {"learning_rate": 1e-3}
+        return losses(train_on(2, run))
+
+    def apart(found: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(found, expected, strict=True))
+
+    expected = twenty("zero2", base)
+    assert min(expected) < LN_2 - 0.02, "little was learned, so little is compared"
+    bits = {zero: twenty(zero, str(model), quantization=NF4) for zero in ("zero2", "zero3")}
+    distances = {f"4 bits, {zero}": apart(found) for zero, found in bits.items()}
+    distances["LoRA, zero3"] = apart(twenty("zero3", base))
+    distances["LoRA on the base before rounding to 4 bits, zero2"] = apart(twenty("zero2", str(model)))
+    for name, distance in distances.items():
+        print(f"{name}: {distance:.1e} from LoRA on the dequantized base, zero2")
+        record_property(name, f"{distance:.1e}")
+    assert all(found[0] == pytest.approx(LN_2, abs=1e-6) for found in bits.values())
+    noise = max(distances["LoRA, zero3"], 1e-3)
+    assert max(distances[f"4 bits, {zero}"] for zero in bits) < 3 * noise
 
 
 def test_resumed_run_is_the_uninterrupted_one_and_its_adapter_merges_into_the_base(

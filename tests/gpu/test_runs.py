@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.adapters import dequantized
 from tests.gpu.support import DEVICE, ON_CUDA, RANKS
 from tests.kill_test import Kill, Report, start
 from tests.ranks import restart, stop_all
-from tests.runs import losses, metrics, settings, train_on
+from tests.runs import POLICIES, losses, metrics, settings, train_on, write_json
 
 LN_2 = math.log(2)
 TRDPO = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
@@ -98,6 +99,52 @@ def test_kernels_that_a_run_can_choose(
     assert found == pytest.approx(expected, abs=0.02 if "dtype" in options else 1e-4)
 
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw_8bit": {"learning_rate": 1e-3},
+    "lion": {"learning_rate": 1e-3},
+    "muon": {"learning_rate": 1e-2, "adam_learning_rate": 1e-3},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizers_learn_alike_at_every_stage(kind: str, tmp_path: Path, inputs: Path, record_property: Any) -> None:
+    """Kernels of bitsandbytes (8-bit states, Lion) and Muon's compiled steps, with float32 sums as in our JSONs."""
+    if kind in ("adamw_8bit", "lion"):
+        pytest.importorskip("bitsandbytes")
+    optimizer = {"type": kind, "lr_scheduler_type": "constant", **OPTIMIZERS[kind]}
+    found = {}
+    for zero in ("zero1", "zero2", "zero3"):
+        config = {**POLICIES[zero], "data_types": {"grad_accum_dtype": "fp32"}}
+        found[zero] = run_of(
+            tmp_path, inputs, zero, reference_zero="zero0", model={"dtype": "bfloat16"}, optimizer=optimizer,
+            train={"max_steps": 8, "overfit_first_step": True}, deepspeed=write_json(tmp_path / "p.json", config),
+        )  # fmt: skip
+        assert found[zero][0] == pytest.approx(LN_2, abs=0.01)
+        assert found[zero][-1] < 0.62, "the same pairs again and again are learned by heart"
+    apart = max(abs(a - b) for zero in found for a, b in zip(found[zero], found["zero1"], strict=True))
+    record_property("largest difference of a loss", f"{apart:.1e}")
+    assert apart < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+def test_base_in_4_bits_learns_as_the_weights_that_it_stands_for(
+    zero: str, tmp_path: Path, inputs: Path, record_property: Any
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora: dict[str, Any] = {"lora": {"r": 4}}
+    options: dict[str, Any] = {"policy_zero": zero, "reference_zero": None, "optimizer": {"learning_rate": 1e-2}}
+    base = dequantized(tmp_path / "base", inputs / "model")
+    expected = run_of(tmp_path, inputs, "plain", model={**lora, "path": base}, **options)
+    found = run_of(tmp_path, inputs, "bits", model={**lora, "quantization": {"bits": 4}}, **options)
+    apart = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    record_property("largest difference of a loss", f"{apart:.1e}")
+    assert found[0] == pytest.approx(LN_2, abs=1e-5)
+    assert expected[-1] < LN_2 - 1e-3, "nothing was learned, so nothing was compared"
+    assert apart < 1e-3
+
+
 @pytest.mark.gpu
 def test_rows_split_over_gpus(tmp_path: Path, inputs: Path) -> None:
     if RANKS < 2:
@@ -136,8 +183,12 @@ def test_reference_that_becomes_the_policy_each_step(tmp_path: Path, inputs: Pat
 
 
 @pytest.mark.gpu
-def test_resumed_run_is_the_uninterrupted_one_to_rounding(tmp_path: Path, inputs: Path) -> None:
-    bf16: dict[str, Any] = {"model": {"dtype": "bfloat16"}}
+@pytest.mark.parametrize("kind", ["adamw", *OPTIMIZERS])
+def test_resumed_run_is_the_uninterrupted_one_to_rounding(kind: str, tmp_path: Path, inputs: Path) -> None:
+    if kind in ("adamw_8bit", "lion"):
+        pytest.importorskip("bitsandbytes")
+    optimizer = {"type": kind, **OPTIMIZERS.get(kind, {})}
+    bf16: dict[str, Any] = {"model": {"dtype": "bfloat16"}, "optimizer": optimizer}
     whole = run_of(tmp_path, inputs, "whole", train={"max_steps": 8}, **bf16)
     part: dict[str, Any] = {"checkpoint": {"every_steps": 4, "resume": "auto"}, **bf16}
     run = settings(tmp_path / "part", inputs, train={"max_steps": 8}, **part)

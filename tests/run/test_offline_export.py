@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero3": ("zero3", 3, {}),
     "offload": ("zero3_offload", 2, {"dtype": "bfloat16"}),
     "adapter-zero3": ("zero3", 2, LORA),
+    "quantized-zero3": ("zero3", 2, {**LORA, "quantization": {"bits": 4}}),
 }
 
 
@@ -65,6 +66,8 @@ def exported(run: Path, out: Path, which: str = "last", **options: Any) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_exported_checkpoint_is_the_live_policy(case: str, inputs: Path, tmp_path: Path) -> None:
     stage, ranks, model = CASES[case]
+    if "quantization" in model:
+        pytest.importorskip("bitsandbytes")
     run = trained(stage, ranks, model, tmp_path, inputs)
     small = {"memory_bytes": 16 * 500, "shard_bytes": 30_000}  # several files, and pieces smaller than weights
     pairs = [(run / "model", exported(run, tmp_path / "out", **small))]

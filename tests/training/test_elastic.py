@@ -24,6 +24,10 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str, str]]]] = {
         {**LORA, "reference": {"strategy": "adapter"}},
         [(2, "zero3", ""), (1, "zero1", ""), (2, "zero3_offload", "")],
     ),
+    "quantized": (
+        {"model": {"lora": {"r": 4}, "quantization": {"bits": 4}}, "reference_zero": None},
+        [(2, "zero3", ""), (1, "zero2", ""), (2, "zero1", "")],
+    ),
     "moving-adapter": (
         {**LORA, "reference": {**MOVES, "strategy": "adapter"}, "tracking": {"every_steps": 3}},
         [(2, "zero2", ""), (1, "zero1", ""), (2, "zero2", "")],
@@ -99,6 +103,8 @@ def numbers(rows: list[dict[str, float]], after: int) -> dict[tuple[float, str],
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_elsewhere_equals_uninterrupted(case: str, inputs: Path, tmp_path: Path) -> None:
     sections, parts = CASES[case]
+    if case == "quantized":
+        pytest.importorskip("bitsandbytes")
     folders = [tmp_path / f"part{index}" for index in range(len(parts))]
     expected: list[list[int]] = []
     rows: list[dict[str, float]] = []
