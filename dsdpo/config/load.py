@@ -114,7 +114,8 @@ def load_run(argv: list[str], parser: RunParser) -> tuple[RunConfig, argparse.Na
         raise SystemExit(0)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ConfigError("\n".join(_unknown_options(unknown)))
+        flags_of_command = [name for action in parser._actions for name in action.option_strings if "." not in name]
+        raise ConfigError("\n".join(_unknown_options(unknown, flags_of_command)))
     # Options that were not given are absent here; the command's own flags are no settings.
     settings = set(dotted_keys())
     given = {key: value for key, value in vars(flags).items() if key in settings}
@@ -253,10 +254,12 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _unknown_options(unknown: list[str]) -> Iterator[str]:
+def _unknown_options(unknown: list[str], flags: list[str]) -> Iterator[str]:
     names = [token.split("=")[0] for token in unknown if token.startswith("-")]
     for name in names:
-        about = about_unknown(name.lstrip("-"), dotted_keys(), shown=lambda key: f"--{key}")
+        near = "" if "." in name else did_you_mean(name.replace("_", "-"), flags, like=0.8)
+        letter = len(name.lstrip("-")) == 1  # says nothing of what it may be short for
+        about = near or ("" if letter else about_unknown(name.lstrip("-"), dotted_keys(), shown=lambda key: f"--{key}"))
         yield f"{COMMAND_LINE}: {name} is not an option{about}"
     if unknown and not names:
         yield f"{COMMAND_LINE}: {' '.join(unknown)} does not belong to any option"

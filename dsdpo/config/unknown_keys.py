@@ -25,15 +25,17 @@ def about_unknown(key: str, valid: list[str], *, shown: Callable[[str], str] = s
     advice = FOREIGN.get(f"{section}.{leaf}") or FOREIGN.get(leaf) or FOREIGN.get(leaf.lower())
     if advice is not None:
         return _advice(advice, valid, shown)
+    if (dotted := leaf.replace("_", ".", 1)) in valid and not section:  # model_path
+        return _question([dotted], shown)
     own = [name for name in valid if name.split(".")[-1] == leaf.lower() and name != key]
     if own and leaf not in _COMMON:
         return _question(own, shown)
     return _question(_slips(key, valid), shown)
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """'; did you mean X?' with the nearest of `names`, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+def did_you_mean(name: str, names: Iterable[str], *, like: float = 0.6) -> str:
+    """'; did you mean X?' with the nearest of `names`, or nothing where none is `like` it (0 to 1)."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=like)
     return f"; did you mean {near[0]}?" if near else ""
 
 

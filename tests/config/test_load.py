@@ -403,3 +403,17 @@ def test_errors_name_settings_that_there_are(setting, said):
     answer = refusal(yaml.safe_dump(run))
     assert said in answer
     assert len(answer.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--dryrun", "did you mean --dry-run?"),
+        ("--dry_run", "did you mean --dry-run?"),
+        ("--model_path", "did you mean --model.path?"),
+        ("-n", "-n is not an option"),
+    ],
+)
+def test_unknown_options_get_the_command_s_own_flags_too(option, said):
+    """And a letter gets no guess: -n is not evaluation.samples.n."""
+    assert refusal(GOOD, option, "1").endswith(said)
