@@ -17,6 +17,7 @@ from dsdpo.config.load import Help, RunParser, check_deepspeed_files, load_run, 
 from dsdpo.config.reference import Precomputed
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import DistributedConfig, RunConfig
+from dsdpo.config.section import path_trouble
 from dsdpo.errors import ConfigError
 from dsdpo.estimate.hardware import GPUS, hardware
 
@@ -30,8 +31,17 @@ def plain_parser(prog: str, description: str | None) -> RunParser:
 
 
 def user_path(text: str) -> Path:
-    """A path from the command line, whose ~ is the user's home folder."""
+    """A path from the command line, whose ~ is the user's home folder. Raises `ArgumentTypeError` for no path."""
+    if trouble := path_trouble(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} {trouble}; give another path")
     return Path(text).expanduser()
+
+
+def path_or_id(text: str) -> str:
+    """A path or Hub id from the command line. Raises `ConfigError` for what can be neither."""
+    if trouble := path_trouble(text):
+        raise ConfigError(f"command line: {text[:80]!r} {trouble}; give another path, or a Hub id")
+    return text
 
 
 def new_folder(
@@ -202,7 +212,7 @@ def compare(argv: list[str]) -> CompareArguments | FinishedArguments:
     """The arguments of `dsdpo compare`, of whichever form. Raises `ConfigError`; exits on --help."""
     words = [word for word in argv if word != "--json" and not word.startswith("--local")]
     given = list(takewhile(lambda word: not word.startswith("-"), words))
-    if len(given) > 1 or (given and user_path(given[0]).is_dir()):
+    if len(given) > 1 or (given and Path(path_or_id(given[0])).expanduser().is_dir()):
         return _finished(argv)
     parser = run_parser("dsdpo compare", COMPARE)
     add_config_options(parser)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from dsdpo.atomic import write_text
+from dsdpo.commands.arguments import user_path
 from dsdpo.config.conversion import Conversion
 from dsdpo.config.convert import PROGRAMS, convert, silent
 from dsdpo.config.load import Help, RunParser, check_run, dotted_keys, nested
@@ -30,9 +31,9 @@ ORDER = ("model", "data", "loss", "reference", "optimizer", "batch", "train", "e
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     parser = RunParser(prog="dsdpo convert", description=__doc__, formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("file", type=lambda text: Path(text).expanduser(), help="their YAML file, or a shell script")
+    parser.add_argument("file", type=user_path, help="their YAML file, or a shell script")
     parser.add_argument("--from", dest="program", choices=PROGRAMS, required=True, help="whose settings these are")
-    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), default=Path("run.yaml"),
+    parser.add_argument("--out", type=user_path, default=Path("run.yaml"),
                         help="run file to write; default: run.yaml")  # fmt: skip
     parser.add_argument("--gpus", type=int, default=8, help="processes of the run, for the size of a step; default: 8")
     parser.add_argument("--force", action="store_true", help="overwrite the run file if it is there")

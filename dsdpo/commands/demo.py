@@ -7,7 +7,6 @@ and colour separates the two. Held-out questions ask in wordings that training n
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -18,8 +17,9 @@ import time
 from pathlib import Path
 
 from dsdpo.accelerator import CHOICE, Device, choose_accelerator
-from dsdpo.commands.arguments import user_path
+from dsdpo.commands.arguments import train, user_path
 from dsdpo.commands.plot import plot
+from dsdpo.config.load import RunParser
 from dsdpo.console import quiet_libraries, waiting, wrapped
 from dsdpo.errors import ConfigError
 
@@ -62,7 +62,7 @@ CHAT_TEMPLATE = (
 
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
-    parser = argparse.ArgumentParser(prog="dsdpo demo", description=__doc__.split("\n\n")[0])
+    parser = RunParser(prog="dsdpo demo", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--ranks", type=int, help="processes to start; default: one a GPU (2 at most), 2 without GPU")
     parser.add_argument(
         "--output_dir",
@@ -73,6 +73,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", action=Device)
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers have to say")
     arguments, overrides = parser.parse_known_args(argv)
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise ConfigError(f"--ranks is {arguments.ranks}: give 1 or more")
+    train([RECIPE, *overrides])  # what it would refuse is told before anything is written
     choose_accelerator(computes=True)
     quiet_libraries(verbose=arguments.verbose)
     try:

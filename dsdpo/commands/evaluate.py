@@ -6,9 +6,8 @@ The same numbers as in training, under the run's loss and against its reference,
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from dsdpo.accelerator import choose_accelerator
+from dsdpo.commands.arguments import user_path
 from dsdpo.commands.target import load_target, target_parser
 from dsdpo.console import quiet_libraries, say
 from dsdpo.errors import ConfigError
@@ -17,7 +16,7 @@ from dsdpo.errors import ConfigError
 def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     parser = target_parser("dsdpo evaluate", __doc__)
-    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), metavar="FILE", help="JSON file to write")
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="JSON file to write")
     target, given = load_target(argv, parser)
     if given.out is not None and not given.out.absolute().parent.is_dir():
         raise ConfigError(f"--out: there is no folder {given.out.absolute().parent}; make it, or choose another")

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dsdpo.atomic import write_text
+from dsdpo.commands.arguments import user_path
 from dsdpo.config.load import Help, RunParser, check_run
 from dsdpo.config.shipped import SHIPPED, deepspeed_jsons, recipes
 from dsdpo.config.yaml_file import read_yaml
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The arguments, checked. Raises `ConfigError`; exits on --help."""
     parser = RunParser(prog="dsdpo init", description=__doc__, formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("folder", type=lambda text: Path(text).expanduser(), help="folder to write into")
+    parser.add_argument("folder", type=user_path, help="folder to write into")
     parser.add_argument("--recipe", help=f"run to start from: {', '.join(recipes())}")
     parser.add_argument("--strategy", choices=OF_STRATEGY, help="of the reference, in place of a recipe")
     parser.add_argument("--model", help="folder or Hub id of the model to train")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from dsdpo.accelerator import choose_accelerator
-from dsdpo.commands.arguments import new_folder, plain_parser, user_path
+from dsdpo.commands.arguments import new_folder, path_or_id, plain_parser, user_path
 from dsdpo.console import quiet_libraries, say
 
 
@@ -35,7 +36,9 @@ def main(argv: list[str]) -> int:
     model = ModelConfig(
         path=given.base, revision=given.revision, dtype=given.dtype, trust_remote_code=given.trust_remote_code
     )
-    out = new_folder(given.out, overwrite=given.overwrite, inputs=[given.adapter, user_path(given.base)])
+    out = new_folder(
+        given.out, overwrite=given.overwrite, inputs=[given.adapter, Path(path_or_id(given.base)).expanduser()]
+    )
     streamed = merge_folders(
         given.adapter, model, out, memory_bytes=given.memory * 2**20, shard_bytes=int(given.shard_gb * 1e9)
     )

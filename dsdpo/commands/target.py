@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dsdpo.commands.arguments import plain_parser
+from dsdpo.commands.arguments import path_or_id, plain_parser
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.load import RunParser, load_run, run_parser
 from dsdpo.config.run import RunConfig
@@ -53,7 +53,7 @@ def target_parser(prog: str, description: str | None) -> RunParser:
 def load_target(argv: list[str], parser: RunParser) -> tuple[Target, Namespace]:
     """What the first word of the command line names, with every setting of the rest. Raises `ConfigError`."""
     flags, rest = parser.parse_known_args(argv)
-    given = Path(flags.target).expanduser()
+    given = Path(path_or_id(flags.target)).expanduser()
     folder: Path | None = None
     config = RunFolder(given).config
     if given.is_dir() and config.is_file():

@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from dsdpo.accelerator import Device
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig, Section
+from dsdpo.config.section import path_trouble
 from dsdpo.config.shipped import page, shipped
 from dsdpo.config.unknown_keys import about_unknown, did_you_mean
 from dsdpo.config.yaml_file import read_yaml
@@ -91,6 +92,8 @@ def run_parser(prog: str, description: str) -> RunParser:
 
 def run_path(text: str) -> Path:
     """A run file as given, or where it came with dsdpo if there is none."""
+    if trouble := path_trouble(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} {trouble}; give a YAML file")
     path = Path(text).expanduser()
     return path if path.exists() else shipped(path) or path
 

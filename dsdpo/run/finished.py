@@ -11,6 +11,7 @@ from dsdpo.config.load import check_run, read_yaml
 from dsdpo.config.run import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
+from dsdpo.training.jsonl import read_metrics
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def open_run(given: str | Path) -> FinishedRun:
 def last_step(folder: RunFolder) -> int:
     """The last optimizer step in the run's metrics; 0 if there is none."""
     try:
-        rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+        rows, _ = read_metrics(folder.path)
     except (OSError, ValueError):
         return 0
-    return max((int(row["step"]) for row in rows if "loss" in row), default=0)
+    return max((int(row["step"]) for row in rows), default=0)

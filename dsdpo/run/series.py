@@ -111,8 +111,10 @@ def load_series(folders: Sequence[Path]) -> list[RunSeries]:
             raise ConfigError(f"{path}: no metrics.jsonl; give the output_dir of a run")
         try:
             train, evaluations = read_metrics(path)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{files.metrics} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{files.metrics} cannot be read: {error}; delete what is damaged, or give another run"
+            ) from error
         if not train and not evaluations:
             raise ConfigError(f"{files.metrics} holds no row yet; wait for the run's first step")
         found.append(RunSeries(name, files, train, evaluations, _settings(path)))

@@ -75,10 +75,27 @@ def _belongs(row: bytes, after: int) -> bool:
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The training rows and the evaluation rows of a run folder's `metrics.jsonl`, by step."""
-    with RunFolder(folder).metrics.open(encoding="utf-8") as lines:
-        rows = [with_nan(json.loads(line)) for line in lines]
+    """The training rows and the evaluation rows of a run folder's `metrics.jsonl`, by step.
+
+    A last row that is still being written is left out. Raises OSError and ValueError, which names the line.
+    """
+    lines = RunFolder(folder).metrics.read_bytes().split(b"\n")
+    rows = [_row(number, line) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
     return [row for row in rows if "loss" in row], [row for row in rows if "eval/loss" in row]
+
+
+def _row(number: int, line: bytes) -> dict[str, float]:
+    """One row. Raises ValueError unless it is an object of numbers with a whole one for the step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number} is no JSON ({error})") from error
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError(f"line {number} is no row of metrics: it has no step")
+    wrong = next((name for name, value in row.items() if not isinstance(value, (int, float, type(None)))), None)
+    if wrong is not None:
+        raise ValueError(f"line {number}: {wrong} is no number")
+    return with_nan(row)
 
 
 def with_nan(row: dict[str, Any]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsdpo.__main__ import main as dsdpo_main
 from dsdpo.commands.demo import COLOURS, QUESTIONS, make_inputs, make_rows
 from tests.commands.processes import DSDPO, finish
 from tests.runs import metrics
@@ -115,3 +116,21 @@ def test_demo_from_a_wheel_in_an_empty_folder_learns_and_shows_it(installed: Pat
         assert shown in answer.stdout
     assert (tmp_path / folder / "model" / "model.safetensors").is_file()
     assert json.loads((tmp_path / folder / "deepspeed_reference.json").read_text())["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--ranks", "0"], "--ranks is 0: give 1 or more"),
+        (["--ranks", "x"], "argument --ranks: invalid int value: 'x'"),
+        (["--loss.betta", "1"], "did you mean --loss.beta?"),
+        (["--output_dir", "a\0b"], "holds a NUL"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_is_written(
+    argv: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dsdpo_main(["demo", *argv]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

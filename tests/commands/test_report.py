@@ -115,16 +115,26 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
         (["report", "RUN", "nowhere"], "nowhere: no metrics.jsonl"),
         (["report", "RUN", "--html", "nowhere/x.html"], "no file that can be written"),
         (["report", "EMPTY"], "holds no row yet"),
-        (["report", "BROKEN"], "cannot be read"),
+        (["report", "BROKEN"], "cannot be read: line 1 is no JSON"),
+        (["report", "TEXT"], "line 2: loss is no number"),
+        (["plot", "LIST"], "line 1 is no row of metrics"),
+        (["compare", "ENDLESS", "RUN"], "line 1 is no row of metrics: it has no step"),
     ],
 )
 def test_what_is_refused(
     argv: list[str], mentions: str, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, content in (("EMPTY", ""), ("BROKEN", "{")):
+    damaged = {
+        "EMPTY": "",
+        "BROKEN": "{\n",
+        "TEXT": '{"step": 1, "loss": 1}\n{"step": 2, "loss": "x"}\n',
+        "LIST": "[1]\n",
+        "ENDLESS": '{"step": 1e999, "loss": 1}\n',
+    }
+    places = {"RUN": str(runs[0])} | {name: str(tmp_path / name) for name in damaged}
+    for name, content in damaged.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(content)
-    places = {"RUN": str(runs[0]), "EMPTY": str(tmp_path / "EMPTY"), "BROKEN": str(tmp_path / "BROKEN")}
     assert main([places.get(word, word) for word in argv]) == 2
     said = capsys.readouterr().err
     assert mentions in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import struct
 import sys
 import time
@@ -17,6 +18,7 @@ from dsdpo.config.run import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
 from dsdpo.training import wandb_mirror
+from dsdpo.training.jsonl import read_metrics
 from dsdpo.training.lost_ranks import LAST_WORDS
 from dsdpo.training.mirrors import check_mirrors
 from dsdpo.training.tracking import Tracker
@@ -38,6 +40,13 @@ def run_in(folder: Path, wandb: dict[str, Any] | None, **tracking: Any) -> RunCo
 
 def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_row_that_is_still_being_written_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "lo')
+    train, _ = read_metrics(tmp_path)
+    assert [row["step"] for row in train] == [1]
+    assert math.isnan(train[0]["loss"])
 
 
 def test_rows_begin_with_step_and_are_there_at_once(tmp_path: Path) -> None:
