@@ -2,6 +2,7 @@
 # make check          what to run after each change: ruff, mypy and every test without ranks, other programs or
 #                     ../shared, in about a minute
 # make test           every test; make test TESTS="tests/data -m real" runs a part (markers: pytest --markers)
+#                     files of tests run two at a time; WORKERS=0 runs one after the other, as a debugger needs it
 # make test-ranks     only the tests that start ranks
 # make test-nightly   what make test leaves out: benchmarks as whole programs
 # make test-cluster   tests on simulated hosts and a real Slurm: root, and Debian packages that it names if they are
@@ -21,6 +22,8 @@ VENV := .venv
 # DeepSpeed's compiled operators: a cache of the project's own, so that no other project's killed build blocks it.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 PIP_QUIET := --quiet --disable-pip-version-check
+WORKERS ?= 2
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 QUICK := not ranks and not process and not real
 # One run through the whole program, with ranks, an evaluation, a checkpoint and an export.
 WHOLE_RUN := tests/commands/test_train.py tests/training/test_export.py tests/reference/test_adapter.py
@@ -34,13 +37,13 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/dsdpo demo
 
 check: lint
-	$(VENV)/bin/python -m pytest -q -m "$(QUICK)" $(TESTS)
+	$(VENV)/bin/python -m pytest -q $(SIDE_BY_SIDE) -m "$(QUICK)" $(TESTS)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 test-ranks: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m ranks $(TESTS)
+	$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -m ranks $(TESTS)
 
 test-nightly: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m nightly $(TESTS)
