@@ -101,6 +101,7 @@ TINY := $(SHORT) --tiny --quick-memory --pairs-per-step 8
 bench: $(VENV)/installed
 	$(VENV)/bin/pip install $(PIP_QUIET) --constraint constraints.txt --editable '.[bench]'
 	$(VENV)/bin/python -m benchmarks.packing $(SHORT) --out runs/bench/packing.json
+	$(VENV)/bin/python -m benchmarks.launches --rounds 1 --steps 10 --out runs/bench/launches.json
 	$(VENV)/bin/python -m benchmarks.precompute $(SHORT) --tiny --pairs 256 --out runs/bench/precompute.json
 	$(VENV)/bin/python -m benchmarks.overhead $(SHORT) --tiny --pairs-per-step 8 --out runs/bench/overhead.json
 	$(VENV)/bin/python -m benchmarks.step_split --rounds 1 --tiny --pairs-per-step 8 --out runs/bench/step_split.json

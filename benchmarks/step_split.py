@@ -134,6 +134,7 @@ def mean(splits: Sequence[Split]) -> Split:
         statistics.fmean(split.copied for split in splits),
         statistics.fmean(split.launches for split in splits),
         of([split.unknown for split in splits]),
+        of([split.host for split in splits]),
     )
 
 
@@ -221,7 +222,18 @@ def targets_of(run: Run, measured: Measured, splits: Sequence[Split], plain: Seq
         ("kernels a step" if gpu_names() else "operators a step that compute", f"{launches:.0f}", ""),
         ("a traced step, of one that is not", f"{statistics.median(s.wall for s in splits) / alone:.2f}x", ""),
     )  # fmt: skip
-    return Table(f"{run.name}: targets", TARGETS, rows, "Operations are the formulas', over steps that are not traced.")
+    note = "Operations are the formulas', over steps that are not traced."
+    return Table(f"{run.name}: targets", TARGETS, rows + host_rows(splits), note)
+
+
+def host_rows(splits: Sequence[Split]) -> tuple[tuple[str, ...], ...]:
+    """What a CPU's own time is spent in, the most first."""
+    parts = {
+        part: Spread.of([1000 * split.host.get(part, 0.0) for split in splits])
+        for part in sorted({part for split in splits for part in split.host})
+    }
+    most = sorted(parts.items(), key=lambda one: -one[1].median)
+    return tuple((f"of the host: {part}", spent.text(1, " ms"), "") for part, spent in most)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def make_model(folder: Path, size: Size, *, seed: int = 0) -> Path:
     """A Llama with random weights, and a tokenizer by which each word w0, w1, ... is one token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -53,11 +53,26 @@ def make_model(folder: Path, size: Size, *, seed: int = 0) -> Path:
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = llama_config(size)
+    # On a GPU where there is one: a CPU takes minutes to draw the weights of 8B.
+    with torch.device("cuda" if gpu_names() else "cpu"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
+    lm.save_pretrained(folder)
+    if gpu_names():
+        del lm
+        torch.cuda.empty_cache()  # for the processes that load it
+    return folder
+
+
+def llama_config(size: Size, *, layers: int | None = None) -> Any:
+    """A Llama's configuration of this size, or with another number of layers."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate or 8 * size.hidden // 3 // 16 * 16,
-        num_hidden_layers=size.layers,
+        num_hidden_layers=layers or size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         max_position_embeddings=size.context,
@@ -67,14 +82,6 @@ def make_model(folder: Path, size: Size, *, seed: int = 0) -> Path:
         tie_word_embeddings=size.tied,
         dtype=size.dtype,
     )
-    # On a GPU where there is one: a CPU takes minutes to draw the weights of 8B.
-    with torch.device("cuda" if gpu_names() else "cpu"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
-    lm.save_pretrained(folder)
-    if gpu_names():
-        del lm
-        torch.cuda.empty_cache()  # for the processes that load it
-    return folder
 
 
 def same_lengths(count: int, prompt: int, response: int) -> np.ndarray:

@@ -46,6 +46,8 @@ _ELEMENTWISE_KERNEL = re.compile(
     r"cross_entropy|swiglu|geglu|silu",
     re.I,
 )
+# Around each module under ZeRO-3. What encloses whole passes has the models' own Python in it.
+_HOOK = re.compile(rf"{DEEPSPEED}(?!DeepSpeedEngine\.(forward|backward)$)|(autograd::\S+ )?(Pre|Post)Backward")
 _OPERATOR = re.compile(r"^(?!autograd::|torch::)\w+::")
 # Operators that make no number, which take the host's time alone: views, sizes, memory.
 _VIEW = re.compile(
@@ -110,6 +112,15 @@ def kind_of_kernel(name: str, around: Sequence[str] = ()) -> str:
         if known.search(name):
             return kind
     return UNKNOWN
+
+
+def part_of_host(name: str) -> str:
+    """What a piece of the host's own time between operators is spent in."""
+    if _HOOK.match(name):
+        return "DeepSpeed's hooks"
+    if _OPERATOR.match(name):
+        return "views and memory"
+    return "autograd" if "Backward" in name or name.startswith(("autograd::", "torch::")) else "models and other Python"
 
 
 def _served(around: Sequence[str]) -> str | None:

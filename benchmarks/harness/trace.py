@@ -13,7 +13,7 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from benchmarks.harness.kinds import (
     WAIT,
     kind_of_kernel,
     kind_of_operator,
+    part_of_host,
 )
 
 LOG, TRAINS = "log", "forward_backward"  # phases of a step: the one that ends it, and one of the thread that trains
@@ -49,6 +50,7 @@ class Split:
     copied: float = 0.0  # bytes between host and device
     launches: float = 0.0  # kernels, on a CPU operators that compute
     unknown: dict[str, float] = field(default_factory=dict)  # by name
+    host: dict[str, float] = field(default_factory=dict)  # on a CPU: what the host's time is spent in
 
 
 @dataclass
@@ -151,6 +153,7 @@ def _steps(training: Sequence[_Event]) -> Iterator[tuple[float, float, int]]:
 def _host_step(training: Sequence[_Event], around: _Around, start: float, end: float, steps: int) -> Split:
     kinds: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
+    of_host: Counter[str] = Counter()
     computing = 0
     for event in training:
         if start <= event.start < end:
@@ -159,8 +162,11 @@ def _host_step(training: Sequence[_Event], around: _Around, start: float, end: f
             computing += kind not in (HOST, WAIT)
             if kind == UNKNOWN:
                 unknown[event.name] += own
+            if kind == HOST:
+                of_host[part_of_host(event.name)] += own
     kinds[HOST] += end - start - sum(kinds.values())  # between phases
-    return _split(start, end, steps, kinds, unknown, launches=computing)
+    split = _split(start, end, steps, kinds, unknown, launches=computing)
+    return replace(split, host={part: MICROSECOND / steps * time for part, time in of_host.items()})
 
 
 def _device_step(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from benchmarks import gpu
+from benchmarks import gpu, launches
 from benchmarks.gpu import Case, trained_weights
-from benchmarks.harness.inputs import Size, make_adapter, make_model
+from benchmarks.harness.inputs import Size, make_adapter, make_model, mixed_lengths
 from benchmarks.harness.roofline import Peak, floor_of_step
 
 PEAK = Peak(tflops=800.0, copy_gb_s=3000.0, link_gb_s=50.0, launch_us=5.0)
@@ -46,3 +46,17 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit, match="no CUDA device here"):
         gpu.main()
+
+
+def test_layers_add_the_same_operators() -> None:
+    one, two, three = (launches.operators(SIZE, layers) for layers in (1, 2, 3))
+    for kind in ("forward", "whole"):
+        assert three[kind] - two[kind] == two[kind] - one[kind] > 20
+    assert two["whole"] > 2 * two["forward"]
+
+
+def test_rows_hold_all_tokens_within_the_budget() -> None:
+    lengths = mixed_lengths(32, prompt=20, response=9, longest=60)
+    rows = launches.row_lengths(lengths, 128, 16)
+    assert sum(rows) == (lengths.sum(1) - 2).sum(), "each response's last token is left out"
+    assert max(rows) <= 128

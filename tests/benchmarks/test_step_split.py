@@ -192,6 +192,8 @@ def adds_up(step: Split) -> None:
     assert COPY not in step.kinds, "a CPU has no device"
     assert step.kinds.get(UNKNOWN, 0.0) < 0.001 * step.wall, step.unknown
     assert step.launches > 100
+    assert 0 < sum(step.host.values()) <= step.kinds[HOST]
+    assert step.host["DeepSpeed's hooks"] > step.host["autograd"] > 0
 
 
 def test_work_by_kind_is_the_formulas() -> None:
