@@ -1,10 +1,11 @@
 """Whose rounding is it where a loss takes exponentials of log-ratios: TRL's or ours?
 
-    python -m benchmarks.trl_rounding POLICY REFERENCE ROWS.jsonl [--step S ...] [--result FILE.json]
+    python -m benchmarks.trl_rounding REFERENCE ROWS.jsonl --policy LOSS=FOLDER[@STEP,...] ... [--result FILE.json]
 
-The log-ratios of the pairs of some steps (rows [8S, 8S + 8) of the file) under the same weights: by TRL's own forward
-pass in float32, by dsdpo's in packed rows, and by dsdpo's before its sums become float32, each beside a pass of
-transformers in float64, one sequence at a time. POLICY is what a run of `trl_trajectories` with forward_kl exported.
+The log-ratios of the pairs of some steps (step S trains on rows [8S - 8, 8S) of the file; without steps, of the three
+with the largest losses) under the same weights: by TRL's own forward pass in float32, by dsdpo's in packed rows, and by
+dsdpo's before its sums become float32, each beside a pass of transformers in float64, one sequence at a time. LOSS is
+forward_kl or alpha_divergence, FOLDER what its run of `trl_trajectories` had come to before the step, or in the end.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.common import Report, Table
+from benchmarks.trl_trajectories import CASES, PAIRS, STEPS
 
-PAIRS = 8
-COLUMNS = ("log-probs by", "largest error of a log-ratio, nats", "mean", "largest error of a step's forward_kl loss")
+LOSSES = ("forward_kl", "alpha_divergence")
+BETA, LARGEST = 0.1, 3  # of the losses; steps
+COLUMNS = ("log-probs by", "largest error of a log-ratio, nats", "mean", "largest error of a step's loss")
 
 
 def pairs_of(rows: Path, steps: list[int], tokenizer: Any) -> list[Any]:
@@ -31,7 +34,7 @@ def pairs_of(rows: Path, steps: list[int], tokenizer: Any) -> list[Any]:
 
     lines = rows.read_text().splitlines()
     found: list[Any] = []
-    for row in (json.loads(line) for step in steps for line in lines[PAIRS * step : PAIRS * (step + 1)]):
+    for row in (json.loads(line) for step in steps for line in lines[PAIRS * (step - 1) : PAIRS * step]):
         prompt = tokenizer.apply_chat_template(
             row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=False
         )
@@ -101,50 +104,82 @@ def by_dsdpo(path: Path, pairs: list[Any], *, rounded: bool = True) -> Tensor:
     return torch.cat(found, 1)
 
 
-def losses(ratios: Tensor) -> Tensor:
-    """forward_kl's losses of steps, from log-ratios (2, N)."""
-    scores = 1.0 - torch.exp(-ratios)
-    return torch.nn.functional.softplus(-0.1 * (scores[0] - scores[1])).view(-1, PAIRS).mean(1)
+def losses(ratios: Tensor, name: str) -> Tensor:
+    """A loss of `trl_trajectories` of each step, from log-ratios (2, N) in their own precision."""
+    from dsdpo.objective.losses.divergence import derivative
+
+    settings = CASES[name]
+    scores = derivative(ratios, settings["f_divergence_type"], settings.get("f_alpha_divergence_coef", 0.5))
+    return torch.nn.functional.softplus(-BETA * (scores[0] - scores[1])).view(-1, PAIRS).mean(1)
 
 
-@torch.no_grad()
-def main() -> None:
-    """See above."""
+def largest(policy: Path, reference: Path, rows: Path, tokenizer: Any, name: str) -> list[int]:
+    """The steps that have the largest losses with these weights."""
+    pairs = pairs_of(rows, list(range(1, STEPS + 1)), tokenizer)
+    found = losses(by_dsdpo(policy, pairs) - by_dsdpo(reference, pairs), name)
+    return (found.topk(LARGEST).indices + 1).tolist()
+
+
+def measured(
+    name: str, policy: Path, steps: list[int], given: argparse.Namespace
+) -> tuple[dict[str, dict[str, float]], Table]:
+    """Errors of each way, and their table."""
     from transformers import AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policy", type=Path)
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--step", nargs="+", type=int, default=[22, 14, 9], help="steps whose losses are largest")
-    parser.add_argument("--result", type=Path, help="file for the result, e.g. in results/")
-    given = parser.parse_args()
-    pairs = pairs_of(given.rows, given.step, AutoTokenizer.from_pretrained(given.reference))
+    tokenizer = AutoTokenizer.from_pretrained(given.reference)
+    steps = steps or largest(policy, given.reference, given.rows, tokenizer, name)
+    pairs = pairs_of(given.rows, steps, tokenizer)
     ways: dict[str, Callable[..., Tensor]] = {
         "TRL, float32": by_trl,
         "dsdpo, float32": by_dsdpo,
         "dsdpo, sums left in float64": lambda path, pairs: by_dsdpo(path, pairs, rounded=False),
     }
-    exact = in_float64(given.policy, pairs) - in_float64(given.reference, pairs)
+    exact = in_float64(policy, pairs) - in_float64(given.reference, pairs)
     found = {}
-    for name, ask in ways.items():
-        ratios = ask(given.policy, pairs) - ask(given.reference, pairs)
-        errors, relative = (ratios - exact).abs(), ((losses(ratios) - losses(exact)) / losses(exact)).abs()
-        found[name] = {"largest": float(errors.max()), "mean": float(errors.mean()), "loss": float(relative.max())}
-        print(name, ", ".join(f"{key} {value:.1e}" for key, value in found[name].items()), flush=True)
+    for way, ask in ways.items():
+        ratios = ask(policy, pairs) - ask(given.reference, pairs)
+        errors = (ratios - exact).abs()
+        relative = ((losses(ratios, name) - losses(exact, name)) / losses(exact, name)).abs()
+        found[way] = {"largest": float(errors.max()), "mean": float(errors.mean()), "loss": float(relative.max())}
+        print(name, way, ", ".join(f"{key} {value:.1e}" for key, value in found[way].items()), sep=": ", flush=True)
+    rows = tuple((way, *(f"{values[key]:.1e}" for key in ("largest", "mean", "loss"))) for way, values in found.items())
+    ends = [f"{float(end):.1f}" for end in exact.aminmax()]
+    worst = [f"{float(end):.2f}" for end in losses(exact, name).aminmax()]
+    note = (
+        f"{len(pairs)} pairs of step {', '.join(map(str, steps))} of trl_trajectories; log-ratios of "
+        f"{' to '.join(ends)} nats, losses of {' to '.join(dict.fromkeys(worst))}. Errors are those against "
+        "transformers in float64; the loss's are relative."
+    )
+    when = f"before step {steps[0]}" if len(steps) == 1 else "in the end"
+    title = f"{name}: float32 beside float64 on the weights {when}"
+    return found, Table(title, COLUMNS, rows, note)
+
+
+def named_policy(text: str) -> tuple[str, Path, list[int]]:
+    """LOSS=FOLDER[@STEP,...] of the command line."""
+    name, _, rest = text.partition("=")
+    folder, _, steps = rest.partition("@")
+    if name not in LOSSES or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: give LOSS=FOLDER[@STEP,...], with a loss of {', '.join(LOSSES)}")
+    return name, Path(folder), [int(step) for step in steps.split(",") if step]
+
+
+@torch.no_grad()
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--policy", nargs="+", type=named_policy, required=True, metavar="LOSS=FOLDER[@STEP,...]")
+    parser.add_argument("--result", type=Path, help="file for the result, e.g. in results/")
+    given = parser.parse_args()
+    found = [measured(name, policy, steps, given) for name, policy, steps in given.policy]
     if given.result is None:
         return
-    report = Report("trl_rounding", "Whose rounding", argparse.Namespace(out=given.result, steps=given.step))
-    rows = tuple(
-        (name, *(f"{values[key]:.1e}" for key in ("largest", "mean", "loss"))) for name, values in found.items()
-    )
-    note = (
-        f"{len(pairs)} pairs of the steps {', '.join(map(str, given.step))} of trl_trajectories, whose losses have the "
-        f"largest exponentials; log-ratios of {float(exact.min()):.1f} to {float(exact.max()):.1f} nats, the same "
-        "weights for all. Errors are those against transformers in float64; the loss's are relative."
-    )
-    report.table(Table("Float32 beside float64 on the same weights", COLUMNS, rows, note))
-    report.measured("errors", found)
+    report = Report("trl_rounding", "Whose rounding", argparse.Namespace(out=given.result))
+    for errors, table in found:
+        report.table(table)
+        report.measured(table.title, errors)
     report.write()
 
 
