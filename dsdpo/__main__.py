@@ -15,6 +15,7 @@ from typing import NoReturn
 from dsdpo.accelerator import choose_accelerator, quiet_imports
 from dsdpo.commands.arguments import COMMANDS, PARSERS
 from dsdpo.config.shipped import page
+from dsdpo.config.unknown_keys import did_you_mean
 from dsdpo.console import Launched, be_quiet, is_main, launched, launched_rank, waiting, wrapped
 from dsdpo.errors import ConfigError, DsdpoError, LostRankError, TrainingError
 from dsdpo.stop_signals import noted_signals
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if name not in COMMANDS:
-            raise DsdpoError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
+            raise DsdpoError(f"no command {name!r}{did_you_mean(name, COMMANDS) or '.'} There are {', '.join(COMMANDS)}")
         quiet_imports()
         # Settings are checked before torch is imported, and signals noted from before that on.
         given = PARSERS[name](rest) if name in PARSERS else rest
