@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsdpo.errors import ConfigError
 from dsdpo.objective.attention import NAMES
+from dsdpo.objective.decode import CACHES
 
 BACKEND = "inductor"
 KEY = "model.torch_compile"
@@ -67,7 +68,7 @@ def _compiled(kind: Any, backend: str) -> Any:
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         # With a cache (samples) the code of each layer is another one, and rows grow by a token a pass.
-        function = compiled if options.get("past_key_values") is None else eager
+        function = compiled if all(options.get(name) is None for name in CACHES) else eager
         return function(self, *inputs, **options)
 
     return type(kind.__name__, (kind,), {"forward": forward, "eager_forward": eager, "__module__": kind.__module__})

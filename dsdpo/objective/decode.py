@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dsdpo.objective.output_head import base_lm
 
+CACHES = ("cache", "past_key_values")  # what forward calls keys and values, from transformers 5.24 on and before
+
 
 class Decoding:
     """What has been read and written of B prompts, which stand at the right end of padded rows."""
@@ -42,22 +44,22 @@ class Decoding:
         inner = base_lm(lm)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         unread = slice(-1, None) if self.cache is not None else slice(None)
+        known = inspect.signature(inner.forward).parameters
+        cache = next((name for name in CACHES if name in known), None)
         inputs = {
             "input_ids": self.ids[:, unread],
             "attention_mask": self.mask,
             "position_ids": positions[:, unread],
-            "past_key_values": self.cache,
             "use_cache": True,
             "logits_to_keep": 1,
-        }
-        known = inspect.signature(inner.forward).parameters
+        } | ({} if cache is None else {cache: self.cache})
         takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         needless = () if takes_more else ("position_ids",)
-        for name in ("logits_to_keep", "past_key_values", *needless):
+        for name in ("logits_to_keep", *needless):
             if name not in known:
                 del inputs[name]
         answer = inner(**inputs)
-        self.cache = getattr(answer, "past_key_values", None) if "past_key_values" in inputs else None
+        self.cache = None if cache is None else getattr(answer, cache, None)
         logits: Tensor = answer.logits[:, -1]
         return logits.float()
 
