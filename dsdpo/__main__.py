@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if name not in COMMANDS:
-            raise DsdpoError(f"no command {name!r}{did_you_mean(name, COMMANDS) or '.'} There are {', '.join(COMMANDS)}")
+            near = did_you_mean(name, COMMANDS) or "."
+            raise DsdpoError(f"no command {name!r}{near} There are {', '.join(COMMANDS)}")
         quiet_imports()
         # Settings are checked before torch is imported, and signals noted from before that on.
         given = PARSERS[name](rest) if name in PARSERS else rest

@@ -48,7 +48,7 @@ def in_three_lines(found: Forecast, machine: Machine) -> list[tuple[str, str]]:
     return [
         (
             "memory",
-            f"{gib(found.device)} of {gib(found.capacity)} GiB on a rank ({machine.gpu.name}), most in "
+            f"{gib(found.device)} of {gib(found.capacity)} GiB on a rank ({machine.gpu.name}) at most, in "
             f"{found.phase}: {fits}",
         ),
         (
