@@ -32,6 +32,18 @@ POLICIES: dict[str, dict[str, Any]] = {
         }
     },
 }
+# Not among those that whole matrices of tests go through.
+OFFLOADED: dict[str, dict[str, Any]] = {
+    f"zero{stage}_offload": {
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 10000,
+            "offload_optimizer": CPU,
+        }
+    }
+    for stage in (1, 2)
+}
 REFERENCES: dict[str, dict[str, Any]] = {
     "zero0": {"zero_optimization": {"stage": 0}},
     "zero3": {"zero_optimization": {"stage": 3, **ALWAYS_GATHER}},
@@ -71,7 +83,7 @@ def settings(
         "train": {"max_steps": 4},
         "evaluation": {"every_steps": 0},
         "checkpoint": {"every_steps": 0},
-        "deepspeed": write_json(folder / "policy.json", POLICIES[policy_zero]),
+        "deepspeed": write_json(folder / "policy.json", {**POLICIES, **OFFLOADED}[policy_zero]),
         "output_dir": str(folder / "run"),
     }
     if reference_zero is not None:

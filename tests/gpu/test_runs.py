@@ -33,6 +33,8 @@ def run_of(tmp_path: Path, inputs: Path, name: str, **options: Any) -> list[floa
         ("zero1", "zero0", "bfloat16"),
         ("zero2", "zero0", "bfloat16"),
         ("zero3", "zero3", "bfloat16"),
+        ("zero1_offload", "zero0", "bfloat16"),
+        ("zero2_offload", "zero3_offload", "bfloat16"),
         ("zero3_offload", "zero3_offload", "bfloat16"),
         *([("zero2", "zero0", "float16"), ("zero3", "zero3", "float16")] if ON_CUDA else []),
     ]
@@ -60,10 +62,16 @@ def test_strategies_and_layouts_agree(tmp_path: Path, inputs: Path, record_prope
         "activations": run_of(tmp_path, inputs, "activations", model={"activation_offloading": True}),
         "checkpointing": run_of(tmp_path, inputs, "checkpointing", model={"gradient_checkpointing": True}),
     }
-    assert separate[-1] < LN_2 - 1e-3, "nothing was learned, so nothing was compared"
-    for name, found in others.items():
-        record_property(name, f"{max(abs(a - b) for a, b in zip(found, separate, strict=True)):.1e}")
-        assert found == pytest.approx(separate, abs=1e-4), name
+    lora: dict[str, Any] = {"model": {"lora": {"r": 4}}, "optimizer": {"learning_rate": 1e-2}}
+    adapted = run_of(tmp_path, inputs, "beside LoRA", reference={"strategy": "separate"}, **lora)
+    switched_off = run_of(tmp_path, inputs, "LoRA switched off", reference_zero=None, **lora)
+    for name, found, expected in [
+        *((name, found, separate) for name, found in others.items()),
+        ("adapter", switched_off, adapted),
+    ]:
+        record_property(name, f"{max(abs(a - b) for a, b in zip(found, expected, strict=True)):.1e}")
+        assert expected[-1] < LN_2 - 1e-3, "nothing was learned, so nothing was compared"
+        assert found == pytest.approx(expected, abs=1e-4), name
 
 
 @pytest.mark.gpu
