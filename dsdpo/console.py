@@ -247,3 +247,13 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 def every(number: int, noun: str) -> str:
     """How often something happens: every step, every 100 steps."""
     return f"every {noun}" if number == 1 else f"every {counted(number, noun)}"
+
+
+def written_time(seconds: float) -> str:
+    """45 s, 12 min 30 s, 3 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

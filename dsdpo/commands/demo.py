@@ -20,7 +20,7 @@ from dsdpo.accelerator import CHOICE, Device, choose_accelerator
 from dsdpo.commands.arguments import train, user_path
 from dsdpo.commands.plot import plot
 from dsdpo.config.load import RunParser
-from dsdpo.console import quiet_libraries, waiting, wrapped
+from dsdpo.console import quiet_libraries, waiting, wrapped, written_time
 from dsdpo.errors import ConfigError
 
 Row = dict[str, list[dict[str, str]]]
@@ -29,8 +29,8 @@ RECIPE = "launch/recipes/demo.yaml"
 INPUTS = Path("runs/demo-inputs")
 RUN_FOLDER = Path("runs/demo")
 ABOUT = (
-    "The whole run took {seconds:.0f} s. At step 0 policy and reference are the same, so no pair is ranked right or "
-    "wrong and the accuracy, which counts strictly larger rewards, is 0; guessing would give 0.5."
+    "With starting the ranks and reading libraries it took {time}. At step 0 policy and reference are the same, so no "
+    "pair is ranked right or wrong and the accuracy, which counts strictly larger rewards, is 0; guessing gives 0.5."
 )
 NEXT = """
 change a setting     dsdpo demo --loss.beta 0.5
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         seconds = time.monotonic() - started
         with waiting("drawing"):
             picture = plot(arguments.output_dir)
-        print(f"picture  {picture}\n\n{wrapped(ABOUT.format(seconds=seconds), indent=0)}\n{NEXT}")
+        print(f"picture  {picture}\n\n{wrapped(ABOUT.format(time=written_time(seconds)), indent=0)}\n{NEXT}")
     return code
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsdpo.config.run import RunConfig
-from dsdpo.console import counted, every, wrapped
+from dsdpo.console import counted, every, wrapped, written_time
 from dsdpo.data.binning import sequence_tokens
 from dsdpo.data.steps import BatchSource
 from dsdpo.engine.config_remarks import json_remarks
@@ -185,16 +185,6 @@ def describe_results(folder: Path, *, seconds: float | None = None, counts: tupl
     if seconds is not None:
         lines.append(f"took     {written_time(seconds)}")
     return "\n".join([*lines, "", *_paths(RunFolder(folder)), "", *_next_commands(RunFolder(folder))])
-
-
-def written_time(seconds: float) -> str:
-    """45 s, 12 min 30 s, 3 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _paths(files: RunFolder) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
+import pytest
 import torch.distributed as dist
 
+from dsdpo.__main__ import main
 from tests.commands.processes import finish
 from tests.ranks import run_ranks
 
@@ -31,6 +33,14 @@ def test_exit_code_is_ours_while_threads_of_libraries_still_run() -> None:
     code = BUSY_THREAD + "import dsdpo.__main__ as m; sys.stdout.write('said, '); m.end_process(2, waits=True)"
     answer = finish([sys.executable, "-c", code], limit_s=LIMIT_S)
     assert (answer.returncode, answer.stdout, answer.stderr) == (2, "said, closed\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("trian", "'trian'; did you mean train? There"), ("qqq", "'qqq'. There are")]
+)
+def test_a_mistyped_command_is_told_what_there_is(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    assert f"dsdpo: no command {said}" in capsys.readouterr().err
 
 
 def test_unforeseen_error_ends_with_1_and_a_traceback_while_threads_still_run() -> None:
