@@ -93,8 +93,8 @@ def split_events(raw: Iterable[dict[str, Any]]) -> list[Split]:
         raise ValueError("the trace has no phases of training steps: take one of a training run")
     (main,) = threads
     _nest(host)
-    around = _Around(host)
     training = [event for event in host if event.thread == main]
+    around = _Around(training)
     windows = _steps(training)
     if device:
         launches = {event.arguments.get("correlation"): event for event in host if "correlation" in event.arguments}
@@ -116,11 +116,15 @@ def _nest(events: Sequence[_Event]) -> None:
 
 
 class _Around:
-    """What an operator serves: what encloses it and, in a backward pass, what enclosed its forward operator."""
+    """What an operator serves: what encloses it and, in a backward pass, what enclosed its forward operator.
 
-    def __init__(self, host: Sequence[_Event]) -> None:
+    Each thread numbers its operators for itself. What a checkpoint computes anew on a thread of the backward pass has
+    numbers of its own there, and no backward pass of its own.
+    """
+
+    def __init__(self, training: Sequence[_Event]) -> None:
         self._forward: dict[int, bool] = {}  # sequence numbers -> whether the operator was of a norm
-        for event in sorted(host, key=lambda one: one.start):
+        for event in sorted(training, key=lambda one: one.start):
             number = event.arguments.get("Sequence number")
             if number is not None and not event.arguments.get("Fwd thread id"):
                 self._forward[number] = NORM_RANGE in event.stack()

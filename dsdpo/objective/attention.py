@@ -376,7 +376,7 @@ def _torch_varlen(
     groups = query.shape[1] // key.shape[1]
     if _knows_groups(function):
         options["enable_gqa"] = groups > 1
-    elif groups > 1:  # as the first function with windows wanted it
+    elif groups > 1:  # torch 2.11
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     starts = packed.query_starts, packed.key_starts
     return function(

@@ -128,6 +128,7 @@ def test_a_devices_timeline_by_hand() -> None:
         event("cpu_op", "autograd::engine::evaluate_function: RsqrtBackward0", 30, 34, 2,
               **{"Sequence number": 7, "Fwd thread id": 1}),
         event("cuda_runtime", "cudaLaunchKernel", 31, 32, 2, correlation=2),
+        event("cpu_op", "aten::mul", 40, 41, 2, **{"Sequence number": 7}),  # computed anew by a checkpoint
         event("cuda_runtime", "cudaLaunchKernelExC", 16, 17, correlation=3),
         event("cuda_runtime", "cudaMemcpyAsync", 18, 19, correlation=5),
     ]  # fmt: skip
