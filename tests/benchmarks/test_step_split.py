@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,31 @@ def test_a_devices_timeline_by_hand() -> None:
     assert (one.copied, one.launches) == (1000, 5)
     assert two.kinds == pytest.approx({WAIT: 21e-6, HOST: 79e-6})
     assert two.wall == pytest.approx(100e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_crowded_timeline_against_each_microsecond(seed: int) -> None:
+    """Sixty kernels, gathers and copies on three streams, beside a count of what runs in every single microsecond."""
+    rng = random.Random(seed)
+    names = {GEMM_NAME: GEMM, "ncclDevKernel_AllGather_RING_LL": COLLECTIVE, "Memcpy HtoD (Pinned -> Device)": COPY}
+    ran = []
+    for _ in range(60):
+        start, name = rng.randint(0, 380), rng.choice(list(names))
+        ran.append((start, start + rng.randint(1, 25), name))
+    phases = [("data", 0, 30), ("forward_backward", 30, 380), ("optimizer", 380, 390), ("log", 390, 400)]
+    (step,) = split_events(
+        [event("user_annotation", name, start, end) for name, start, end in phases]
+        + [event("kernel", name, start, end, f"stream {rng.randint(0, 2)}") for start, end, name in ran]
+    )
+    counted: Counter[str] = Counter()
+    for moment in range(400):
+        running = {names[name] for start, end, name in ran if start <= moment < end}
+        first = next((kind for kind in (GEMM, COLLECTIVE, COPY) if kind in running), None)
+        counted[first or (WAIT if moment < 30 else HOST)] += 1
+    assert {kind: 1e6 * seconds for kind, seconds in step.kinds.items() if seconds} == pytest.approx(counted)
+    for kind in names.values():
+        whole = sum(min(end, 400) - start for start, end, name in ran if names[name] == kind)
+        assert 1e6 * step.hidden[kind] == pytest.approx(whole - counted[kind])
 
 
 def test_a_trace_without_steps_is_refused() -> None:
