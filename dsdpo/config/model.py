@@ -61,6 +61,11 @@ class ModelConfig(Section):
             raise ValueError("model.quantization.bits 8 is for models that do not train: see reference.quantization")
         if self.quantization is not None and self.lora is None:
             raise ValueError("model.quantization: weights in 4 bits do not train; set model.lora, or leave it out")
+        if self.quantization is not None and self.lora is not None and self.lora.use_dora:
+            raise ValueError(
+                "model.quantization and model.lora.use_dora do not go together, as DoRA takes the norms of whole "
+                "weights: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -192,6 +192,7 @@ class TrackingConfig(Section):
         return self
 
 
+MOST_TILES = 1024  # of a micro-batch's MLPs
 SHORTEST_SILENCE = timedelta(seconds=5)
 
 
@@ -288,6 +289,17 @@ class RunConfig(Section):
                 f"loss.f_divergence_type {self.loss.f_divergence_type} is a divergence from the reference, of which "
                 f"reference.strategy {self.reference.strategy} leaves none: set it to reverse_kl, or choose another "
                 "strategy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_are_few(self) -> RunConfig:
+        tile, tokens = self.model.mlp_tile_tokens, self.batch.tokens_per_micro_batch
+        if tile is not None and tokens > MOST_TILES * tile:
+            raise ValueError(
+                f"model.mlp_tile_tokens {tile} cuts the batch.tokens_per_micro_batch {tokens} of a micro-batch into "
+                f"{math.ceil(tokens / tile)} parts, each one more pass through every MLP: give "
+                f"{math.ceil(tokens / MOST_TILES)} or more, such as {max(256, math.ceil(tokens / 16))}"
             )
         return self
 

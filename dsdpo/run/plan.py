@@ -59,6 +59,7 @@ from dsdpo.run_lock import holder
 from dsdpo.sequence_group import ALONE, SequenceGroup, sequence_group
 from dsdpo.training.cadence import Cadence
 from dsdpo.training.mirrors import check_mirrors
+from dsdpo.training.patience import check_metrics
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def plan_run(run: RunConfig, *, run_file: str | Path = "the run", writes_output:
     train = prepare(run.data.train, "train")
     check_pairs_fit(run, tokenizer, models, (train, evaluation))
     if evaluation is not None:
+        check_metrics(run, evaluation.pairs)
         evaluation = replace(evaluation, first_pair_id=len(train.pairs))
     total_steps = run.total_steps(len(train.pairs))
     policy_config, reference_config = shared_configs(run, run_file, hidden_size=hidden_size, total_steps=total_steps)

@@ -7,10 +7,46 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsdpo.config.run import RunConfig
+from dsdpo.config.unknown_keys import did_you_mean
+from dsdpo.data.pairs import Pairs
 from dsdpo.errors import ConfigError
 from dsdpo.training.checkpoint import score, sign, whole_checkpoints
+from dsdpo.training.groups import GROUPED, groupings
 
 BEST, SINCE = "patience/best", "patience/since"  # where they are kept from step to step
+
+
+# Metrics of held-out data; some need rated completions, a reference, entropies, or pairs of other lengths.
+METRICS = (
+    *("loss", "kl", "entropy", "pairs", "desirable", "nll/chosen", "perplexity/chosen", "reference/drift"),
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "ties", "margins", "calibration_error")),
+    *("rewards/accuracies_chosen_longer", "rewards/accuracies_chosen_shorter", "rewards/length_correlation"),
+    *(f"{name}/{side}" for name in ("logps", "lengths") for side in ("chosen", "rejected")),
+)
+
+
+def asked_for(run: RunConfig) -> dict[str, str]:
+    """The metrics that a run goes by, by setting."""
+    asked = {"evaluation.metric": run.evaluation.metric} if run.evaluation.patience else {}
+    return asked | ({"checkpoint.best_metric": run.checkpoint.best_metric} if run.checkpoint.keep_best else {})
+
+
+def check_metrics(run: RunConfig, held_out: Pairs) -> None:
+    """Raise `ConfigError` where a run goes by a metric that no evaluation of its held-out pairs can have."""
+    found = groupings(held_out, run.data.eval or (), run.evaluation.length_buckets)
+    groups = [name for grouping in found for name in grouping.names]
+    known = [*METRICS, *(f"loss/{name}" for name in run.loss.types)]
+    names = {f"eval/{name}" for name in known}
+    for group in groups:
+        part = group.startswith(("source/", "length/"))
+        names |= {f"eval/{group}/{name}" for name in ((*GROUPED, "pairs") if part else known)}
+    for key, name in asked_for(run).items():
+        if name not in names:
+            apart = f", and {', '.join(f'eval/{group}/...' for group in groups)}" if groups else ""
+            raise ConfigError(
+                f"{key}: {name} is no metric of this run's evaluation{did_you_mean(name, names)}; there are eval/ with "
+                f"{', '.join(METRICS)}{apart}"
+            )
 
 
 def note_evaluation(run: RunConfig, kept: dict[str, float], metrics: Mapping[str, float]) -> None:
@@ -18,9 +54,7 @@ def note_evaluation(run: RunConfig, kept: dict[str, float], metrics: Mapping[str
 
     Raises `ConfigError` where a metric that the run goes by is not among those of the evaluation.
     """
-    asked = {"evaluation.metric": run.evaluation.metric} if run.evaluation.patience else {}
-    asked |= {"checkpoint.best_metric": run.checkpoint.best_metric} if run.checkpoint.keep_best else {}
-    for key, name in asked.items():
+    for key, name in asked_for(run).items():
         if name not in metrics:
             raise ConfigError(f"{key} {name} is no metric of this run's evaluation, which has {', '.join(metrics)}")
     if run.evaluation.patience is None:

@@ -108,6 +108,16 @@ RUN_FILE = [
     Case("each row a billion times", ("weight is 1000000000",), {"data": {"train": [{"path": "d", "weight": 1e9}]}}),
     Case("wrong type", ("batch.pairs_per_step is 'many'", "integer"), {"batch": {"pairs_per_step": "many"}}),
     Case("missing section", ("data is missing",), run_file="model: {path: m}\ndeepspeed: d\noutput_dir: o\n"),
+    Case(
+        "tiles of a token",
+        ("model.mlp_tile_tokens 1 cuts the batch.tokens_per_micro_batch 16384", "give 16 or more, such as 1024"),
+        {"model": {"mlp_tile_tokens": 1}},
+    ),
+    Case(
+        "DoRA on weights in 4 bits",
+        ("model.quantization and model.lora.use_dora do not go together",),
+        {"model": {"quantization": {"bits": 4}, "lora": {"use_dora": True}}},
+    ),
     Case("endless training", ("train.num_train_epochs is 1e+308", "less than"), {"train": {"num_train_epochs": 1e308}}),
     Case(
         "contradictory batch sizes",
@@ -304,6 +314,17 @@ UNFIT_MODEL = [
     for name, mentions, sections, options, change in UNFIT
 ]
 DATA = [
+    Case(
+        "the best by no metric",
+        ("checkpoint.best_metric: eval/rewards/accuracy is no metric", "did you mean eval/rewards/accuracies?"),
+        {
+            "data": {"train": "rows.jsonl", "eval": "rows.jsonl"},
+            "evaluation": {"every_steps": 1, "length_buckets": []},
+            "checkpoint": {"every_steps": 1, "keep_best": 1, "best_metric": "eval/rewards/accuracy"},
+        },
+        {"rows.jsonl": lines(ROW)},
+        options=("--dry-run",),
+    ),
     Case(
         "checkpoint of no run",
         ("checkpoint.resume: nowhere is not in", "say auto"),
