@@ -37,7 +37,9 @@ class StepProfiler:
         elif step + 1 == first:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_cuda
             if self._on_cuda:
-                torch.cuda.memory._record_memory_history()
+                torch.cuda.memory._record_memory_history(
+                    stacks="python"
+                )  # unwinding C++ at each allocation slows a step
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.start()
 
