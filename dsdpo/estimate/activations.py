@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,6 +194,30 @@ class _Attention(torch.autograd.Function):
             for part in grads
         ]
         return (*narrow, None)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Memory of Liger's RMSNorm: it keeps its input and a number a token, and works on the gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, hidden.new_empty(hidden.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, torch.empty_like(ctx.saved_tensors[1])
+
+
+def fuse_norms(lm: nn.Module) -> None:
+    """Have a blank model's norms take the memory of Liger's: transformers' own keep copies in float32."""
+    for module in lm.modules():
+        if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
+            module.forward = partial(_fused, module)
+
+
+def _fused(module: nn.Module, hidden: Tensor) -> Any:
+    return _FusedNorm.apply(hidden, module.weight)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dsdpo.engine.blank import blank_lm
 from dsdpo.engine.load import DTYPES, switch_off_randomness, tile_mlps
 from dsdpo.engine.lora import blank_adapter
 from dsdpo.engine.quantization import BlankPackedLinear, pack_blank
+from dsdpo.estimate.activations import fuse_norms
 from dsdpo.objective.logps import ResponseScorer
 from dsdpo.objective.output_head import decoder_of
 
@@ -92,6 +93,8 @@ def _blank_model(
     if model.lora is not None:
         lm = blank_adapter(lm, model, second=second_adapter)
     switch_off_randomness(lm)
+    if model.use_liger_kernel:
+        fuse_norms(lm)
     if model.mlp_tile_tokens is not None:
         tile_mlps(lm, model.mlp_tile_tokens)
     scorer = ResponseScorer(lm)

@@ -24,7 +24,7 @@ OPTIMIZER_ON_HOST = {"stage": 3, "offload_optimizer": CPU}
 ALL_ON_HOST = {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}
 AUTO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 SFT = {"loss": {"type": "sft"}, "reference": {"strategy": "none"}}
-LONG_SFT = {**SFT, "model": {"mlp_tile_tokens": 32_768, "activation_offloading": True}}
+LONG_SFT = {**SFT, "model": {"mlp_tile_tokens": 32_768, "activation_offloading": True, "use_liger_kernel": True}}
 LORA = {"model": {"lora": {"r": 8, "target_modules": "all-linear"}}}
 
 

@@ -114,6 +114,18 @@ def test_a_packed_weight_is_unpacked_for_its_product_and_not_kept(folder: str) -
     assert ours == theirs, "operations are those of the weights that the bits stand for"
 
 
+def test_norms_of_liger_keep_no_copies_in_float32(folder: str) -> None:
+    size = PassSize(rows=1, width=100, scored=4, keys=100)
+    own, fused = (
+        rehearse(blank(folder, gradient_checkpointing=False, **more).lm, size, chunk=4, trains=True)
+        for more in ({}, {"use_liger_kernel": True})
+    )
+    # Of each norm transformers keeps the input in float32 and the scaled input, Liger the input as it is.
+    norms, hidden = 2 * LAYERS + 1, 100 * HIDDEN
+    assert own.kept - fused.kept == norms * (4 + 2 - 2) * hidden
+    assert own.layers - fused.layers > 2 * 4 * hidden, "gradients in float32 come and go"
+
+
 def parts(*sizes: int, blocks: tuple[int | None, ...]) -> Weights:
     return Weights(tuple(Part((size,), (True,), block) for size, block in zip(sizes, blocks, strict=True)), 2)
 
