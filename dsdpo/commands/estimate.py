@@ -41,7 +41,7 @@ def main(given: EstimateArguments) -> int:
         say(f"  {line}")
     if not best.fits:
         say()
-        say(describe_advice(advice))
+        say(describe_advice(advice, best))
     return 0
 
 

@@ -149,8 +149,10 @@ def details(row: Row) -> str:
     return "\n".join(lines)
 
 
-def describe_advice(advice: Sequence[Advice]) -> str:
-    """What to change, or that nothing helps."""
+def describe_advice(advice: Sequence[Advice], best: Row) -> str:
+    """What to change in `best`, or that nothing helps."""
+    if not advice and best.forecast is not None and best.forecast.headroom >= 0:
+        return "no change that dsdpo knows makes it fit: take nodes with more memory, or a smaller model"
     if not advice:
         return "no change that dsdpo knows makes it fit: take a smaller model or shorter pairs (data.max_length)"
     lines = ["to make it fit, the smallest change first:"]

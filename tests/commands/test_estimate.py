@@ -86,7 +86,9 @@ def test_advice_for_a_long_pair_splits_or_tiles_its_row(folder: Path, capsys: py
 def test_it_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["estimate", str(folder / "run.yaml"), "--ranks", "8", "--gpu", "h100", "--tokens", "8,8,8"]
     assert main([*words, "--host-memory", "10"]) == 0
-    assert "no, host memory" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no, host memory" in said
+    assert "take nodes with more memory" in said
 
 
 def test_a_step_of_fewer_pairs_than_ranks_takes_as_long_as_a_pair(
