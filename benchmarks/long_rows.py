@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.common import Report, Table, parser
-from benchmarks.harness.processes import EXACT_MEMORY, environment
+from benchmarks.harness.processes import EXACT_MEMORY, end_with_children, environment
 from benchmarks.harness.recorder import MIB
 
 SHORT = 256  # tokens of the row that goes before
@@ -50,22 +50,25 @@ def main() -> None:
     """Measure and report."""
     options = parser("long_rows", "Memory of long rows.")
     options.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens of the pair"
+        "--lengths", type=int, nargs="+", default=[2**power for power in range(10, 17)], help="tokens of the pair"
     )
     options.add_argument("--layers", type=int, nargs="+", default=[1, 4])
     options.add_argument("--tile", type=int, default=1024, help="tokens of a tile of an MLP")
     given = options.parse_args()
     os.environ.update({**environment(), **EXACT_MEMORY})
     report = Report("long_rows", "Memory of long rows", given)
+    end_with_children()
     rows = []
-    for layers in given.layers:
-        for length in given.lengths:
-            taken = measured(length, layers, given)
-            report.measured(f"{layers} layers, {length} tokens", {name: asdict(one) for name, one in taken.items()})
-            rows.append(row(length, layers, taken))
-            print(" | ".join(rows[-1]), flush=True)
-    report.table(Table("A Llama of width 64 in float32, gradient checkpointing on", COLUMNS, tuple(rows), NOTE))
-    report.write()
+    try:
+        for layers in given.layers:
+            for length in given.lengths:
+                taken = measured(length, layers, given)
+                report.measured(f"{layers} layers, {length} tokens", {name: asdict(one) for name, one in taken.items()})
+                rows.append(row(length, layers, taken))
+                print(" | ".join(rows[-1]), flush=True)
+    finally:  # a run that is stopped keeps what it has
+        report.table(Table("A Llama of width 64 in float32, gradient checkpointing on", COLUMNS, tuple(rows), NOTE))
+        report.write()
 
 
 NOTE = (
