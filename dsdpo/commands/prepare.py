@@ -12,10 +12,10 @@ def main(argv: list[str]) -> int:
     """Run the command; the exit code."""
     parser = run_parser("dsdpo prepare", "Tokenize a run's data into data.cache_dir; no model and no DeepSpeed needed.")
     run, flags = load_run(argv, parser)
+    quiet_libraries(verbose=False)
 
     from dsdpo.run.datasets import prepare_data
 
-    quiet_libraries(verbose=False)
     started = time.monotonic()
     for line in prepare_data(run):
         say(line)

@@ -215,17 +215,17 @@ def _make_folder(folder: Path, identity: ReferenceIdentity) -> None:
 
 
 def _explain_new(store: Path, identity: ReferenceIdentity) -> None:
-    """Warn why stored log-probs of a similar reference are not used, by the fields in which the nearest differs."""
+    """Warn why stored log-probs of the same weights are not used, by the fields in which the nearest differs."""
     found = [(folder.parent, read_identity(folder.parent)) for folder in store.glob("*/identity.json")]
     same_source = [
         (identity.differences(other, DECISIVE), folder)
         for folder, other in found
-        if other is not None and other.path == identity.path
+        if other is not None and (other.path, other.weights) == (identity.path, identity.weights)
     ]
     if same_source:
         differences, folder = min(same_source, key=lambda entry: (len(entry[0]), entry[1]))
         log.warning(
-            "no log-probs of this reference in %s; the nearest, %s, differs in %s", store, folder.name,
+            "log-probs of this model are in %s, but the nearest, %s, differ in %s: made anew", store, folder.name,
             "; ".join(differences),
         )  # fmt: skip
 

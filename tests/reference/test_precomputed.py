@@ -118,12 +118,16 @@ def test_table_equals_a_plain_forward_pass(inputs: Path, tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM
 
     from dsdpo.config.run import RunConfig
-    from dsdpo.run.plan import plan_run
+    from dsdpo.data.pairs import open_pairs
+    from dsdpo.data.tokenize import prepare_pairs
+    from dsdpo.data.tokenizer import load_tokenizer
     from tests.tiny import plain_logps
 
     run = run_with(tmp_path, inputs, rows_of(inputs))
     found = precompute_on(2, run)
-    pairs = plan_run(RunConfig.model_validate(run)).train.pairs
+    config = RunConfig.model_validate(run)
+    tokenizer, data = load_tokenizer(config.model), config.data
+    pairs = open_pairs(prepare_pairs(data.train, tokenizer, data=data, seed=config.train.seed, default_split="train"))
     with torch.no_grad():
         expected = plain_logps(AutoModelForCausalLM.from_pretrained(inputs / "model"), pairs[range(ROWS)])
     assert found["logps"] == pytest.approx(torch.stack(expected, dim=1).numpy(), abs=1e-3, rel=1e-5)

@@ -139,6 +139,7 @@ def test_another_reference_has_a_folder_of_its_own(tmp_path: Path, caplog: pytes
     folder = open_store(tmp_path, IDENTITY)
     far = replace(IDENTITY, weights="f" * 32, dtype="float32")
     assert open_store(tmp_path, far) != folder
+    assert not caplog.text, "another model, of which nothing could have been stored"
     caplog.clear()
     near = open_store(tmp_path, replace(IDENTITY, max_length=256))
     assert near not in (folder, open_store(tmp_path, far))
