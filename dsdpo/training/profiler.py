@@ -36,10 +36,8 @@ class StepProfiler:
             self._finish()
         elif step + 1 == first:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_cuda
-            if self._on_cuda:
-                torch.cuda.memory._record_memory_history(
-                    stacks="python"
-                )  # unwinding C++ at each allocation slows a step
+            if self._on_cuda:  # without C++ stacks, which slow a step
+                torch.cuda.memory._record_memory_history(stacks="python")
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.start()
 
