@@ -8,11 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dsdpo.atomic import write_json, write_text
 from dsdpo.config.load import dump_yaml
@@ -21,12 +18,13 @@ from dsdpo.disks import Disk, find_disk
 from dsdpo.distributed import all_or_none, rank, world_size
 from dsdpo.engine.types import TrainingEngine
 from dsdpo.errors import ConfigError
+from dsdpo.run.agreement import installed
 from dsdpo.run.plan import Plan
 from dsdpo.run.resume import checkpoint_to_resume
 from dsdpo.run_folder import RunFolder
 from dsdpo.run_lock import RunLock
 
-PACKAGES = ("deepspeed", "transformers", "peft", "datasets", "wandb", "dsdpo")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "wandb", "dsdpo")
 
 
 @contextmanager
@@ -101,7 +99,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "world_size": world_size(),
-        "versions": {"torch": torch.__version__} | {name: version(name) for name in PACKAGES},  # with its CUDA build
+        "versions": {name: installed(name) for name in PACKAGES},
         "git_commit": git_commit(Path(__file__).parent),
     }
 

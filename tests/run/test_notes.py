@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.engines import planned
 from tests.ranks import run_ranks
 from tests.runs import settings
@@ -47,3 +49,25 @@ def test_suspicious_settings_are_noted_in_the_plan(inputs: Path, tmp_path: Path)
     assert sum("data.train names" in line and "twice" in line for line in of_twice) == 1
     assert sum("data.eval names" in line for line in of_twice) == 1
     assert [line for line in of_fine if "scored before" not in line] == []
+
+
+def test_a_checkout_that_is_not_installed_has_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a machine runs the source tree by its path, or does without W&B."""
+    import importlib.metadata
+
+    import torch
+
+    from dsdpo.run import output_folder
+
+    found = importlib.metadata.distribution
+
+    def without(name: str) -> importlib.metadata.Distribution:
+        if name in ("dsdpo", "wandb"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", without)
+    versions = output_folder.environment()["versions"]
+    assert versions["dsdpo"] == versions["wandb"] == "not installed"
+    assert versions["torch"] == torch.__version__
+    assert versions["deepspeed"][0].isdigit()
