@@ -239,7 +239,7 @@ def compare(argv: list[str]) -> CompareArguments | FinishedArguments:
         raise ConfigError(f"--steps is {flags.steps}: give 2 or more, as the first step is not timed")
     limit = _above_0(flags.limit, "--limit", "minutes")
     out = flags.out or Path(f"{flags.run.stem}.suggested.yaml")
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise ConfigError(f"--out: {out} is no file that can be written; give one in a folder that is there")
     if out.resolve() == flags.run.resolve():
         raise ConfigError(f"--out: {out} is the run file itself, which would be replaced: choose another file")

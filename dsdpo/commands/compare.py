@@ -17,6 +17,7 @@ from dsdpo.commands.arguments import CompareArguments, FinishedArguments
 from dsdpo.commands.estimate import row_of
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.console import quiet_libraries, say
+from dsdpo.errors import ConfigError
 from dsdpo.run import side_by_side
 from dsdpo.run.estimate import subject_of, this_machine
 from dsdpo.run.series import load_series
@@ -73,7 +74,11 @@ def compare(given: CompareArguments) -> int:
     best = best_of(tried)
     if best is not None:
         lines = suggestion(best, machine, run_file=str(given.run_file), steps=given.steps)
-        write_text(given.out, lines)
+        try:
+            write_text(given.out, lines)
+        except OSError as error:
+            print(lines)  # minutes of trials are not lost for a full disk
+            raise ConfigError(f"--out: {given.out} cannot be written: {error}; the suggestion stands above") from error
     if given.as_json:
         print(json.dumps(as_json(tried, machine), indent=1))
         return 0 if best else NOTHING_FITS

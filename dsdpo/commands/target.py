@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from dsdpo.commands.arguments import path_or_id, plain_parser
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.load import RunParser, load_run, run_parser
+from dsdpo.config.reference import ReferenceConfig
 from dsdpo.config.run import RunConfig
 from dsdpo.console import launched
 from dsdpo.errors import ConfigError
@@ -105,6 +106,8 @@ def _model(flags: Namespace, rest: list[str]) -> Target:
         )
     if flags.reference is not None:
         run = _with_reference(run, flags.reference)
+    elif run.loss.reference_use == "unused" and run.reference.path is None:
+        run = run.model_copy(update={"reference": ReferenceConfig(strategy="none")})
     elif run.reference_strategy() != "none":
         raise ConfigError(
             f"command line: --reference is missing: {name} is a model, and loss.type {' + '.join(run.loss.types)} "

@@ -229,6 +229,14 @@ def test_rated_completions_and_lists_are_scored(loss: str, run: Path, inputs: Pa
         assert all(len(sizes) == 3 for sizes in found["completion_tokens"])
 
 
+def test_a_model_alone_is_evaluated_with_a_loss_without_reference(inputs: Path, tmp_path: Path) -> None:
+    """As the message says that asks for a reference."""
+    start = ("evaluate", inputs / "model", "--data", inputs / "few.jsonl", "--out", tmp_path / "e.json")
+    assert "or --loss.type cpo" in refused(*start)
+    said_by(*start, "--loss.type", "cpo", "--model.dtype", "float32")
+    assert "eval/rewards/margins" in json.loads((tmp_path / "e.json").read_text())["metrics"]
+
+
 def test_reward_bench_sections() -> None:
     from dsdpo.run.reward_bench import section_scores
 
