@@ -189,7 +189,7 @@ def _value_mistakes(name: str, value: Any, kind: str) -> Iterator[str]:
         required, reason = REQUIRED[name]
         yield f"{name} is {shown}, but must be {'left out' if required is None else json.dumps(required)}: {reason}"
     elif name in UNSUPPORTED and value.get("enabled") is not False:
-        yield f"{name} is not supported by dsdpo: delete it"
+        yield f"{name} is not supported in dsdpo, delete it"
     elif name in BLOCKS:
         yield from find_mistakes(value, name)
     elif kind == "block":

@@ -73,7 +73,8 @@ def type_problems(config: Config) -> Iterator[str]:
             continue
         wanted = name.lower() if block == "optimizer" else name
         if wanted not in known and not _torch_has(block, name):
-            yield f"{block}.type {name} is neither DeepSpeed's nor torch's{did_you_mean(wanted, known)}"
+            guess = did_you_mean(wanted, known) or f": name another, or delete {block} and it follows from the run"
+            yield f"{block}.type {name} is neither DeepSpeed's nor torch's{guess}"
 
 
 def _torch_has(block: str, name: str) -> bool:
@@ -155,7 +156,10 @@ def stage_problems(config: Config, world_size: int) -> Iterator[str]:
     group = zero.get("zero_hpz_partition_size", 1)
     if group > 1 and (stage != 3 or world_size % group):
         ranks = counted(world_size, "rank")
-        yield f"zero_optimization.zero_hpz_partition_size {group} needs stage 3 and must divide the {ranks}"
+        yield (
+            f"zero_optimization.zero_hpz_partition_size {group} needs stage 3 and must divide the {ranks}: give a "
+            "divisor, or delete it"
+        )
 
 
 def _offload_problems(zero: Config, stage: int) -> Iterator[str]:
