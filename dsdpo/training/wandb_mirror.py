@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,15 @@ class WandbMirror(Mirror):
             self.session.log_artifact(artifact)
 
 
+def _leave() -> None:
+    """End W&B's own process, but wait for it no longer than for its start: that of 0.25 waits for a server for ever."""
+    import wandb
+
+    ending = threading.Thread(target=wandb.teardown, name="leaving W&B", daemon=True)
+    ending.start()
+    ending.join(START_TIMEOUT_S)
+
+
 def start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> WandbMirror | None:
     """A W&B run under the id kept in the run folder, or None with a warning: tracking never stops training.
 
@@ -92,8 +102,6 @@ def start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Wan
         given.setdefault(key, os.environ.get(variable) or fallback)
     given |= {"tags": settings.tags or None, "config": {**run.model_dump(mode="json"), **facts}}
     try:
-        import wandb
-
         mode = settings.mode or os.environ.get("WANDB_MODE") or "online"
         if mode == "online" and not logged_in():
             log.warning("W&B: this machine is not logged in, so the run is written to files to send later")
@@ -104,7 +112,7 @@ def start_wandb(run: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Wan
             if mode != "online":
                 raise
             log.warning("W&B could not start (%s); files to send later, and metrics.jsonl, have every row", error)
-            wandb.teardown()
+            _leave()
             return WandbMirror(run, folder, _init_wandb(folder, "offline", given))
     except Exception as error:
         log.warning("W&B could not start (%s); metrics go to metrics.jsonl only", error)

@@ -172,7 +172,7 @@ WRONG = {
     ),
     "no model": (("--model.path", "./nowhere", "--tokens", "8,8,8"), ("model.path", "nowhere")),
     "a folder that is not there": (
-        ("--model.path", "runs/demo-inputs/model", "--tokens", "8,8,8"),
+        ("--model.path", "runs/never-made/model", "--tokens", "8,8,8"),
         ("no folder runs/",),
     ),
     "unknown option": (("--rank", "8", "--tokens", "8,8,8"), ("--rank",)),
