@@ -177,12 +177,17 @@ def configs_of(subject: Subject, machine: Machine) -> tuple[Config, Config]:
 
 
 def this_machine(*, ranks: int, per_node: int, host_memory: float | None = None) -> Machine:
-    """Ranks on machines like this one: its GPU by name, else its CPUs and memory."""
+    """Ranks on machines like this one: its GPU by name, else its CPUs and memory.
+
+    A GPU that the table does not have is taken to be as fast as an A100, and named so.
+    """
     per_node = min(per_node, ranks)
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return Machine(hardware("cpu", ranks_per_node=per_node), ranks, per_node)
     name = torch.cuda.get_device_name()
     memory = float(torch.cuda.get_device_properties().total_memory)
-    known = gpu_called(name) or hardware("a100", ranks_per_node=per_node)
+    known = gpu_called(name)
+    if known is None:
+        known, name = hardware("a100", ranks_per_node=per_node), f"{name}, speed of an A100"
     host = host_memory or float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Machine(replace(known, name=name, memory=memory), ranks, per_node, host)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import LlamaConfig
 
 from dsdpo.__main__ import main
 from dsdpo.estimate.hardware import hardware
+from dsdpo.run.estimate import this_machine
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "ds_configs"
@@ -135,6 +138,18 @@ def test_table_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "1 x a100 (79.1 GiB)" in said
     assert "yes, fastest" in said
     assert "a micro-batch: layers keep" in said
+
+
+def test_a_gpu_that_the_table_does_not_have_is_taken_for_an_a100_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=2**35))
+    found = this_machine(ranks=1, per_node=8).gpu
+    assert (found.name, found.memory) == ("NVIDIA X1, speed of an A100", 2**35)
+    assert found.tflops == hardware("a100", ranks_per_node=1).tflops
 
 
 def test_row_that_dsdpo_refuses_is_a_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
