@@ -124,7 +124,7 @@ def test_killed_compilation_then_two_ranks_that_recover(tmp_path: Path) -> None:
 
 def prepare_here(config: dict, extensions: str, cxx: str) -> str:
     """What `prepare_ops` puts on the screen in a process that never built anything; the operator works."""
-    from tests.commands.test_bad_input import captured
+    from tests.commands.processes import captured
 
     os.environ |= {"TORCH_EXTENSIONS_DIR": extensions, "CXX": cxx}
     with captured(1) as output:

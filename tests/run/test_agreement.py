@@ -161,7 +161,7 @@ def test_a_typing_error_in_one_nodes_run_file_reaches_both(wrong: int, inputs: P
 
 
 def test_a_rank_that_never_comes_is_named(inputs: Path, tmp_path: Path) -> None:
-    run = settings(tmp_path, inputs, reference_zero=None, distributed={"timeout_minutes": 0.05})
+    run = settings(tmp_path, inputs, reference_zero=None, distributed={"timeout_minutes": 0.1})
     path = written(tmp_path / "run.yaml", run)
     who = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     answer = finish(

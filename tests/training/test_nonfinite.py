@@ -156,7 +156,7 @@ def test_stop_names_the_pairs_and_skip_goes_on_from_there(inputs: Path, tmp_path
 
 
 def test_a_run_that_skips_too_much_fails_and_exports_nothing(inputs: Path, tmp_path: Path) -> None:
-    """Every pair has the bad word: three steps in a row end the run; a shorter run ends as none was taken."""
+    """Every pair but one has the bad word: three steps in a row end the run; a shorter run ends as none was taken."""
     run, _, word = run_with_a_bad_pair(tmp_path, inputs, everywhere=True)
     run["train"] = {"max_steps": 8, "on_nonfinite": "skip", "max_skipped_steps": 3}
     run["data"]["eval"] = run["data"]["train"]
@@ -190,7 +190,7 @@ def test_weights_that_are_not_finite_are_called_by_name(inputs: Path, tmp_path: 
 
 
 def run_with_a_bad_pair(tmp_path: Path, inputs: Path, *, everywhere: bool = False) -> tuple[dict[str, Any], int, int]:
-    """Eight steps of six pairs, of which one, not in the first two steps, or each has a bad word; its id and that.
+    """Eight steps of six pairs, of which one, in the third step or later, or all but one have a bad word; id and word.
 
     The word is bad under `train_with_a_bad_word`.
     """
@@ -206,7 +206,7 @@ def run_with_a_bad_pair(tmp_path: Path, inputs: Path, *, everywhere: bool = Fals
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    for index in range(64) if everywhere else [bad_pair]:
+    for index in range(1, 64) if everywhere else [bad_pair]:
         lines[index] = {"prompt": "zzz", "chosen": "zzz zzz", "rejected": "zzz"}
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
