@@ -82,6 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("--version", "-V", "version"):
         print(versions())
         return 0
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        say_on_one_rank(
+            ConfigError("the folder that this was started in is gone: cd to one that is there"), connects=False
+        )
+        return BAD_INPUT
     if name in ("-h", "--help", "help"):
         print(__doc__, *(f"  {command:<12}{text}" for command, text in COMMANDS.items()), sep="\n")
         print(f"\neach one's options: dsdpo COMMAND --help; documentation: {page('README.md')}")

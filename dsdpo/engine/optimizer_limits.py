@@ -81,10 +81,16 @@ def needs_whole_gradients(config: Config) -> bool:
     """Whether Muon goes without `reduce_scatter` only.
 
     At stage 3 DeepSpeed refuses it. At stage 2 with sums in float32 of a model in 16 bits DeepSpeed 0.19.8 drops, and
-    says nothing, gradients of AdamW's parameters that lie before a matrix of Muon's in a bucket.
+    says nothing, gradients of AdamW's parameters that lie before a matrix of Muon's in a bucket. The model's dtype may
+    not be settled yet, so one in float32 goes without as well.
     """
-    zero_stage, sums = lookup(config, "zero_optimization.stage"), lookup(config, "data_types.grad_accum_dtype")
-    return zero_stage == 3 or (zero_stage == 2 and sums == "fp32")
+    zero_stage = lookup(config, "zero_optimization.stage")
+    return zero_stage == 3 or (zero_stage == 2 and sums_in_float32(config))
+
+
+def sums_in_float32(config: Config) -> bool:
+    """Whether the JSON has gradients added up in float32, by either of the names that DeepSpeed takes for it."""
+    return lookup(config, "data_types.grad_accum_dtype") in ("fp32", "float32")
 
 
 def optimizer_problems(config: Config, run: RunConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dsdpo.config.optimizer import OptimizerConfig
 from dsdpo.engine.deepspeed_keys import lookup
-from dsdpo.engine.optimizer_limits import optimizer_kind
+from dsdpo.engine.optimizer_limits import optimizer_kind, sums_in_float32
 from dsdpo.engine.quirks.muon import make_muon
 from dsdpo.engine.zero_config import offload_device
 from dsdpo.errors import ConfigError
@@ -117,8 +117,7 @@ def refuse_matrices(lm: nn.Module, config: dict[str, Any], *, source: str) -> No
     float32.
     """
     at_1 = lookup(config, "zero_optimization.stage") == 1 and offload_device(config, "optimizer") == "none"
-    sums_in_32_bits = lookup(config, "bf16.enabled") and lookup(config, "data_types.grad_accum_dtype") == "fp32"
-    if optimizer_kind(config) != "muon" or not (at_1 and sums_in_32_bits):
+    if optimizer_kind(config) != "muon" or not (at_1 and lookup(config, "bf16.enabled") and sums_in_float32(config)):
         return
     chosen = {id(parameter) for parameter in hidden_matrices(lm)}
     for name, parameter in lm.named_parameters():

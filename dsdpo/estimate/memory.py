@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsdpo.engine.deepspeed_keys import lookup
-from dsdpo.engine.optimizer_limits import optimizer_kind
+from dsdpo.engine.optimizer_limits import optimizer_kind, sums_in_float32
 from dsdpo.engine.zero_config import offload_device, stage
 from dsdpo.estimate.gathers import Gathers, gathers_of
 from dsdpo.estimate.weights import Weights
@@ -101,7 +101,7 @@ def optimizer_states(config: dict[str, Any], weights: Weights | None = None) -> 
 
 def sums_bytes(config: dict[str, Any], itemsize: int) -> int:
     """Bytes of an element of the sums of gradients over micro-batches."""
-    return FLOAT32 if lookup(config, "data_types.grad_accum_dtype") in ("fp32", "float32") else itemsize
+    return FLOAT32 if sums_in_float32(config) else itemsize
 
 
 def _is_bf16_optimizer(config: dict[str, Any], itemsize: int) -> bool:

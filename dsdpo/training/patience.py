@@ -35,7 +35,8 @@ def check_metrics(run: RunConfig, held_out: Pairs) -> None:
     """Raise `ConfigError` where a run goes by a metric that no evaluation of its held-out pairs can have."""
     found = groupings(held_out, run.data.eval or (), run.evaluation.length_buckets)
     groups = [name for grouping in found for name in grouping.names]
-    known = [*METRICS, *(f"loss/{name}" for name in run.loss.types)]
+    parts = [*run.loss.types, *(["nll"] if run.loss.rpo_alpha else [])]
+    known = [*METRICS, *(f"loss/{name}" for name in parts)]
     names = {f"eval/{name}" for name in known}
     for group in groups:
         part = group.startswith(("source/", "length/"))

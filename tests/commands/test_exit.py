@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -56,6 +58,18 @@ def test_help_ends_with_0_and_imports_no_torch() -> None:
     answer = finish([sys.executable, "-c", code, "train", "--help"], limit_s=LIMIT_S)
     assert answer.returncode == 0
     assert answer.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "run.yaml"]])
+def test_a_folder_that_is_gone_is_told(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        tmp_path.rmdir()
+        assert main(words) == 2
+    finally:
+        os.chdir(before)
+    assert "the folder that this was started in is gone" in capsys.readouterr().err
 
 
 def test_rank_0_ends_last_within_the_time_limit() -> None:

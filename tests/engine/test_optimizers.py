@@ -112,7 +112,7 @@ def test_experts_that_muon_cannot_take_are_refused_before_the_model_loads(inputs
     """DeepSpeed raises ValueError for them at stage 1 in bfloat16 with float32 sums, once it has the whole model."""
     model = save_lm(tmp_path / "start", inputs / "model", tiny_lm("mixtral"))
     run = run_of(tmp_path, inputs, "muon", "zero1", model={"path": model, "dtype": "bfloat16"})
-    for sums, refused in (("fp32", True), (None, False)):
+    for sums, refused in (("fp32", True), ("float32", True), (None, False)):
         config = {"zero_optimization": ZERO["zero1"], "data_types": {"grad_accum_dtype": sums} if sums else {}}
         run["deepspeed"] = write_json(tmp_path / "policy.json", config)
         if refused:

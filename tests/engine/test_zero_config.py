@@ -560,7 +560,7 @@ def test_the_runs_optimizer_stands_in_the_resolved_config(kind, options, params,
         ("muon", {"zero_optimization": {"stage": 3, "reduce_scatter": True}}, 'write "reduce_scatter": false'),
         (
             "muon",
-            {"zero_optimization": {"stage": 2, "reduce_scatter": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            {"zero_optimization": {"stage": 2, "reduce_scatter": True}, "data_types": {"grad_accum_dtype": "float32"}},
             "at stage 2 with data_types.grad_accum_dtype fp32 loses gradients",
         ),
         ("muon", {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "muon has not been shown to work"),

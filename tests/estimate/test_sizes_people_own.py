@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig
 
 from dsdpo.config.run import RunConfig
 from dsdpo.estimate.hardware import hardware
 from dsdpo.estimate.seconds import Machine
 from dsdpo.run.estimate import forecast_of, with_models
 from dsdpo.run.plan import Layout
+from tests.estimate.published import llama
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 HIDDEN_INNER_LAYERS_HEADS = {
@@ -37,16 +37,8 @@ def test_row_fits(row: str, tmp_path: Path) -> None:
     nodes = int(count.split(" x ")[0]) if " x " in count else 1
     gpu = hardware({"80": "a100", "24": "rtx4090"}[memory], ranks_per_node=1)
     per_node = int(count.split(" x ")[-1])
-    hidden, inner, layers, heads = HIDDEN_INNER_LAYERS_HEADS[size]
-    LlamaConfig(
-        vocab_size=128256,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(tmp_path)
+    config = llama(*HIDDEN_INNER_LAYERS_HEADS[size])
+    config.save_pretrained(tmp_path)
     run = RunConfig.model_validate(
         {
             "model": {"path": str(tmp_path), "lora": LORA if trained == "LoRA" else None},
@@ -59,7 +51,7 @@ def test_row_fits(row: str, tmp_path: Path) -> None:
         }
     )
     subject = with_models(
-        run, "run.yaml", lengths=np.array([[512, 256, 256]]), layout=Layout("packed"), hidden_size=hidden
+        run, "run.yaml", lengths=np.array([[512, 256, 256]]), layout=Layout("packed"), hidden_size=config.hidden_size
     )
     found = forecast_of(subject, Machine(gpu, nodes * per_node, per_node))
     assert found.fits
