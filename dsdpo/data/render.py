@@ -21,6 +21,7 @@ from jinja2.exceptions import TemplateError
 
 from dsdpo.data.dropped_rows import BadRow
 from dsdpo.data.messages import THOUGHT_FIELDS, Message, short, text_of
+from dsdpo.data.types import Tokenizer
 
 THOUGHT_MARKS = re.compile(r"</?think>")
 RESPONSES = ("chosen", "rejected")
@@ -45,7 +46,7 @@ class Rendered:
 class Renderer:
     """A chat template with what it is given besides messages."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     keep_thoughts: Literal["drop", "refuse"] = "drop"
     date: str | None = None  # YYYY-MM-DD, what a template that asks for the date is told; None: the day of the call
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import AutoTokenizer, GenerationConfig
@@ -14,7 +13,7 @@ from dsdpo.data.types import Tokenizer
 from dsdpo.errors import ConfigError
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """The tokenizer of `model.tokenizer` or `model.path`, with `model.chat_template` and `model.pad_token` applied.
 
     Raises `ConfigError` when it cannot be loaded or has no such pad token, or its chat template is no Jinja.
@@ -77,7 +76,7 @@ def _check_template(tokenizer: Tokenizer, name: str) -> None:
         return
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Tokenizer) -> int:
     """The id that stands where no token does: of the pad token, else the end of sequence, else 0. Nothing sees it."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:

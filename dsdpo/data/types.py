@@ -15,6 +15,7 @@ class Tokenizer(Protocol):
     eos_token: str | None
     eos_token_id: int | None
     bos_token_id: int | None
+    end_tokens: tuple[str, ...]  # of dsdpo's own: those that end a response, see `load_tokenizer`
     special_tokens_map: dict[str, Any]
     all_special_tokens: list[str]
 

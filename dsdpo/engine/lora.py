@@ -29,6 +29,7 @@ from dsdpo.distributed import all_or_none, rank
 from dsdpo.engine.adapter_folder import ADAPTER_WEIGHTS
 from dsdpo.engine.blank import key_mapping, refuse_unfit
 from dsdpo.engine.shards import MergedWeight, finish_writes, release_gathered, whole_state_dict, writable_shard
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.engine.weight_files import Shapes, safetensors_shapes
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.objective.types import CausalLM
@@ -311,7 +312,7 @@ def reference_adapter_state(lm: peft.PeftModel) -> dict[str, Tensor] | None:
     return whole_state_dict(lm, keep=rank() == 0, only=names)
 
 
-def load_reference_adapter(engine: Any, path: Path) -> None:
+def load_reference_adapter(engine: TrainingEngine, path: Path) -> None:
     """Put a saved `reference_adapter_state` in place: each rank its own part, without communication.
 
     Raises `CheckpointError` if the file is not this model's.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 FIXED = "fixed"  # a type of which transformers updates nothing
 
@@ -36,7 +37,7 @@ def fix_rope_factors(lm: nn.Module, longest: int) -> None:
             module.rope_type = FIXED
 
 
-def rope_choice(config: Any, longest: int) -> str | None:
+def rope_choice(config: PretrainedConfig, longest: int) -> str | None:
     """Which factors a run of this longest pair has, where they depend on it; None where they do not."""
     parts = rope_settings(config)
     if any(part["rope_type"] == "longrope" for part in parts):
@@ -52,7 +53,7 @@ def rope_choice(config: Any, longest: int) -> str | None:
     return None
 
 
-def rope_settings(config: Any) -> list[dict[str, Any]]:
+def rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
     """The RoPE parameters of a text model's configuration, one for each type of layer."""
     settings = getattr(config, "rope_parameters", None)
     if not isinstance(settings, dict):
@@ -61,7 +62,7 @@ def rope_settings(config: Any) -> list[dict[str, Any]]:
     return [part for part in parts if "rope_type" in part]
 
 
-def longest_allowed(config: Any) -> int | None:
+def longest_allowed(config: PretrainedConfig) -> int | None:
     """Tokens that a text model takes: its positions, and what scaling of RoPE adds to them."""
     limit = getattr(config, "max_position_embeddings", None)
     if not limit:

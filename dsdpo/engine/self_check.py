@@ -28,6 +28,7 @@ from dsdpo.distributed import gather_objects
 from dsdpo.engine.build import device
 from dsdpo.engine.quirks.gather_trace import SecondOrder
 from dsdpo.engine.shards import nonfinite_parameters
+from dsdpo.engine.types import InferenceEngine
 from dsdpo.errors import ConfigError
 from dsdpo.objective.logps import ROUNDING
 from dsdpo.objective.output_head import base_lm
@@ -58,7 +59,13 @@ class Answers:
 
 @torch.no_grad()
 def check_engine(
-    engine: Any, source: BatchSource, *, dtype: str, key: str, trains: bool = False, order: SecondOrder | None = None
+    engine: InferenceEngine,
+    source: BatchSource,
+    *,
+    dtype: str,
+    key: str,
+    trains: bool = False,
+    order: SecondOrder | None = None,
 ) -> Answers:
     """Score a few pairs as the run will and as the model itself does. Collective.
 
@@ -213,7 +220,7 @@ def _as_padded(ours: Tensor, answers: Answers, *, layout: str) -> str | None:
 
 
 @contextmanager
-def _same_mode_after(engine: Any) -> Iterator[None]:
+def _same_mode_after(engine: InferenceEngine) -> Iterator[None]:
     was_training = engine.module.training
     try:
         yield

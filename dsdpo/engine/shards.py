@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
@@ -135,7 +136,7 @@ def has_frozen(module: nn.Module) -> bool:
     return any(not parameter.requires_grad for parameter in module.parameters())
 
 
-def release_gathered(engine: Any) -> None:
+def release_gathered(engine: DeepSpeedEngine) -> None:
     """Make a ZeRO-3 engine forget every whole parameter it still holds, small persistent ones included.
 
     To be called before shards are written: a forward pass would otherwise go on reading the old whole copy. No

@@ -21,6 +21,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
@@ -192,7 +193,7 @@ def _ask_toy(config: Config) -> None:
         destroy_engine(engine)
 
 
-def _input(engine: Any) -> torch.Tensor:
+def _input(engine: DeepSpeedEngine) -> torch.Tensor:
     dtype = next(engine.module.parameters()).dtype
     return torch.ones(2, WIDTH, dtype=dtype, device=get_accelerator().current_device_name())
 

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dsdpo.data.batch import PreferenceBatch
 from dsdpo.objective.logps import ResponseScorer
 
 
@@ -15,8 +14,8 @@ class InferenceEngine(Protocol):
 
     module: ResponseScorer
 
-    def __call__(self, *, batch: PreferenceBatch) -> Tensor:
-        """(2B,) float32 log-probs of the batch's responses, chosen first. Collective under ZeRO-3."""
+    def __call__(self, **of_forward: Any) -> Any:
+        """What `ResponseScorer.forward` gives: float32 log-probs, chosen responses first. Collective under ZeRO-3."""
         ...
 
     def train(self, mode: bool = True) -> Any: ...

@@ -17,16 +17,17 @@ from dsdpo.console import launched
 from dsdpo.distributed import max_over_ranks
 from dsdpo.engine.build import device
 from dsdpo.engine.shards import is_partitioned, size_for_gathering
+from dsdpo.engine.types import InferenceEngine
 
 SHARE = 0.5  # of a rank's free memory that whole weights may take; the rest is for what is computed with them
 
 
-def is_sharded(engine: Any) -> bool:
+def is_sharded(engine: InferenceEngine) -> bool:
     """True for an engine whose weights are partitioned: ZeRO-3."""
     return any(map(is_partitioned, engine.module.parameters()))
 
 
-def fits_whole(engine: Any) -> bool:
+def fits_whole(engine: InferenceEngine) -> bool:
     """Whether every rank has room for the engine's whole weights beside what it holds. Collective."""
     size = sum(map(size_for_gathering, _missing(engine.module)))
     return not max_over_ranks(int(not size <= SHARE * free_memory()), device())
@@ -41,7 +42,7 @@ def free_memory() -> float:
 
 
 @contextmanager
-def whole_weights(engine: Any) -> Iterator[None]:
+def whole_weights(engine: InferenceEngine) -> Iterator[None]:
     """A block of passes without gradient in which every rank holds all of the engine's weights. Collective.
 
     DeepSpeed's hooks on the modules, which would release each layer's weights behind it, are out of the way meanwhile,

@@ -12,10 +12,10 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import PretrainedConfig
 
 from dsdpo.objective.types import CausalLM
 
@@ -96,14 +96,14 @@ def in_use(name: str, adapter: str | None) -> bool:
     return adapter is None or ".original_module." not in name
 
 
-def routed_share(config: Any) -> float:
+def routed_share(config: PretrainedConfig) -> float:
     """The share of a layer's experts that a token is routed to; 1 without experts."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((count for name in names if (count := getattr(config, name, None))), None)
     return 1.0 if experts is None else getattr(config, "num_experts_per_tok", experts) / experts
 
 
-def attention_widths(config: Any) -> dict[Window, float]:
+def attention_widths(config: PretrainedConfig) -> dict[Window, float]:
     """Heads times head width of all layers, by how far they see; layers of another kind (Mamba, ...) are left out."""
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

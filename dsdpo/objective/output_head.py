@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from dsdpo.errors import ConfigError
 from dsdpo.objective.types import CausalLM
@@ -33,7 +34,7 @@ class LogitTransform:
     vocabulary: int | None = None  # logits that count, the first ones; None: all
 
     @classmethod
-    def of(cls, config: Any) -> LogitTransform:
+    def of(cls, config: PretrainedConfig) -> LogitTransform:
         """The transform under the names that most configurations of transformers use for it."""
         text = config.get_text_config()
         scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere multiplies

@@ -11,6 +11,7 @@ import inspect
 import sys
 from typing import Any
 
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dsdpo.objective.attention import NAMES
@@ -30,13 +31,13 @@ OTHER_MIXING = {
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def model_class(config: Any) -> Any:
+def model_class(config: PretrainedConfig) -> Any:
     """The causal language model of transformers' own for this Hugging Face configuration; None where there is none."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return None if isinstance(kind, tuple) else kind
 
 
-def packed_refusal(config: Any, attn_implementation: str = "auto") -> str | None:
+def packed_refusal(config: PretrainedConfig, attn_implementation: str = "auto") -> str | None:
     """Why a model of this Hugging Face configuration cannot take the packed layout, or None if it can."""
     name = config.model_type
     if attn_implementation not in NAMES:
@@ -71,7 +72,7 @@ def _source_refusal(kind: type, name: str) -> str | None:
     return None
 
 
-def _settings_refusal(config: Any, kind: type) -> str | None:
+def _settings_refusal(config: PretrainedConfig, kind: type) -> str | None:
     """What in a model's settings speaks against it."""
     name = config.model_type
     others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from dsdpo.errors import ConfigError
 
@@ -26,7 +26,7 @@ class Routing:
     coefficient: float = 0.0  # of the load-balancing loss; 0: loads are looked at only
 
 
-def routing_of(kind: type | None, config: Any, coefficient: float | None) -> Routing | None:
+def routing_of(kind: type | None, config: PretrainedConfig, coefficient: float | None) -> Routing | None:
     """What is asked of a model of this class and configuration; None where it has no routers to ask.
 
     `coefficient` is model.router_aux_loss_coef; None: the one in the configuration. Raises `ConfigError` where one is

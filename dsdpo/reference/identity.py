@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from dsdpo.atomic import digest_of
 from dsdpo.config.model import ModelConfig
@@ -25,7 +26,7 @@ from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.shards import local_shards
-from dsdpo.objective.logps import LOGPS_VERSION
+from dsdpo.objective.logps import LOGPS_VERSION, ResponseScorer
 from dsdpo.reference.run_plan import RunPlan
 
 # Elements hashed at once. On a CPU the working memory, 24 bytes each, should fit the cache: twice as fast as 1 << 20.
@@ -130,7 +131,7 @@ LATER = ("date", "bias")
 DECISIVE = ("weights", "architecture", "dtype", "tokenizer", "template", "max_length", "logps_version")
 
 
-def identify_reference(plan: RunPlan, module: Any, *, adapter: str | None) -> ReferenceIdentity:
+def identify_reference(plan: RunPlan, module: ResponseScorer, *, adapter: str | None) -> ReferenceIdentity:
     """Which reference stands in `module`, as it is when training starts; `adapter` is its own, if any. Collective."""
     sync = plan.reference.sync
     return identify(
@@ -148,7 +149,7 @@ def identify_reference(plan: RunPlan, module: Any, *, adapter: str | None) -> Re
 
 
 def identify(
-    module: Any,
+    module: ResponseScorer,
     *,
     model: ModelConfig,
     tokenizer: Tokenizer,
@@ -190,7 +191,7 @@ def identify(
     )
 
 
-def architecture_digest(config: Any, adapter: Any = None, *, rope_choice: str | None = None) -> str:
+def architecture_digest(config: PretrainedConfig, adapter: Any = None, *, rope_choice: str | None = None) -> str:
     """Hash over what configurations of model and adapter say beside the weights: RoPE, norms, soft-caps, scaling.
 
     `rope_choice` says which factors of RoPE the run has, for a model where they depend on the longest pair.

@@ -12,6 +12,7 @@ from dsdpo.config.reference_plan import ReferencePlan
 from dsdpo.config.run import RunConfig
 from dsdpo.data.batch import PreferenceBatch
 from dsdpo.data.steps import BatchSource, StepBatches
+from dsdpo.data.types import Tokenizer
 from dsdpo.sequence_group import SequenceGroup
 
 
@@ -29,7 +30,7 @@ class RunPlan(Protocol):
         """The DeepSpeed config of a reference engine, complete."""
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def train(self) -> BatchSource: ...

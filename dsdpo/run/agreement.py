@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 import dsdpo
 from dsdpo.atomic import digest_of
@@ -25,6 +26,7 @@ from dsdpo.config.run import ModelConfig, RunConfig
 from dsdpo.console import say
 from dsdpo.data.tokenize import template_digest, tokenizer_digest
 from dsdpo.data.tokenizer import pad_id
+from dsdpo.data.types import Tokenizer
 from dsdpo.distributed import barrier, by_host, gather_objects, learn_hosts, world_size
 from dsdpo.engine.build import device
 from dsdpo.engine.zero_config import read_deepspeed_json
@@ -45,7 +47,7 @@ SKEW_S = 5.0  # between two clocks, from which on it is said
 Facts = dict[str, Any]  # by the name that a message gives it
 
 
-def agree(run: RunConfig, tokenizer: Any, models: Mapping[str, Any]) -> None:
+def agree(run: RunConfig, tokenizer: Tokenizer, models: Mapping[str, PretrainedConfig]) -> None:
     """Compare what all ranks have before them; say in a line what differs without harm. Collective.
 
     `models`: settings to Hugging Face configurations. Raises `ConfigError` on all ranks for what would give other
@@ -70,7 +72,7 @@ def agree(run: RunConfig, tokenizer: Any, models: Mapping[str, Any]) -> None:
         say("nodes differ, without harm to the numbers: " + "; ".join(harmless))
 
 
-def decisive_facts(run: RunConfig, tokenizer: Any, models: Mapping[str, Any]) -> Facts:
+def decisive_facts(run: RunConfig, tokenizer: Tokenizer, models: Mapping[str, PretrainedConfig]) -> Facts:
     """What must be the same on all ranks."""
     facts: Facts = {
         "command": " ".join(word for word in sys.argv[1:] if word in ("train", "precompute", "--dry-run")),

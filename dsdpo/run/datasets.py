@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+
+from transformers import PretrainedConfig
 
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.run import RunConfig
@@ -41,7 +42,7 @@ def prepare_windows(
     sources: list[SourceConfig],
     split: DefaultSplit,
     tokenizer: Tokenizer,
-    model: Any,
+    model: PretrainedConfig,
     layout: LayoutName,
     sequence: SequenceGroup,
 ) -> BatchSource:
@@ -164,7 +165,7 @@ def check_confidences(pairs: Pairs, split: DefaultSplit, run: RunConfig) -> None
             )
 
 
-def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: Any) -> None:
+def check_pairs(pairs: Pairs, split: DefaultSplit, run: RunConfig, model: PretrainedConfig) -> None:
     """Raise unless every node holds the same pairs and the model can take the longest. Collective."""
     if pairs.report.text:
         say(f"{split} data: {pairs.report.text}")

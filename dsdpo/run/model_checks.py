@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dsdpo.config.model import ModelConfig
@@ -15,6 +15,7 @@ from dsdpo.config.run import RunConfig
 from dsdpo.data.binning import LayoutName, longest_sequences
 from dsdpo.data.steps import BatchSource
 from dsdpo.data.tokenizer import load_tokenizer
+from dsdpo.data.types import Tokenizer
 from dsdpo.engine.blank import check_model_fits
 from dsdpo.engine.compiled_layers import layers_of
 from dsdpo.engine.kernels import refuse_liger_for
@@ -33,7 +34,7 @@ CAUSAL = "dsdpo trains causal language models"
 QUANTIZED = ("quantization_config", "compression_config", "quantization")  # blocks of config.json
 
 
-def check_models(run: RunConfig, reference: ModelConfig, *, weights: bool = True) -> dict[str, Any]:
+def check_models(run: RunConfig, reference: ModelConfig, *, weights: bool = True) -> dict[str, PretrainedConfig]:
     """Hugging Face's configurations of the run's models, by the settings that name them. Raises `ConfigError`.
 
     Without `weights` folders that have no more than their config.json will do.
@@ -46,7 +47,7 @@ def check_models(run: RunConfig, reference: ModelConfig, *, weights: bool = True
     return models
 
 
-def check_model(model: ModelConfig, *, key: str, weights: bool = True) -> Any:
+def check_model(model: ModelConfig, *, key: str, weights: bool = True) -> PretrainedConfig:
     """The model's configuration. Raises `ConfigError` if there is no such model, or none that dsdpo trains.
 
     Without `weights` a folder that has no more than its config.json will do.
@@ -139,7 +140,7 @@ def _instead(folder: Path) -> str | None:
     return None
 
 
-def _check_kind(config: Any, model: ModelConfig, *, key: str) -> None:
+def _check_kind(config: PretrainedConfig, model: ModelConfig, *, key: str) -> None:
     """Raise `ConfigError` unless this is a causal language model with weights that can be trained as they are."""
     kind = config.model_type
     text = config.get_text_config()
@@ -178,7 +179,7 @@ def check_rank(model: ModelConfig, hidden_size: int) -> None:
             )
 
 
-def check_heads(models: dict[str, Any], size: int) -> None:
+def check_heads(models: dict[str, PretrainedConfig], size: int) -> None:
     """Raise `ConfigError` unless `size` ranks can share the attention heads of each model; `models` by setting."""
     for key, config in models.items():
         heads = getattr(config.get_text_config(), "num_attention_heads", None)
@@ -214,7 +215,9 @@ def _check_layers(lm: Any, model: ModelConfig) -> None:
         refuse_liger_for(lm.config.model_type)
 
 
-def check_tokenizers(run: RunConfig, reference: ModelConfig, tokenizer: Any, models: dict[str, Any]) -> None:
+def check_tokenizers(
+    run: RunConfig, reference: ModelConfig, tokenizer: Tokenizer, models: dict[str, PretrainedConfig]
+) -> None:
     """Raise `ConfigError` if the reference's tokens mean something else than the policy's.
 
     `models`: settings to Hugging Face configurations. A reference without a tokenizer must have the policy's number
@@ -257,7 +260,7 @@ def _first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str | Non
 
 
 def check_pairs_fit(
-    run: RunConfig, tokenizer: Any, models: dict[str, Any], sources: Sequence[BatchSource | None]
+    run: RunConfig, tokenizer: Tokenizer, models: dict[str, PretrainedConfig], sources: Sequence[BatchSource | None]
 ) -> None:
     """Raise `ConfigError` if a token of the pairs is beyond a model's embeddings, or a pair longer than it takes."""
     for key, config in models.items():

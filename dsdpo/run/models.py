@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
 
 from dsdpo.config.reference import STRATEGIES
 from dsdpo.console import waiting
@@ -12,11 +11,12 @@ from dsdpo.engine.build import build_policy, device, warm_up
 from dsdpo.engine.download import fetch_model
 from dsdpo.engine.quirks.compiled_ops import prepare_ops
 from dsdpo.engine.self_check import Answers, check_engine, check_same, computing_dtype, describe, measured_bias
+from dsdpo.engine.types import TrainingEngine
 from dsdpo.reference.base import Reference
 from dsdpo.run.plan import Plan
 
 
-def build_policy_and_reference(plan: Plan) -> tuple[Any, Reference]:
+def build_policy_and_reference(plan: Plan) -> tuple[TrainingEngine, Reference]:
     """The policy engine, warmed up, and the reference by the run's strategy, both found to be right. Collective."""
     with waiting("compiling DeepSpeed's operators"):
         prepare_ops(plan.policy_config, plan.reference_config)
@@ -58,7 +58,7 @@ def reference_class(strategy: str) -> type[Reference]:
     return found
 
 
-def build_warm_policy(plan: Plan) -> tuple[Any, Answers]:
+def build_warm_policy(plan: Plan) -> tuple[TrainingEngine, Answers]:
     """The policy engine, after one pass that changes nothing, and what it answers on a few pairs. Collective."""
     with waiting(f"loading the policy {plan.run.model.path}"):
         policy = _policy_of(plan)
@@ -69,7 +69,7 @@ def build_warm_policy(plan: Plan) -> tuple[Any, Answers]:
         return policy, check_engine(policy, plan.train, dtype=dtype, key="model.path", trains=True)
 
 
-def _policy_of(plan: Plan) -> Any:
+def _policy_of(plan: Plan) -> TrainingEngine:
     return build_policy(
         plan.run,
         plan.policy_config,

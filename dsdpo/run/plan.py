@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from dsdpo.config.load import check_deepspeed_files
 from dsdpo.config.reference_plan import ReferencePlan, plan_reference
@@ -221,7 +222,7 @@ def with_total_steps(plan: Plan, total_steps: int) -> Plan:
     return replace(plan, total_steps=total_steps, policy_config=policy_config)
 
 
-def choose_layout(run: RunConfig, models: dict[str, Any]) -> Layout:
+def choose_layout(run: RunConfig, models: dict[str, PretrainedConfig]) -> Layout:
     """The layout of all batches. `models`: settings to Hugging Face configurations.
 
     Policy and reference get the same batches, so both must be able to take them. Raises `ConfigError` where packed is
@@ -238,7 +239,7 @@ def choose_layout(run: RunConfig, models: dict[str, Any]) -> Layout:
     return Layout("packed")
 
 
-def check_split(run: RunConfig, layout: Layout, models: dict[str, Any], *, ranks: int) -> None:
+def check_split(run: RunConfig, layout: Layout, models: dict[str, PretrainedConfig], *, ranks: int) -> None:
     """Raise `ConfigError` unless rows can be split over as many ranks as the run asks for; `models` as above."""
     size = run.distributed.sequence_parallel
     if size == 1:

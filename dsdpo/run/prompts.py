@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PretrainedConfig
 
 from dsdpo.config.run import RunConfig
 from dsdpo.data.files import Row
@@ -25,7 +25,7 @@ def read_prompts(run: RunConfig) -> list[Row]:
 
 
 def fitting_prompts(
-    rows: list[Row], run: RunConfig, tokenizer: Tokenizer, training: Pairs, model: Any
+    rows: list[Row], run: RunConfig, tokenizer: Tokenizer, training: Pairs, model: PretrainedConfig
 ) -> tuple[Prompt, ...]:
     """The rows as prompts that leave the model room for an answer.
 

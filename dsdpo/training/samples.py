@@ -105,7 +105,7 @@ class Sampler:
                     stack.enter_context(order.recorded_apart())
             yield
 
-    def _write(self, engine: Any, numbers: Sequence[int]) -> list[Answer]:
+    def _write(self, engine: InferenceEngine, numbers: Sequence[int]) -> list[Answer]:
         """Answers to some prompts, in as many passes as the rank with the longest answer needs. Collective."""
         settings, where = self.settings, device()
         decoding = Decoding([self.prompts[n].ids for n in numbers], pad_id=pad_id(self._tokenizer), device=where)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -169,7 +168,7 @@ class StepLoss:
         """The policy's log-probs of this rank's batches and its routers' loads, without gradient. Collective."""
         loads: list[Tensor] = []
 
-        def ask(model: Any, batch: PreferenceBatch) -> PairLogps:
+        def ask(model: Callable[..., Tensor], batch: PreferenceBatch) -> PairLogps:
             scored = policy_scores(model, batch, routing=self.routing if self.balances else None)
             loads.extend([] if scored.loads is None else [scored.loads])
             return scored.logps

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,7 +20,7 @@ from dsdpo.errors import CheckpointError
 TAG = "policy"  # DeepSpeed's name for the folder below the checkpoint
 
 
-def load_engine(engine: Any, folder: Path) -> None:
+def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
     """Take up the state that `save_engine` wrote, by any number of ranks under any ZeRO stage. Collective.
 
     Bit for bit where nothing has changed, which DeepSpeed loads itself. DeepSpeed's files are pickles, which can run
@@ -36,7 +37,7 @@ def load_engine(engine: Any, folder: Path) -> None:
 
 
 @contextmanager
-def own_hyperparameters(engine: Any) -> Iterator[None]:
+def own_hyperparameters(engine: DeepSpeedEngine) -> Iterator[None]:
     """A block after which the engine has the optimizer settings it came with, not those saved with the state it loads.
 
     They are the same unless the user asked for others. A schedule goes on from the loaded step, at the engine's rates.
@@ -74,7 +75,7 @@ def count_through(optimizer: torch.optim.Optimizer) -> None:
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, *hyperparameters, *element)
 
 
-def save_engine(engine: Any, folder: Path, copies: HostCopies | None = None) -> list[Write]:
+def save_engine(engine: DeepSpeedEngine, folder: Path, copies: HostCopies | None = None) -> list[Write]:
     """Write a training engine's state to `folder`, which holds a folder TAG already. Collective.
 
     With `copies` the large files are not written yet, but copied there: what writes them is returned, for any thread.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -16,7 +17,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from dsdpo.engine.shards import is_partitioned
 
 
-def destroy_engine(engine: Any) -> None:
+def destroy_engine(engine: DeepSpeedEngine) -> None:
     """Take the engine's hooks off its module, empty every tensor of it and give the memory back. Collective under NVMe.
 
     `engine.destroy()` alone leaves two hooks, and a module stack and a function cache of DeepSpeed 0.19 keep module and

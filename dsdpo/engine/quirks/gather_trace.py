@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -99,14 +100,14 @@ def count_gathers(coordinator: Any) -> None:
     coordinator.fetch_sub_module = fetch
 
 
-def count_gathers_of(engine: Any) -> None:
+def count_gathers_of(engine: DeepSpeedEngine) -> None:
     """The same for an engine, if it is at stage 3."""
     offload = _zero3_offload(engine)
     if offload is not None:
         count_gathers(offload.param_coordinator)
 
 
-def _zero3_offload(engine: Any) -> Any:
+def _zero3_offload(engine: DeepSpeedEngine) -> Any:
     """What holds a stage-3 engine's coordinator, of a training engine or of one that only answers; else None."""
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     return offload if hasattr(offload, "param_coordinator") else None
@@ -129,7 +130,7 @@ class SecondOrder:
     same results where adapters are left out, and not possible where a second one takes their place.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DeepSpeedEngine) -> None:
         self._offload: Any = _zero3_offload(engine)
         self._other: PartitionedParameterCoordinator | None = None
         self._other_externals: dict[Any, dict[int, Any]] = {}  # of modules that have any, in the order not in use

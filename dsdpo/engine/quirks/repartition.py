@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from dsdpo.distributed import all_or_none, world_size
@@ -54,7 +55,7 @@ WHOLE = {
 IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 
-def same_layout(engine: Any, folder: Path) -> bool:
+def same_layout(engine: DeepSpeedEngine, folder: Path) -> bool:
     """True if DeepSpeed itself can load its checkpoint in `folder` into this engine. Collective."""
     with all_or_none():
         model = read_file(model_file(folder))
@@ -67,7 +68,7 @@ def cut(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_cut_anew(engine: Any, folder: Path) -> None:
+def load_cut_anew(engine: DeepSpeedEngine, folder: Path) -> None:
     """Put DeepSpeed's checkpoint in `folder` into an engine that cuts its optimizer otherwise. Collective.
 
     Raises `CheckpointError` for what is not in the files of all ranks, as states on NVMe.
@@ -118,7 +119,7 @@ def _stays(folder: Path, reason: str) -> CheckpointError:
     )
 
 
-def load_optimizer(engine: Any, saved: Saved, folder: Path) -> None:
+def load_optimizer(engine: DeepSpeedEngine, saved: Saved, folder: Path) -> None:
     """This rank's float32 weights and optimizer states."""
     optimizer = engine.optimizer
     flats, own = _flats(optimizer), list(_own_stretches(engine))
@@ -157,7 +158,9 @@ def load_optimizer(engine: Any, saved: Saved, folder: Path) -> None:
         optimizer._clear_fp32_optimizer_param_groups()
 
 
-def _states(engine: Any, saved: Saved, index: int, own: list[tuple[str, Stretch]], folder: Path) -> dict[str, Any]:
+def _states(
+    engine: DeepSpeedEngine, saved: Saved, index: int, own: list[tuple[str, Stretch]], folder: Path
+) -> dict[str, Any]:
     """What the optimizer keeps for this rank's partition number `index`, whose parameters are `own`."""
     optimizer, flat = engine.optimizer, _flats(engine.optimizer)[index]
     names = saved.states_of(own[0][0])
@@ -209,7 +212,7 @@ def _flats(optimizer: Any) -> list[Tensor]:
     raise CheckpointError(f"{type(optimizer).__name__} of this DeepSpeed keeps its weights in a way unknown here")
 
 
-def _own_stretches(engine: Any) -> Iterator[tuple[str, Stretch]]:
+def _own_stretches(engine: DeepSpeedEngine) -> Iterator[tuple[str, Stretch]]:
     """Every parameter of which this rank has a part, and where."""
     optimizer, names = engine.optimizer, engine.param_names
     if hasattr(optimizer, "fp16_groups"):  # stage 3
@@ -232,7 +235,7 @@ def _own_stretches(engine: Any) -> Iterator[tuple[str, Stretch]]:
             yield names[parameter], within(flat, start, parameter.numel(), border, values.numel())
 
 
-def load_progress(engine: Any, saved: Saved) -> None:
+def load_progress(engine: DeepSpeedEngine, saved: Saved) -> None:
     """Schedule, counters, the loss scale of float16 and the module's buffers."""
     model, optimizer = saved.model, engine.optimizer
     if engine.lr_scheduler is not None and model["lr_scheduler"] is not None:

@@ -61,7 +61,7 @@ def loading_own_shards(*, like: nn.Module | None = None) -> Iterator[None]:
         modeling_utils.load_state_dict, modeling_utils._load_state_dict_into_zero3_model = load, fill
 
 
-def _stored_names(model: Any, stored: dict[str, torch.Tensor], paths: list[str]) -> dict[str, str] | None:
+def _stored_names(model: nn.Module, stored: dict[str, torch.Tensor], paths: list[str]) -> dict[str, str] | None:
     """By the name of each stored parameter and buffer, the stored name; None if something is stored otherwise."""
     targets = _tensors(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
