@@ -16,17 +16,21 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 TRDPO = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 4}
 # The adapter starts as nothing (every lora_B is 0), so its frozen copy and the bare base are the same reference.
 LORA = {"model": {"lora": {"path": str(SHARED / "parity" / "lora_init")}}, "optimizer": {"learning_rate": 1e-3}}
-CASES = [
-    ("sigmoid", 1, {}),
-    ("sigmoid", 2, {}),
-    ("ipo", 2, {"loss": {"type": "ipo"}}),
-    ("hinge", 2, {"loss": {"type": "hinge"}}),
-    ("precompute", 1, {"reference": {"strategy": "precomputed"}}),
-    ("precompute", 2, {"reference": {"strategy": "precomputed"}}),
-    ("lora", 1, LORA),
-    ("lora", 2, LORA),
-    ("trdpo", 1, {"reference": TRDPO}),
-    ("trdpo", 2, {"reference": TRDPO}),
+# Each on two ranks, over the stages of ZeRO. One rank sums nothing over ranks, and says little that two do not.
+CASES: list[tuple[str, int, str, dict[str, Any]]] = [
+    ("sigmoid", 1, "zero3", {}),
+    ("sigmoid", 2, "zero3", {}),
+    ("ipo", 2, "zero2", {"loss": {"type": "ipo"}}),
+    ("hinge", 2, "zero1", {"loss": {"type": "hinge"}}),
+    ("precompute", 2, "zero3_offload", {"reference": {"strategy": "precomputed"}}),
+    ("lora", 2, "zero2", LORA),
+    ("trdpo", 2, "zero3", {"reference": TRDPO}),
+]
+SELDOM: list[tuple[str, int, str, dict[str, Any]]] = [
+    ("precompute", 1, "zero3", {"reference": {"strategy": "precomputed"}}),
+    ("lora", 1, "zero3", LORA),
+    ("lora", 2, "zero3", LORA),
+    ("trdpo", 1, "zero3", {"reference": TRDPO}),
 ]
 
 
@@ -37,12 +41,19 @@ def first_rows(path: Path, folder: Path, count: int) -> Path:
     return copy
 
 
-@pytest.mark.parametrize(("name", "world_size", "sections"), CASES, ids=[f"{name}-{size}" for name, size, _ in CASES])
-def test_trl_trajectory(name: str, world_size: int, sections: dict[str, Any], shared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "world_size", "zero", "sections"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in SELDOM)],
+    ids=["-".join(map(str, case[:3])) for case in [*CASES, *SELDOM]],
+)
+def test_trl_trajectory(
+    name: str, world_size: int, zero: str, sections: dict[str, Any], shared: Path, tmp_path: Path
+) -> None:
     expected = json.loads((shared / "parity" / f"{name}.json").read_text())["steps"]
     run = settings(
         tmp_path,
         shared,
+        policy_zero=zero,
         data={
             "train": str(first_rows(shared / "data" / "train.jsonl", tmp_path, 24 * 8)),
             "max_length": 512,
