@@ -92,11 +92,24 @@ def test_libraries_stay_in_their_rooms() -> None:
     assert not wrong
 
 
-def test_the_file_map_in_the_docs_names_every_file() -> None:
+def test_the_file_map_in_the_docs_names_every_file_and_no_other() -> None:
     text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-    words = set(re.findall(r"[a-z_]+", text[text.index("\ndsdpo/\n") : text.index("\nds_configs/")]))
-    mapped = [path for path in FILES if path.parent.name not in ("quirks", "losses") and "__" not in path.name]
-    assert not [str(path.relative_to(PACKAGE)) for path in mapped if path.stem not in words]
+    rows = text[text.index("\ndsdpo/\n") + len("\ndsdpo/\n") : text.index("\nds_configs/")].splitlines()
+    lists = [re.sub(r"\(.*?\)", "", re.split(r"\s{2,}", row)[-1]) for row in rows]  # behind the folder and its meaning
+    named = {name for row in lists for name in re.split(r"[\s·→]+", row) if name and not name.endswith("/")}
+    assert named == {
+        path.stem for path in FILES if not {"quirks", "losses"} & set(path.parts) and "__" not in path.name
+    }
+
+
+def test_the_map_in_the_readme_is_that_of_the_folders() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"```\n(dsdpo/.*?)```", readme, re.DOTALL)
+    assert found
+    assert " → ".join(ROOMS) in found[1]
+    named = re.findall(r"(\w+)/(?=\s)", found[1])
+    assert set(ROOMS) <= set(named)
+    assert not [name for name in named if not any((at / name).is_dir() for at in (PACKAGE, PACKAGE.parent))]
 
 
 def test_files_and_functions_stay_small() -> None:
