@@ -14,6 +14,7 @@ from dsdpo.run.estimate_advice import Advice
 
 GIB = 2**30
 PLACES = ("device", "host", "nvme")
+LEAST_SECONDS = 0.02  # of arithmetic in a step: below, starting its kernels takes longer
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,18 @@ def in_three_lines(found: Forecast, machine: Machine) -> list[tuple[str, str]]:
             f"{size(found.copy_node)} of host memory to write it in the background"
             + (f", {size(found.nvme_node)} of NVMe a node" if found.nvme_node else ""),
         ),
-        (
-            "speed",
-            f"{found.time.total:.3g} s a step, {rate(found.pairs_per_second)} pairs/s if kernels reach 40 % of the "
-            "device's peak (dsdpo estimate has the details)",
-        ),
+        ("speed", _speed(found)),
     ]
+
+
+def _speed(found: Forecast) -> str:
+    """What the arithmetic of a step says of its time, where it is most of it."""
+    if found.time.total < LEAST_SECONDS:
+        return "not forecast: the model is so small that starting kernels, not arithmetic, takes most of a step"
+    return (
+        f"{found.time.total:.3g} s a step, {rate(found.pairs_per_second)} pairs/s if kernels reach 40 % of the "
+        "device's peak (dsdpo estimate has the details)"
+    )
 
 
 def overview(rows: Sequence[Row], machine: Machine) -> str:
