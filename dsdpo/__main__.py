@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from dsdpo.accelerator import choose_accelerator, quiet_imports
-from dsdpo.commands.arguments import COMMANDS, PARSERS
+from dsdpo.commands.table import COMMANDS
 from dsdpo.config.shipped import page
 from dsdpo.config.unknown_keys import did_you_mean
 from dsdpo.console import Launched, be_quiet, is_main, launched, launched_rank, waiting, wrapped
@@ -90,31 +90,33 @@ def main(argv: list[str] | None = None) -> int:
         )
         return BAD_INPUT
     if name in ("-h", "--help", "help"):
-        print(__doc__, *(f"  {command:<12}{text}" for command, text in COMMANDS.items()), sep="\n")
+        print(__doc__, *(f"  {each:<12}{COMMANDS[each].summary}" for each in COMMANDS), sep="\n")
         print(f"\neach one's options: dsdpo COMMAND --help; documentation: {page('README.md')}")
         return 0
+    if name not in COMMANDS:
+        near = did_you_mean(name, COMMANDS) or "."
+        say_on_one_rank(ConfigError(f"no command {name!r}{near} There are {', '.join(COMMANDS)}"), connects=False)
+        return BAD_INPUT
+    command = COMMANDS[name]
     try:
-        if name not in COMMANDS:
-            near = did_you_mean(name, COMMANDS) or "."
-            raise DsdpoError(f"no command {name!r}{near} There are {', '.join(COMMANDS)}")
         quiet_imports()
         # Settings are checked before torch is imported, and signals noted from before that on.
-        given = PARSERS[name](rest) if name in PARSERS else rest
-        with noted_signals() if name in PARSERS else nullcontext():
-            if name in PARSERS:
-                choose_accelerator(computes=name in ("train", "precompute"))
+        given = command.parse(rest) if command.parse else rest
+        with noted_signals() if command.meets else nullcontext():
+            if command.parse:
+                choose_accelerator(computes=command.computes)
             if getattr(given, "quiet", False):
                 be_quiet()
             with waiting("loading torch, transformers and DeepSpeed"):
-                command = importlib.import_module(f"dsdpo.commands.{name}")
-            code: int = command.main(given)
+                module = importlib.import_module(f"dsdpo.commands.{name}")
+            code: int = module.main(given)
             leave_process_group()
         return code
     except LostRankError as error:
         print(f"dsdpo ({this_rank()}): {error}", file=sys.stderr, flush=True)
         end_process(FAILED, waits=False)
     except DsdpoError as error:
-        say_on_one_rank(error, connects=name in PARSERS)
+        say_on_one_rank(error, connects=command.meets)
         return FAILED if isinstance(error, TrainingError) else BAD_INPUT
 
 

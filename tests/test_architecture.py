@@ -92,6 +92,15 @@ def test_libraries_stay_in_their_rooms() -> None:
     assert not wrong
 
 
+def test_modules_of_our_own_are_imported_at_the_top() -> None:
+    """But where torch must wait: `import dsdpo`, and the command line before a command is known."""
+    for path in FILES:
+        functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+        inner = {node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
+        own = sorted({node.module for node in inner if node.module and node.module.startswith("dsdpo")})
+        assert not own or path.name in ("api.py", "__main__.py"), f"{path}: {own}"
+
+
 def test_the_file_map_in_the_docs_names_every_file_and_no_other() -> None:
     text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = text[text.index("\ndsdpo/\n") + len("\ndsdpo/\n") : text.index("\nds_configs/")].splitlines()

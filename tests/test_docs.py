@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.__main__ import main
-from dsdpo.commands.arguments import COMMANDS, PARSERS
+from dsdpo.commands.table import COMMANDS
 from dsdpo.config.load import dotted_keys
 from dsdpo.errors import ConfigError
 from tests.commands.processes import finish, free_port
@@ -86,7 +86,7 @@ def test_every_command_in_the_docs_is_there_with_its_options() -> None:
         source = ROOT / "dsdpo" / "commands" / f"{name}.py"
         texts = (
             source,
-            ROOT / "dsdpo/commands/arguments.py",
+            *(ROOT / f"dsdpo/commands/{each}.py" for each in ("arguments", "model_arguments", "target", "parsing")),
             ROOT / "dsdpo/config/load.py",
             ROOT / "dsdpo/accelerator.py",
         )
@@ -140,11 +140,12 @@ def test_every_command_in_the_docs_is_taken_as_it_is_printed(
         name, *rest = (word for word in words for word in (sorted(glob.glob(word)) if "*" in word else [word]))
         if name == "convert" and "run.yaml" in rest:
             (folder / "run.yaml").unlink()
-        if name in PARSERS:  # what trains is checked as far as its settings
+        command = COMMANDS[name]
+        if command.parse and command.meets:  # what trains is checked as far as its settings
             named = any(word.lower().endswith(".yaml") for word in rest)
             rest += ["--reference.strategy", "precomputed"] if name == "precompute" else []
             try:
-                PARSERS[name](rest if named else ["run.yaml", *rest])
+                command.parse(rest if named else ["run.yaml", *rest])
             except ConfigError as error:
                 wrong.append(f"{where}: {error}")
             continue

@@ -1,89 +1,23 @@
-"""The commands, and what those that take a run file are given on the command line, checked without importing torch."""
+"""What commands that take a run file are given on the command line, checked without importing torch."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
-from dsdpo.config.load import Help, RunParser, check_deepspeed_files, load_run, run_parser
+from dsdpo.commands.parsing import above_0, at_least_1, new_folder, path_or_id, plain_parser, user_path
+from dsdpo.config.load import RunParser, check_deepspeed_files, load_run, run_parser
 from dsdpo.config.reference import Precomputed
 from dsdpo.config.reference_plan import plan_reference
 from dsdpo.config.run import DistributedConfig, RunConfig
-from dsdpo.config.section import path_trouble
 from dsdpo.errors import ConfigError
 from dsdpo.estimate.hardware import GPUS, hardware
-
-
-def plain_parser(prog: str, description: str | None) -> RunParser:
-    """A parser for a command without settings of its own; `description` is its module's docstring."""
-    text = (description or "").split(": ", 1)[-1].split("\n\n")[0]
-    parser = RunParser(prog=prog, description=text[:1].upper() + text[1:], allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # the launcher's
-    return parser
-
-
-def user_path(text: str) -> Path:
-    """A path from the command line, whose ~ is the user's home folder. Raises `ArgumentTypeError` for no path."""
-    if trouble := path_trouble(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} {trouble}; give another path")
-    return Path(text).expanduser()
-
-
-def path_or_id(text: str) -> str:
-    """A path or Hub id from the command line. Raises `ConfigError` for what can be neither."""
-    if trouble := path_trouble(text):
-        raise ConfigError(f"command line: {text[:80]!r} {trouble}; give another path, or a Hub id")
-    return text
-
-
-def new_folder(
-    folder: Path, *, overwrite: bool | None = None, inputs: Sequence[Path] = (), option: str = "--out"
-) -> Path:
-    """The folder, if it may be written. Raises `ConfigError` if it holds inputs, or is not to be replaced.
-
-    `overwrite` is None for commands that replace nothing.
-    """
-    for path in inputs:
-        if path.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ConfigError(f"{option}: {folder} holds {path}, which is read: choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{option}: {folder} is a file: choose another")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        replace = "" if overwrite is None else ", or add --overwrite to replace it"
-        raise ConfigError(f"{option}: {folder} is not empty: choose another folder{replace}")
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"{option}: {folder} cannot be written: {existing} is no folder that this user may write to")
-    return folder
-
-
-COMMANDS = {
-    "train": "train a policy on preference pairs: dsdpo train RUN.yaml",
-    "init": "write a run file, DeepSpeed JSONs and a start script to begin with: dsdpo init FOLDER",
-    "convert": "make a run file of another program's settings: dsdpo convert --from trl FILE",
-    "prepare": "tokenize a run's data, on a machine without a GPU if need be: dsdpo prepare RUN.yaml",
-    "estimate": "will it fit, and how fast? no GPU needed: dsdpo estimate RUN.yaml --ranks 8 --gpu h100",
-    "precompute": "score all pairs with the reference, for training to find: dsdpo precompute RUN.yaml",
-    "inspect": "a run's pairs as they are trained on: dsdpo inspect RUN.yaml",
-    "evaluate": "held-out metrics of a trained policy: dsdpo evaluate RUN|MODEL --data FILE",
-    "score": "log-probs, rewards and margins of pairs as a table: dsdpo score RUN|MODEL --data FILE --out F.parquet",
-    "export": "write a checkpoint of a run as a model folder: dsdpo export RUN --out FOLDER",
-    "merge": "merge a LoRA adapter into its base model: dsdpo merge ADAPTER BASE --out FOLDER",
-    "doctor": "look for what would stop or slow a run, on all nodes: dsdpo doctor [RUN.yaml]",
-    "demo": "make a small model and data set, train on two ranks and show what happened",
-    "compare": "try a run under several DeepSpeed JSONs, or finished runs side by side: dsdpo compare RUN.yaml|RUN ...",
-    "plot": "draw the metrics of runs: dsdpo plot RUN ...",
-    "report": "runs side by side as one page: dsdpo report RUN ... --html FILE",
-    "completion": "print a script that completes commands and settings: dsdpo completion bash",
-}
+from dsdpo.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -174,10 +108,10 @@ def estimate(argv: list[str]) -> EstimateArguments:
         flags.run,
         policies,
         references,
-        ranks=_at_least_1(flags.ranks, "--ranks"),
-        per_node=_at_least_1(flags.per_node, "--gpus-per-node"),
+        ranks=at_least_1(flags.ranks, "--ranks"),
+        per_node=at_least_1(flags.per_node, "--gpus-per-node"),
         gpu=known_gpu(flags.gpu),
-        host_memory=_above_0(flags.host_memory, "--host-memory"),
+        host_memory=above_0(flags.host_memory, "--host-memory"),
         tokens=None if flags.tokens is None else pair_tokens(flags.tokens, run),
         as_json=flags.as_json,
     )
@@ -237,7 +171,7 @@ def compare(argv: list[str]) -> CompareArguments | FinishedArguments:
     policies, references = config_files(run, flags)
     if flags.steps < 2:
         raise ConfigError(f"--steps is {flags.steps}: give 2 or more, as the first step is not timed")
-    limit = _above_0(flags.limit, "--limit", "minutes")
+    limit = above_0(flags.limit, "--limit", "minutes")
     out = flags.out or Path(f"{flags.run.stem}.suggested.yaml")
     if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise ConfigError(f"--out: {out} is no file that can be written; give one in a folder that is there")
@@ -250,7 +184,7 @@ def compare(argv: list[str]) -> CompareArguments | FinishedArguments:
         flags.run,
         policies,
         references,
-        ranks=_at_least_1(flags.ranks, "--ranks"),
+        ranks=at_least_1(flags.ranks, "--ranks"),
         steps=flags.steps,
         limit_s=60.0 * (limit or 0.0),
         keep=None if flags.keep is None else new_folder(flags.keep, option="--keep"),
@@ -347,18 +281,6 @@ def pair_tokens(text: str, run: RunConfig) -> tuple[int, ...]:
     return (*tokens, 0) if run.loss.rows == "rated" else tokens
 
 
-def _at_least_1(value: int | None, option: str) -> int | None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{option} is {value}: give 1 or more")
-    return value
-
-
-def _above_0(value: float | None, option: str, unit: str = "GiB") -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise ConfigError(f"{option} is {value}: give {unit}, above 0")
-    return value
-
-
 @dataclass(frozen=True)
 class DoctorArguments:
     """Of `dsdpo doctor`."""
@@ -390,11 +312,67 @@ def doctor(argv: list[str]) -> DoctorArguments:
     return DoctorArguments(run, flags.run, as_json=flags.json)
 
 
-# Commands whose modules import torch, DeepSpeed and transformers: seconds that a typing error need not wait.
-PARSERS: dict[str, Callable[[list[str]], Any]] = {
-    "train": train,
-    "precompute": precompute,
-    "estimate": estimate,
-    "compare": compare,
-    "doctor": doctor,
-}
+@dataclass(frozen=True)
+class PrepareArguments:
+    """Of `dsdpo prepare`."""
+
+    run: RunConfig
+    run_file: Path
+
+
+def prepare(argv: list[str]) -> PrepareArguments:
+    """The arguments of `dsdpo prepare`. Raises `ConfigError`; exits on --help."""
+    parser = run_parser("dsdpo prepare", "Tokenize a run's data into data.cache_dir; no model and no DeepSpeed needed.")
+    run, flags = load_run(argv, parser)
+    return PrepareArguments(run, flags.run)
+
+
+@dataclass(frozen=True)
+class InspectArguments:
+    """Of `dsdpo inspect`."""
+
+    run: RunConfig
+    held_out: bool  # the pairs of data.eval in place of those of data.train
+    row: int | None  # of the data: what it has become
+    worst: bool
+    sample: int  # pairs to show
+    tokens: bool  # each with its id
+    ranks: int  # that packing is predicted for
+    color: str  # "auto", "always" or "never"
+    html: Path | None  # page to write
+
+
+def inspect(argv: list[str]) -> InspectArguments:
+    """The arguments of `dsdpo inspect`. Raises `ConfigError`; exits on --help."""
+    parser = plain_parser("dsdpo inspect", INSPECT)
+    parser.usage = "dsdpo inspect RUN.yaml [options] [--section.key value ...]"
+    add = parser.add_argument
+    add("run", metavar="RUN.yaml", type=user_path, help="run file, or the folder of a run")
+    add("--eval", action="store_true", help="the held-out pairs in place of those of training")
+    add("--row", type=int, metavar="N", help="show what row N of the data, counted from 0, has become")
+    add("--worst", action="store_true", help="show the pairs that lost most to truncation, else the longest")
+    add("--sample", type=int, default=3, metavar="N", help="pairs to show, of all lengths; default: 3")
+    add("--tokens", action="store_true", help="show each token with its id")
+    add("--ranks", type=int, default=1, metavar="N", help="ranks that packing is predicted for; default: 1")
+    add("--color", choices=["auto", "always", "never"], default="auto", help="default: auto, in a terminal")
+    add("--html", type=user_path, metavar="FILE", help="also write all of it as one page")
+    given, rest = parser.parse_known_args(argv)
+    for name, value, least in (("--row", given.row, 0), ("--sample", given.sample, 0), ("--ranks", given.ranks, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}: give {least} or more")
+    if given.row is not None and given.worst:
+        raise ConfigError("--row and --worst both choose the pairs: keep one")
+    if given.html is not None and (given.html.is_dir() or not given.html.absolute().parent.is_dir()):
+        raise ConfigError(f"--html: {given.html} is no file that can be written; give one in a folder that is there")
+    config = RunFolder(given.run).config
+    run_file = config if given.run.is_dir() and config.is_file() else given.run
+    run, _ = load_run([str(run_file), *rest], run_parser(parser.prog, ""))
+    return InspectArguments(
+        run, given.eval, given.row, given.worst, given.sample, given.tokens, given.ranks, given.color, given.html
+    )
+
+
+INSPECT = (
+    "A run's pairs as they are trained on: what is in them, and some of them token by token. In colour: prompt, what "
+    "both responses begin with, chosen, rejected, and what is read but not learned."
+)

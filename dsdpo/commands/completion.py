@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeGuard, get_args, get_origin
 
-from dsdpo.commands.arguments import COMMANDS
+from dsdpo.commands.table import COMMANDS
 from dsdpo.config.load import Help, RunParser, dotted_keys
 from dsdpo.config.loss import LOSSES
 from dsdpo.config.run import RunConfig
@@ -59,8 +59,8 @@ def script(shell: str) -> str:
     """The completion script for a shell; zsh runs bash's."""
     options = ["--help", "--help-section", *(f"--{key}" for key in settings())]
     if shell == "fish":
-        lines = [f"complete -c dsdpo -n __fish_use_subcommand -f -a {name} -d '{text.split(':')[0]}'"
-                 for name, text in COMMANDS.items()]  # fmt: skip
+        lines = [f"complete -c dsdpo -n __fish_use_subcommand -f -a {name} -d '{command.summary.split(':')[0]}'"
+                 for name, command in COMMANDS.items()]  # fmt: skip
         among = f"-n '__fish_seen_subcommand_from {' '.join(RUN_COMMANDS)}'"
         for option in options:
             values = choices().get(option.removeprefix("--"))

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dsdpo.atomic import write_text
-from dsdpo.commands.arguments import user_path
+from dsdpo.commands.parsing import user_path
 from dsdpo.config.conversion import Conversion
 from dsdpo.config.convert import PROGRAMS, convert, silent
 from dsdpo.config.load import Help, RunParser, check_run, dotted_keys, nested

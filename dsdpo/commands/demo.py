@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from dsdpo.accelerator import CHOICE, Device, choose_accelerator
-from dsdpo.commands.arguments import train, user_path
+from dsdpo.commands.arguments import train
+from dsdpo.commands.parsing import user_path
 from dsdpo.commands.plot import plot
 from dsdpo.config.load import RunParser
 from dsdpo.console import quiet_libraries, waiting, wrapped, written_time

@@ -6,31 +6,21 @@ The same numbers as in training, under the run's loss and against its reference,
 
 from __future__ import annotations
 
-from dsdpo.accelerator import choose_accelerator
-from dsdpo.commands.arguments import user_path
-from dsdpo.commands.target import load_target, target_parser
+from dsdpo.atomic import write_json
+from dsdpo.commands.target import EvaluateArguments
 from dsdpo.console import quiet_libraries, say
-from dsdpo.errors import ConfigError
+from dsdpo.distributed import rank
+from dsdpo.run.evaluation import evaluate_judged
+from dsdpo.run.finished import open_run
+from dsdpo.run.judge import judged
+from dsdpo.training.jsonl import without_nan
+from dsdpo.training.lost_ranks import watched_ranks
 
 
-def main(argv: list[str]) -> int:
+def main(given: EvaluateArguments) -> int:
     """Run the command; the exit code."""
-    parser = target_parser("dsdpo evaluate", __doc__)
-    parser.add_argument("--out", type=user_path, metavar="FILE", help="JSON file to write")
-    target, given = load_target(argv, parser)
-    if given.out is not None and not given.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out: there is no folder {given.out.absolute().parent}; make it, or choose another")
-    choose_accelerator(computes=True)
     quiet_libraries(verbose=given.verbose)
-
-    from dsdpo.atomic import write_json
-    from dsdpo.distributed import rank
-    from dsdpo.run.evaluation import evaluate_judged
-    from dsdpo.run.finished import open_run
-    from dsdpo.run.judge import judged
-    from dsdpo.training.jsonl import without_nan
-    from dsdpo.training.lost_ranks import watched_ranks
-
+    target = given.target
     finished = None if target.folder is None else open_run(target.folder)
     with (
         watched_ranks(lost_after=target.run.distributed.lost_after),

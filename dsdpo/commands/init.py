@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dsdpo.atomic import write_text
-from dsdpo.commands.arguments import user_path
+from dsdpo.commands.parsing import user_path
 from dsdpo.config.load import Help, RunParser, check_run
 from dsdpo.config.shipped import SHIPPED, deepspeed_jsons, recipes
 from dsdpo.config.yaml_file import read_yaml

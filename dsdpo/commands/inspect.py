@@ -9,23 +9,15 @@ import os
 import shutil
 import sys
 import textwrap
-from argparse import Namespace
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsdpo.commands.arguments import RunParser, plain_parser, user_path
+from dsdpo.commands.arguments import InspectArguments
 from dsdpo.commands.page import page, write_page
-from dsdpo.config.load import load_run, run_parser
-from dsdpo.config.run import RunConfig
 from dsdpo.console import counted, quiet_libraries, say
-from dsdpo.errors import ConfigError
-from dsdpo.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from dsdpo.run.inspection import Inspection, Shown
+from dsdpo.run.inspection import Inspection, Shown
 
 COLOURS = {"prompt": "2", "shared": "36", "chosen": "32", "rejected": "31", "masked": "2;9", "cut": "33", "title": "1"}
 BARS = " ▁▂▃▄▅▆▇█"
@@ -42,17 +34,10 @@ STYLE = """
 """
 
 
-def main(argv: list[str]) -> int:
+def main(given: InspectArguments) -> int:
     """Run the command; the exit code."""
-    parser = _parser()
-    given, rest = parser.parse_known_args(argv)
-    _check(given)
-    run = _load(given, rest, parser.prog)
     quiet_libraries(verbose=False)
-
-    from dsdpo.run.inspection import Inspection
-
-    found = Inspection(run, held_out=given.eval)
+    found = Inspection(given.run, held_out=given.held_out)
     numbers = found.chosen_pairs(row=given.row, worst=given.worst, sample=given.sample)
     shown = [found.shown(number) for number in numbers]
     coloured = given.color == "always" or (
@@ -66,39 +51,6 @@ def main(argv: list[str]) -> int:
         write_page(given.html, as_page(found, shown, given.ranks))
         say(f"page     {given.html}")
     return 0
-
-
-def _parser() -> RunParser:
-    parser = plain_parser("dsdpo inspect", __doc__)
-    parser.usage = "dsdpo inspect RUN.yaml [options] [--section.key value ...]"
-    add = parser.add_argument
-    add("run", metavar="RUN.yaml", type=user_path, help="run file, or the folder of a run")
-    add("--eval", action="store_true", help="the held-out pairs in place of those of training")
-    add("--row", type=int, metavar="N", help="show what row N of the data, counted from 0, has become")
-    add("--worst", action="store_true", help="show the pairs that lost most to truncation, else the longest")
-    add("--sample", type=int, default=3, metavar="N", help="pairs to show, of all lengths; default: 3")
-    add("--tokens", action="store_true", help="show each token with its id")
-    add("--ranks", type=int, default=1, metavar="N", help="ranks that packing is predicted for; default: 1")
-    add("--color", choices=["auto", "always", "never"], default="auto", help="default: auto, in a terminal")
-    add("--html", type=user_path, metavar="FILE", help="also write all of it as one page")
-    return parser
-
-
-def _check(given: Namespace) -> None:
-    for name, value, least in (("--row", given.row, 0), ("--sample", given.sample, 0), ("--ranks", given.ranks, 1)):
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}: give {least} or more")
-    if given.row is not None and given.worst:
-        raise ConfigError("--row and --worst both choose the pairs: keep one")
-    if given.html is not None and (given.html.is_dir() or not given.html.absolute().parent.is_dir()):
-        raise ConfigError(f"--html: {given.html} is no file that can be written; give one in a folder that is there")
-
-
-def _load(given: Namespace, rest: list[str], prog: str) -> RunConfig:
-    config = RunFolder(given.run).config
-    run, _ = load_run([str(config if given.run.is_dir() and config.is_file() else given.run), *rest],
-                      run_parser(prog, ""))  # fmt: skip
-    return run
 
 
 def facts(found: Inspection, ranks: int) -> list[str]:

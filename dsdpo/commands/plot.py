@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsdpo.commands.arguments import plain_parser, user_path
+from dsdpo.commands.parsing import plain_parser, user_path
 from dsdpo.errors import ConfigError
+from dsdpo.run.series import PANELS, load_series, smoothed
 
 SMOOTHING = 0.8
 DRAWN = (
@@ -38,8 +39,6 @@ def main(argv: list[str]) -> int:
 
 def plot(folders: Path | Sequence[Path], output: Path | None = None, *, smooth: float = SMOOTHING) -> Path:
     """Draw `metrics.jsonl` of run folders; the path of the picture. Raises `ConfigError`."""
-    from dsdpo.run.series import PANELS, load_series
-
     runs = load_series([folders] if isinstance(folders, Path) else folders)
     import matplotlib
 
@@ -69,8 +68,6 @@ def plot(folders: Path | Sequence[Path], output: Path | None = None, *, smooth: 
 
 def draw(axis: Any, panel: Any, runs: Sequence[Any], smooth: float) -> None:
     """One panel: of one run a colour for each line; of several a colour for each run and a style for each line."""
-    from dsdpo.run.series import smoothed
-
     alone = len(runs) == 1
     for place, run in enumerate(runs):
         for index, line in enumerate(run.lines(panel)):

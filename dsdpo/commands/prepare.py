@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import time
 
-from dsdpo.config.load import load_run, run_parser
+from dsdpo.commands.arguments import PrepareArguments
 from dsdpo.console import quiet_libraries, say
+from dsdpo.run.datasets import prepare_data
 
 
-def main(argv: list[str]) -> int:
+def main(given: PrepareArguments) -> int:
     """Run the command; the exit code."""
-    parser = run_parser("dsdpo prepare", "Tokenize a run's data into data.cache_dir; no model and no DeepSpeed needed.")
-    run, flags = load_run(argv, parser)
     quiet_libraries(verbose=False)
-
-    from dsdpo.run.datasets import prepare_data
-
     started = time.monotonic()
-    for line in prepare_data(run):
+    for line in prepare_data(given.run):
         say(line)
-    say(f"done in {time.monotonic() - started:.0f} s; dsdpo train {flags.run} takes it from there")
+    say(f"done in {time.monotonic() - started:.0f} s; dsdpo train {given.run_file} takes it from there")
     return 0

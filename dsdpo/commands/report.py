@@ -9,17 +9,16 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsdpo.commands.arguments import plain_parser, user_path
 from dsdpo.commands.page import page, write_page
+from dsdpo.commands.parsing import plain_parser, user_path
 from dsdpo.commands.plot import SMOOTHING
 from dsdpo.commands.report_script import SCRIPT, STYLE
+from dsdpo.config.load import dump_yaml
 from dsdpo.console import counted, say
 from dsdpo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from dsdpo.run.series import Line, Panel, RunSeries
+from dsdpo.run.series import PANELS, Line, Panel, RunSeries, differences, load_series, parts_of_data
 
 COLOURS = 6
 DASHES = ("", "6 4", "2 3", "8 3 2 3")
@@ -36,8 +35,6 @@ def main(argv: list[str]) -> int:
     )
     given = parser.parse_args(argv)
 
-    from dsdpo.run.series import load_series
-
     runs = load_series(given.run)
     path = given.html or runs[0].folder.report
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -49,8 +46,6 @@ def main(argv: list[str]) -> int:
 
 def report(runs: Sequence[RunSeries]) -> str:
     """The whole page."""
-    from dsdpo.run.series import PANELS, parts_of_data
-
     panels = [panel for panel in (*PANELS, *parts_of_data(runs)) if any(run.lines(panel) for run in runs)]
     data = [chart(panel, runs) for panel in panels]
     charts = "".join(
@@ -168,9 +163,6 @@ def results(runs: Sequence[RunSeries]) -> str:
 
 def settings(runs: Sequence[RunSeries]) -> str:
     """The settings in which several runs differ, or all of one."""
-    from dsdpo.config.load import dump_yaml
-    from dsdpo.run.series import differences
-
     if len(runs) == 1:
         known = runs[0].settings
         return f"<pre><code>{escape(dump_yaml(known))}</code></pre>" if known else "<p>not readable</p>"

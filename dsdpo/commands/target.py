@@ -1,4 +1,7 @@
-"""RUN or MODEL on the command line: a run folder, its config.yaml, a run file, a model folder or a Hub id."""
+"""What commands on RUN or MODEL are given: a run folder, its config.yaml, a run file, a model folder or a Hub id.
+
+Checked without importing torch.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dsdpo.commands.arguments import path_or_id, plain_parser
+from dsdpo.commands.parsing import path_or_id, plain_parser, user_path
 from dsdpo.config.data import SourceConfig
 from dsdpo.config.load import RunParser, load_run, run_parser
 from dsdpo.config.reference import ReferenceConfig
 from dsdpo.config.run import RunConfig
 from dsdpo.console import launched
+from dsdpo.data.condition import SCORES, Condition
 from dsdpo.errors import ConfigError
 from dsdpo.run_folder import RunFolder
 
@@ -31,6 +35,103 @@ class Target:
     folder: Path | None  # of a run that has been trained; None: a model, or a run that has not
     sources: list[SourceConfig]  # the pairs to take, as --data says or else the run's held-out ones
     name: str  # as errors name it
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Of `dsdpo evaluate`."""
+
+    target: Target
+    checkpoint: str | None  # of a run: last, best or a step; None: the exported model, else the last
+    out: Path | None  # JSON file to write
+    verbose: bool
+
+
+def evaluate(argv: list[str]) -> EvaluateArguments:
+    """The arguments of `dsdpo evaluate`. Raises `ConfigError`; exits on --help."""
+    text = "Held-out metrics of a trained policy, or of a model beside a reference."
+    parser = target_parser("dsdpo evaluate", text)
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="JSON file to write")
+    target, given = load_target(argv, parser)
+    if given.out is not None and not given.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {given.out.absolute().parent}; make it, or choose another")
+    return EvaluateArguments(target, given.checkpoint, given.out, given.verbose)
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """Of `dsdpo score`."""
+
+    target: Target
+    checkpoint: str | None  # of a run: last, best or a step; None: the exported model, else the last
+    out: Path  # table to write, in Parquet
+    tokens: bool  # a row has the log-prob of each token too
+    condition: Condition | None  # of the pairs that are written; None: all
+    rows: Path | None  # JSONL to write with the kept pairs' rows as they stood in their files
+    by: str | None  # column of the rows that pairs are grouped by
+    rewardbench: bool
+    verbose: bool
+
+
+def score(argv: list[str]) -> ScoreArguments:
+    """The arguments of `dsdpo score`. Raises `ConfigError`; exits on --help."""
+    parser = target_parser("dsdpo score", "Log-probs, rewards and margin of each pair, as a table.")
+    add = parser.add_argument
+    add("--out", type=user_path, required=True, metavar="F.parquet", help="table to write, a row for each pair")
+    add("--tokens", action="store_true", help="also the id and log-prob of each token of the responses")
+    add("--keep", metavar="CONDITION", help="write only pairs for which this is true, e.g. 'margin > 0.1 and right'")
+    add(
+        "--rows", type=user_path, metavar="F.jsonl", help="also write the kept pairs' rows as they stood in their files"
+    )
+    add("--by", metavar="COLUMN", help="also say the share of right pairs by what this column of the rows holds")
+    add("--rewardbench", action="store_true", help="the data is RewardBench's: say its sections (by subset)")
+    target, given = load_target(argv, parser)
+    condition = _checked(given)
+    if given.tokens and target.run.distributed.sequence_parallel > 1:
+        raise ConfigError("--tokens: needs whole rows on each rank: add --distributed.sequence_parallel 1")
+    return ScoreArguments(
+        _as_reward_bench(target) if given.rewardbench else target,
+        given.checkpoint,
+        given.out,
+        tokens=given.tokens,
+        condition=condition,
+        rows=given.rows,
+        by="subset" if given.rewardbench else given.by,
+        rewardbench=given.rewardbench,
+        verbose=given.verbose,
+    )
+
+
+def _checked(given: Namespace) -> Condition | None:
+    for name, path, suffix in (("--out", given.out, ".parquet"), ("--rows", given.rows, ".jsonl")):
+        if path is None:
+            continue
+        if path.suffix != suffix or path.is_dir():
+            raise ConfigError(f"{name}: {path} is no {suffix} file; give a path that ends so")
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"{name}: there is no folder {path.absolute().parent}; make it, or choose another")
+    for path in given.data or ():
+        if given.rows is not None and given.rows.resolve() == Path(path).expanduser().resolve():
+            raise ConfigError(f"--rows: {path} is read; choose another file")
+    if given.rewardbench and given.by:
+        raise ConfigError("--by and --rewardbench both group the pairs: keep one")
+    if given.keep is None:
+        return None
+    condition = Condition(given.keep, key="--keep")
+    condition.check_columns(SCORES)
+    return condition
+
+
+def _as_reward_bench(target: Target) -> Target:
+    """The target with RewardBench's texts put into the chat template; of a Hub id or folder the split `filtered`."""
+    data = target.run.data.model_copy(update={"text": "chat"})
+    run: RunConfig = target.run.model_copy(update={"data": data})
+    sources = [
+        source if source.split or Path(source.path).expanduser().is_file()
+        else source.model_copy(update={"split": "filtered"})
+        for source in target.sources
+    ]  # fmt: skip
+    return Target(run, target.folder, sources, target.name)
 
 
 def target_parser(prog: str, description: str | None) -> RunParser:

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from dsdpo.__main__ import main
-from dsdpo.commands.arguments import COMMANDS
 from dsdpo.commands.completion import choices, script, settings
 from dsdpo.commands.init import OF_STRATEGY, STRATEGIES
+from dsdpo.commands.table import COMMANDS
 from dsdpo.config.load import dotted_keys, load_run, run_parser
 from dsdpo.config.loss import LOSSES
 from dsdpo.config.shipped import recipes, shipped

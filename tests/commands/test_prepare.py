@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsdpo.commands.prepare import main
+from dsdpo.__main__ import main
 from dsdpo.config.load import load_run, run_parser
 from dsdpo.data.tokenize import prepare_pairs
 from dsdpo.data.tokenizer import load_tokenizer
@@ -18,7 +18,7 @@ def test_prepare_makes_what_training_opens(inputs: Path, tmp_path: Path, capsys:
     data = settings(tmp_path, inputs)
     data["data"] |= {"cache_dir": str(tmp_path / "cache"), "eval": str(inputs / "few.jsonl")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
-    assert main([str(tmp_path / "run.yaml")]) == 0
+    assert main(["prepare", str(tmp_path / "run.yaml")]) == 0
     said = capsys.readouterr().out
     assert "training data: " in said
     assert "held-out data: " in said
@@ -40,6 +40,6 @@ def test_sources_have_the_names_of_the_run_that_asks(
     for path in (str(inputs / "few.jsonl"), "few.jsonl"):
         data["data"] = {"train": {"path": path, "split": "train[:2]"}, "cache_dir": str(tmp_path / "cache")}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
-        assert main([str(tmp_path / "run.yaml")]) == 0
+        assert main(["prepare", str(tmp_path / "run.yaml")]) == 0
         assert f"  {path} train[:2]: 2 rows, 2 pairs" in capsys.readouterr().out
     assert len(list((tmp_path / "cache" / "dsdpo").iterdir())) == 1, "prepared again for another way to write the path"

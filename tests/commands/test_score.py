@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dsdpo.commands.table import COMMANDS
 from tests.commands.processes import main_here
 from tests.ranks import run_ranks
 from tests.runs import metrics, settings, train_on
@@ -43,7 +44,10 @@ def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command_here(argv: list[str]) -> str:
     """What a command says that ends well, in a process of a pool, whose process group it leaves alone."""
     with redirect_stdout(StringIO()) as said:
-        assert import_module(f"dsdpo.commands.{argv[0]}").main(argv[1:]) == 0
+        name, *rest = argv
+        parse = COMMANDS[name].parse
+        assert parse is not None
+        assert import_module(f"dsdpo.commands.{name}").main(parse(rest)) == 0
     return said.getvalue()
 
 
