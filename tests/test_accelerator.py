@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from dsdpo.accelerator import CHOICE, Build, Machine, check_share, gpus_of_machine, hidden, too_old, why_unusable
 from dsdpo.config.load import run_parser
 from dsdpo.errors import ConfigError
+from tests.warm import warm_python
 
 H100 = "NVIDIA H100 80GB HBM3"
 TWO = Machine("NVIDIA", (H100, H100), "535.129.03")
@@ -149,7 +149,7 @@ def test_command_ends_before_anything_is_read_on_a_machine_whose_gpu_torch_canno
         "from dsdpo.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     env = {name: value for name, value in os.environ.items() if name not in (CHOICE, "CUDA_VISIBLE_DEVICES")}
-    command = [sys.executable, "-c", program, "train", str(tmp_path / "run.yaml")]
+    command = [warm_python(), "-c", program, "train", str(tmp_path / "run.yaml")]
     refused = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert f"dsdpo: this machine has 2 NVIDIA GPUs ({H100}), but torch" in refused.stderr

@@ -7,7 +7,6 @@ import os
 import posixpath
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dsdpo.commands.table import COMMANDS
 from dsdpo.config.load import dotted_keys
 from dsdpo.errors import ConfigError
 from tests.commands.processes import finish, free_port
+from tests.warm import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -166,10 +166,11 @@ def test_the_quick_tour_works_as_it_stands(tmp_path: Path) -> None:
     assert lines[0] == "dsdpo demo", "which tests/commands/test_demo.py does"
     make_inputs(tmp_path / "runs" / "demo-inputs")
     (tmp_path / "bin").mkdir()
+    # The launcher itself, whose ranks need not import the libraries anew.
     launcher = f"-m deepspeed.launcher.runner --master_port={free_port()}"
     for name, command in (("dsdpo", "-m dsdpo"), ("deepspeed", launcher)):
         script = tmp_path / "bin" / name
-        script.write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec {warm_python()} {command} "$@"\n')
         script.chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     tour = "\n".join(["set -e", *lines[1:]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 import dsdpo
 from tests.commands.processes import environment_of
 from tests.runs import metrics, settings
+from tests.warm import warm_dsdpo
 
 STRATEGY = '''
 """A reference under which every token is equally likely."""
@@ -74,7 +74,7 @@ def train(package: Path, run: dict[str, Any]) -> list[dict[str, float]]:
     path = package.parent / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     done = subprocess.run(
-        [sys.executable, "-m", "dsdpo", "train", str(path)],
+        [*warm_dsdpo(), "train", str(path)],
         cwd=package.parent,
         env=environment_of(PYTHONPATH=str(package.parent)),
         capture_output=True,

@@ -13,6 +13,7 @@ import yaml
 
 from dsdpo.errors import ConfigError, DataError
 from tests.commands.processes import environment_of, finish
+from tests.warm import warm_python
 
 FOLDER = Path(__file__).parents[1] / "launch" / "recipes" / "iterative"
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ LIMIT_S = 580
 
 
 def test_each_round_is_anchored_to_the_model_it_starts_from(tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}:{environment_of()['PATH']}"
+    path = f"{Path(warm_python()).parent}:{environment_of()['PATH']}"
     words = [str(FOLDER / "demo.sh"), "--rounds", "2", "--train.max_steps", "2", "--data.eval", "null"]
     answer = finish(["bash", *words], limit_s=LIMIT_S, cwd=tmp_path, PATH=path, PYTHONPATH=str(ROOT))
     assert answer.returncode == 0
@@ -34,7 +35,7 @@ def test_each_round_is_anchored_to_the_model_it_starts_from(tmp_path: Path) -> N
 
 @pytest.mark.nightly
 def test_rounds_anchored_to_the_start_train_on_the_pairs_that_are_kept(tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}:{environment_of()['PATH']}"
+    path = f"{Path(warm_python()).parent}:{environment_of()['PATH']}"
     words = [str(FOLDER / "demo.sh"), "--rounds", "2", "--train.max_steps", "2", "--data.eval", "null"]
     words += ["--keep", "not right"]
     finish(["bash", *words], limit_s=LIMIT_S, cwd=tmp_path, PATH=path, PYTHONPATH=str(ROOT), REFERENCE="first")

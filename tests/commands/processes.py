@@ -26,9 +26,9 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def launcher(ranks: int = 2) -> list[str]:
+def launcher(ranks: int = 2, *, python: str = sys.executable) -> list[str]:
     """`deepspeed --num_gpus ... --module dsdpo` on a port of its own."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    command = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     return [*command, f"--master_port={free_port()}", "--log_level=error", "--module", "dsdpo"]
 
 

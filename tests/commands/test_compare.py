@@ -17,9 +17,10 @@ from dsdpo.run import side_by_side
 from dsdpo.run.series import load_series
 from dsdpo.run.trial import speed_of, trial_settings
 from dsdpo.run.trial_process import how_it_failed
-from tests.commands.processes import DSDPO, finish
+from tests.commands.processes import finish
 from tests.commands.test_report import write_run
 from tests.runs import POLICIES, settings, write_json
+from tests.warm import warm_dsdpo
 
 LIMIT_S = 400
 
@@ -39,7 +40,7 @@ def test_out_of_memory_and_refusals_are_rows_and_the_best_is_suggested(inputs: P
     huge = write_json(tmp_path / "huge.json", {"zero_optimization": wide})
     stage0 = write_json(tmp_path / "stage0.json", {"zero_optimization": {"stage": 0}})
     words = ["compare", str(run_file), "--zero", huge, stage0, fits, "--steps", "2", "--ranks", "2", "--json"]
-    answer = finish([*DSDPO, *words, "--keep", str(tmp_path / "kept")], limit_s=LIMIT_S, cwd=tmp_path)
+    answer = finish([*warm_dsdpo(), *words, "--keep", str(tmp_path / "kept")], limit_s=LIMIT_S, cwd=tmp_path)
     assert answer.returncode == 0
     found = json.loads(answer.stdout)
     rows = {Path(row["policy"]).stem: row for row in found["rows"]}

@@ -16,8 +16,9 @@ import yaml
 
 from dsdpo.__main__ import main as dsdpo_main
 from dsdpo.commands.demo import COLOURS, QUESTIONS, make_inputs, make_rows
-from tests.commands.processes import DSDPO, finish
+from tests.commands.processes import finish
 from tests.runs import metrics
+from tests.warm import warm_dsdpo
 
 LIMIT_S = 400
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,8 @@ def test_messages_of_a_wheel_name_pages_that_it_has(installed: Path, tmp_path: P
 
 def test_demo_from_a_wheel_in_an_empty_folder_learns_and_shows_it(installed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "demo"
-    answer = finish([*DSDPO, "demo"], limit_s=LIMIT_S, cwd=tmp_path, PYTHONPATH=str(installed))
+    words = ["demo", "--train.max_steps", "110", "--evaluation.every_steps", "110"]  # enough to learn
+    answer = finish([*warm_dsdpo(), *words], limit_s=LIMIT_S, cwd=tmp_path, PYTHONPATH=str(installed))
     assert answer.returncode == 0
     assert "hint" not in answer.stdout + answer.stderr
     shown = yaml.safe_load((folder / "config.yaml").read_text())

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from tests.commands.processes import DSDPO, finish
+from tests.commands.processes import finish
 from tests.ranks import run_ranks
 from tests.runs import settings
+from tests.warm import warm_dsdpo
 
 LIMIT_S = 300
 
@@ -61,7 +62,7 @@ def test_what_stops_a_run_comes_first_and_ends_with_1(inputs: Path, tmp_path: Pa
     run["model"]["path"] = str(tmp_path / "nowhere")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    answer = finish([*DSDPO, "doctor", str(path)], limit_s=LIMIT_S)
+    answer = finish([*warm_dsdpo(), "doctor", str(path)], limit_s=LIMIT_S)
     assert answer.returncode == 1
     lines = answer.stdout.splitlines()
     assert lines[0].startswith(f"  STOP  the run: model.path: no folder {tmp_path / 'nowhere'}")
@@ -72,7 +73,7 @@ def test_what_stops_a_run_comes_first_and_ends_with_1(inputs: Path, tmp_path: Pa
 
 
 def test_as_json_without_a_run() -> None:
-    answer = finish([*DSDPO, "doctor", "--json"], limit_s=LIMIT_S)
+    answer = finish([*warm_dsdpo(), "doctor", "--json"], limit_s=LIMIT_S)
     findings = json.loads(answer.stdout)
     assert {"level", "what", "value", "remedy", "where"} == findings[0].keys()
     assert answer.returncode == int(any(finding["level"] == "red" for finding in findings))

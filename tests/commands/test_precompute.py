@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from dsdpo.__main__ import in_process_group, main
-from tests.commands.processes import DSDPO, Forked, finish, launcher, start_ranks
+from tests.commands.processes import Forked, finish, launcher, start_ranks
 from tests.runs import settings
+from tests.warm import warm_dsdpo, warm_python
 
 SHARD_PAIRS = 16
 PAIRS = 400
@@ -115,15 +116,15 @@ def test_killed_three_times_and_finished_by_one_rank(inputs: Path, tmp_path: Pat
 
 
 def test_training_finds_what_was_scored(inputs: Path, tmp_path: Path) -> None:
-    """Under the real launcher on two ranks; then on one rank, with other learning rate, beta and loss."""
+    """Under the launcher on two ranks; then on one rank, with other learning rate, beta and loss."""
     run = write_run(tmp_path, inputs)
-    first = finish([*launcher(), "precompute", str(run)], limit_s=300)
+    first = finish([*launcher(python=warm_python()), "precompute", str(run)], limit_s=300)
     assert first.returncode == 0
     assert f"{PAIRS} pairs, 0 known, {PAIRS} scored" in first.stdout
     assert "MiB of host memory while scoring" in first.stdout
     assert not (tmp_path / "run").exists(), "nothing but the store is written"
     changes = ["--loss.type", "ipo", "--loss.beta", "0.3", "--optimizer.learning_rate", "0.01"]
-    then = finish([*DSDPO, "train", str(run), *changes], limit_s=300)
+    then = finish([*warm_dsdpo(), "train", str(run), *changes], limit_s=300)
     assert then.returncode == 0
     assert f"{PAIRS} pairs, {PAIRS} known (16 scored again and found right), 0 scored" in then.stdout
     identity = json.loads((tmp_path / "run" / "identity.json").read_text())

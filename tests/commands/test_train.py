@@ -21,6 +21,7 @@ from dsdpo.config.run import RunConfig
 from tests.commands.processes import DSDPO, SLURM, finish, launcher, main_here, start_ranks
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, settings, train_on, write_json
+from tests.warm import warm_dsdpo
 
 LIMIT_S = 400
 TRL_NAMES = {
@@ -206,7 +207,7 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(inputs: Path, tmp_path: P
 def test_one_process_without_launcher_in_bf16(inputs: Path, tmp_path: Path) -> None:
     """ZeRO-1 and a stage-0 reference in bf16, where DeepSpeed's BF16_Optimizer prints memory figures unasked."""
     run = settings(tmp_path, inputs, policy_zero="zero1", reference_zero="zero0", model={"dtype": "bfloat16"})
-    command = [*DSDPO, "--local_rank=0", "train", run_file(tmp_path, run)]
+    command = [*warm_dsdpo(), "--local_rank=0", "train", run_file(tmp_path, run)]
     answer = finish(command, limit_s=LIMIT_S)
     assert answer.returncode == 0
     assert len(losses(metrics(Path(run["output_dir"])))) == 4
@@ -224,7 +225,7 @@ def test_quiet_says_only_where_the_model_is(inputs: Path, tmp_path: Path) -> Non
 
 def test_verbose_brings_the_libraries_back(inputs: Path, tmp_path: Path) -> None:
     run = settings(tmp_path, inputs, policy_zero="zero1", reference_zero="zero0", model={"dtype": "bfloat16"})
-    answer = finish([*DSDPO, "train", run_file(tmp_path, run), "--verbose"], limit_s=LIMIT_S)
+    answer = finish([*warm_dsdpo(), "train", run_file(tmp_path, run), "--verbose"], limit_s=LIMIT_S)
     assert answer.returncode == 0
     assert "[INFO]" in answer.stdout
     assert "begin bf16_optimizer" in answer.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from dsdpo import distributed
 from dsdpo.console import Launched, is_main, launched, launched_rank
 from dsdpo.engine.start import adopt, first_host
 from dsdpo.errors import ConfigError
-from tests.commands.processes import DSDPO, finish
+from tests.commands.processes import finish
+from tests.warm import warm_dsdpo, warm_python
 
 LIMIT_S = 240
 WORDS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "MV2_", "MVP_", "PMI", "MPI_", "PALS_", "SLURM_")
@@ -164,7 +164,7 @@ import os; os._exit(0)
 
 
 def test_time_limit_reaches_every_process_group() -> None:
-    answer = finish([sys.executable, "-c", GROUPS], limit_s=LIMIT_S)
+    answer = finish([warm_python(), "-c", GROUPS], limit_s=LIMIT_S)
     assert answer.returncode == 0, answer.stderr
     limits = {line.split(" ", 1)[1] for line in answer.stdout.splitlines() if line}
     assert limits == {"0:02:00"}, answer.stdout
@@ -179,7 +179,7 @@ def test_taken_port_is_named(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         answer = finish(
-            [sys.executable, "-c", code], limit_s=LIMIT_S, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0",
+            [warm_python(), "-c", code], limit_s=LIMIT_S, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )  # fmt: skip
     assert answer.returncode == 2, answer.stderr
@@ -197,7 +197,7 @@ def test_taken_port_is_named(tmp_path: Path) -> None:
 def test_command_refuses_before_anything_is_read(variables: dict[str, str], word: str, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text("model: {path: ./none}\ndata: {train: none}\ndeepspeed: run.yaml\noutput_dir: out\n")
-    answer = finish([*DSDPO, "train", str(run), "--dry-run"], limit_s=LIMIT_S, **variables)
+    answer = finish([*warm_dsdpo(), "train", str(run), "--dry-run"], limit_s=LIMIT_S, **variables)
     assert answer.returncode == 2
     assert answer.stderr.startswith("dsdpo: ")
     assert word in answer.stderr

@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import dsdpo
 from tests.commands.processes import environment_of, finish, free_port
 from tests.ranks import run_ranks
 from tests.runs import POLICIES, settings, write_json
+from tests.warm import warm_dsdpo
 
 LIMIT_S = 600
 HERE = socket.gethostname()
@@ -102,7 +102,7 @@ def both(folder: Path, files: list[Path], **rank_1: str) -> list[tuple[int, str]
     for rank, path in enumerate(files):
         who = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "dsdpo", "train", str(path), "--dry-run"]
+        command = [*warm_dsdpo(), "train", str(path), "--dry-run"]
         env = environment_of(**who, **where, **(rank_1 if rank else {}))
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=folder))
     return [(process.wait(LIMIT_S), process.communicate()[1]) for process in processes]
@@ -164,9 +164,8 @@ def test_a_rank_that_never_comes_is_named(inputs: Path, tmp_path: Path) -> None:
     run = settings(tmp_path, inputs, reference_zero=None, distributed={"timeout_minutes": 0.1})
     path = written(tmp_path / "run.yaml", run)
     who = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    answer = finish(
-        [sys.executable, "-m", "dsdpo", "train", str(path)], limit_s=LIMIT_S, MASTER_PORT=str(free_port()), **who
-    )
+    command = [*warm_dsdpo(), "train", str(path)]
+    answer = finish(command, limit_s=LIMIT_S, MASTER_PORT=str(free_port()), **who)
     assert answer.returncode == 1
     assert f"dsdpo: ranks 1-2 of 3 ranks did not come, only {HERE} (rank 0)" in answer.stderr
     assert "Traceback" not in answer.stderr

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import sys
 
 from tests.commands.processes import environment_of, free_port
+from tests.warm import warm_python
 
 LIMIT_S = 240
 # Rank 0 freezes, with the store that it keeps: to rank 1 that is what a pulled cable is, a peer without a word.
@@ -34,7 +34,7 @@ def test_a_rank_that_is_cut_off_ends_by_itself() -> None:
     for rank in range(2):
         who = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         env = environment_of(**who, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        ranks.append(subprocess.Popen([sys.executable, "-c", FREEZES], stderr=subprocess.PIPE, text=True, env=env))
+        ranks.append(subprocess.Popen([warm_python(), "-c", FREEZES], stderr=subprocess.PIPE, text=True, env=env))
     try:
         _, said = ranks[1].communicate(timeout=LIMIT_S)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.commands.processes import environment_of, free_port
 from tests.runs import losses, metrics, settings, train_on
+from tests.warm import warm_dsdpo
 
 LIMIT_S = 400
 MOUNTED = 'mount --make-rprivate / && mount --bind "$DISK" "$0" && exec "$@"'  # this node's disk at the common path
@@ -32,7 +32,7 @@ def on_own_disks(run: dict[str, Any], disks: list[Path], *options: str) -> list[
         who = {"RANK": str(rank), "WORLD_SIZE": str(len(disks)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env = environment_of(**who, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DISK=str(disk))
         command = ["unshare", "-m", "bash", "-c", MOUNTED, str(folder)]
-        command += [sys.executable, "-m", "dsdpo", "train", str(path), *options]
+        command += [*warm_dsdpo(), "train", str(path), *options]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env))
     answers = [(process.communicate(timeout=LIMIT_S)[0], process.returncode) for process in started]
     print(*(said for said, _ in answers), sep="\n=====\n")
