@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Kill:
     number: int = signal.SIGKILL
     delay_s: float = 0.0  # after the moment that `when` names
     rows: int = 1  # steps trained on before, for `train` and `save`
+    python: str = sys.executable  # that runs the launcher
 
 
 @dataclass
@@ -98,11 +100,11 @@ def run_and_kill(folder: Path, kills: Sequence[Kill], *, steps: int) -> Report:
     report = Report()
     train_on(2, whole)  # what a launcher starts trains as these ranks do (tests/commands/test_train.py)
     for kill in kills:
-        run = start(killed, folder)
+        run = start(killed, folder, python=kill.python)
         report.kills.append(asdict(kill) | run.interrupt(kill, Path(killed["output_dir"])))
         run.finish(report)
         report.damaged += damaged(Path(killed["output_dir"]) / "checkpoints")
-    assert start(killed, folder).finish(report) == 0
+    assert start(killed, folder, python=kills[-1].python).finish(report) == 0
     report.resumed_from = [resumed_step(output) for output in report.outputs]
     compare(Path(whole["output_dir"]), Path(killed["output_dir"]), report)
     report.seconds = round(time.monotonic() - began, 1)
@@ -143,6 +145,7 @@ class Started:
 
     process: subprocess.Popen[bytes] | Forked
     log: Path
+    run_file: Path
 
     def interrupt(self, kill: Kill, folder: Path) -> dict[str, Any]:
         """Wait for the moment and send the signals; what was hit, or that the run was over before."""
@@ -166,7 +169,7 @@ class Started:
 
     def ranks(self, whom: Whom) -> list[int]:
         """The processes of one rank, or all that were started."""
-        members = family(self.process.pid)
+        members = started_with(self.run_file)
         return members if whom == "all" else [pid for pid in members if f"--local_rank={whom[-1]}" in command_of(pid)]
 
     def wait_until(self, condition: Any) -> None:
@@ -184,19 +187,25 @@ class Started:
         return code
 
 
-def start(run: dict[str, Any], folder: Path, *, ranks: int = 2) -> Started:
+def start(run: dict[str, Any], folder: Path, *, ranks: int = 2, python: str = sys.executable) -> Started:
     """The run on so many ranks under the deepspeed launcher, resumed if there is anything to resume."""
     path = folder / f"{Path(run['output_dir']).parent.name}.yaml"
     path.write_text(yaml.safe_dump(run))
     log = Path(tempfile.mkstemp(prefix="start-", suffix=".log", dir=folder)[1])
     with log.open("wb") as output:
-        command = [*launcher(ranks), "train", str(path), "--resume", "auto"]
+        command = [*launcher(ranks, python=python), "train", str(path), "--resume", "auto"]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    return Started(process, log)
+    return Started(process, log, path)
+
+
+def started_with(run_file: Path) -> list[int]:
+    """The processes of a run, the launcher's first: what is killed first starts nothing more."""
+    found = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+    return sorted(pid for pid in found if str(run_file) in command_of(pid))
 
 
 def family(pid: int) -> list[int]:
-    """A process and all below it, parents first: what is killed first starts nothing more."""
+    """A process and all below it, parents first."""
     below: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:

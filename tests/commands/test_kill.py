@@ -15,6 +15,7 @@ from tests.commands.processes import ENVIRONMENT, SLURM, start_ranks
 from tests.kill_test import Kill, Report, Started, count_rows, run_and_kill
 from tests.runs import settings
 from tests.training.test_tracking import wait_for
+from tests.warm import warm_python
 
 STOPPED, LOST = 75, 1
 HOST = socket.gethostname()
@@ -25,11 +26,11 @@ SECRETS = {"WANDB_API_KEY": SECRET[:40], "HF_TOKEN": f"hf_{SECRET}"}
 def test_killed_runs_resume_to_the_same_weights_and_metrics(tmp_path: Path) -> None:
     """A kill while saving beside training, a rank's death, a SIGTERM to one; `python -m tests.kill_test` does more."""
     kills = [
-        Kill("save", "all", rows=3),
+        Kill("save", "all", rows=3, python=warm_python()),
         Kill("train", "rank 1", rows=2),
-        Kill("train", "rank 1", number=signal.SIGTERM, rows=2),
+        Kill("train", "rank 1", number=signal.SIGTERM, rows=2, python=warm_python()),
     ]
-    report = run_and_kill(tmp_path, kills, steps=24)
+    report = run_and_kill(tmp_path, kills, steps=18)
     assert [kill["hit"] for kill in report.kills] == [report.kills[0]["hit"], 1, 1]
     assert report.kills[0]["saving"], "the first kill came too late"
     assert report.exit_codes[0] == -signal.SIGKILL
@@ -51,7 +52,7 @@ def start(run: dict[str, Any], folder: Path, *, names: tuple[str, ...] = ENVIRON
     path.write_text(yaml.safe_dump(run))
     logs = [folder / f"rank-{rank}.log" for rank in range(2)]
     ranks = start_ranks(["train", str(path), "--resume", "auto"], logs, names=names, **SECRETS)
-    return [Started(process, log) for process, log in zip(ranks, logs, strict=True)]
+    return [Started(process, log, path) for process, log in zip(ranks, logs, strict=True)]
 
 
 @pytest.fixture
