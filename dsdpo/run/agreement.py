@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
+@cache
 def code_digest() -> str:
     """A digest of the package's own files."""
     root = Path(dsdpo.__file__).parent
@@ -161,6 +163,7 @@ def code_digest() -> str:
     return digest_of([[str(path.relative_to(root)), path.read_text(encoding="utf-8")] for path in files])[:12]
 
 
+@cache
 def installed(package: str) -> str:
     """A package's version as it was imported or would be."""
     if package == "torch":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -161,11 +162,13 @@ def contradictions(pairs: Pairs) -> int:
     """Pairs among the first 100,000 whose two responses stand the other way round in an earlier one."""
     if pairs.group_size != 2:
         return 0
+    some = min(len(pairs), COMPARED)
+    ends = pairs.starts[:some, None] + np.cumsum(pairs.lengths[:some], axis=1)
+    tokens = pairs.tokens.view(np.ndarray)  # slices of a memory map are slow
     seen: set[tuple[int, int, int]] = set()
     count = 0
-    for start in range(0, min(len(pairs), COMPARED), 1024):
-        for pair in pairs[range(start, min(start + 1024, len(pairs), COMPARED))]:
-            prompt, chosen, rejected = (hash(part.tobytes()) for part in (pair.prompt, *pair.responses))
-            count += (prompt, rejected, chosen) in seen
-            seen.add((prompt, chosen, rejected))
+    for start, *parts in np.column_stack([pairs.starts[:some], ends]).tolist():
+        prompt, chosen, rejected = (hash(tokens[a:b].tobytes()) for a, b in pairwise([start, *parts]))
+        count += (prompt, rejected, chosen) in seen
+        seen.add((prompt, chosen, rejected))
     return count

@@ -11,6 +11,8 @@ import pytest
 from dsdpo.config.loss import LossConfig
 from dsdpo.config.run import RunConfig
 from dsdpo.config.shipped import page
+from dsdpo.data.dropped_rows import DropReport
+from dsdpo.data.pairs import Pairs
 from dsdpo.errors import ConfigError
 from dsdpo.training.hints import PAGE, ROWS, Hints, contradictions
 from dsdpo.training.patience import note_evaluation, out_of_patience
@@ -83,25 +85,19 @@ def test_every_hint_has_its_section_in_the_docs() -> None:
     assert {line[3:].strip() for line in page.splitlines() if line.startswith("## ")} == names
 
 
-def test_pairs_with_swapped_labels_are_found(tmp_path: Path) -> None:
-    class Few:
-        group_size = 2
-
-        def __init__(self, rows: list[tuple[int, int, int]]) -> None:
-            self.rows = rows
-
-        def __len__(self) -> int:
-            return len(self.rows)
-
-        def __getitem__(self, ids: range) -> list[Any]:
-            from dsdpo.data.pairs import Group
-
-            return [Group.of(i, *(np.array([token]) for token in self.rows[i])) for i in ids]
-
+def test_pairs_with_swapped_labels_are_found() -> None:
     rows = [(1, 2, 3), (1, 3, 2), (4, 2, 3), (1, 2, 3), (5, 6, 7), (5, 7, 6)]
+    pairs = Pairs(
+        lengths=np.ones((len(rows), 3), dtype=np.int32),
+        origins=np.zeros((len(rows), 2), dtype=np.int64),
+        report=DropReport(rows=len(rows), kept=len(rows), problems=()),
+        digest="",
+        starts=3 * np.arange(len(rows)),
+        tokens=np.array(rows, dtype=np.int32).ravel(),
+    )
     # The second, the fourth (against the second) and the last.
-    assert contradictions(Few(rows)) == 3  # type: ignore[arg-type]
-    assert contradictions(Few(rows[2:5])) == 0  # type: ignore[arg-type]
+    assert contradictions(pairs) == 3
+    assert contradictions(pairs.subset(np.arange(2, 5))) == 0
 
 
 def run(**evaluation: Any) -> RunConfig:
