@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
 def git_commit(folder: Path) -> str | None:
     """The commit that is checked out in `folder`, with "+changes" where files differ from it; None outside of git."""
     answers = []

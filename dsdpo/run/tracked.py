@@ -40,7 +40,9 @@ def expected(plan: Plan) -> dict[str, Any] | None:
 def facts(
     plan: Plan, policy: TrainingEngine, identity: dict[str, Any], estimate: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What makes this run comparable with others, beside its settings."""
+    """What makes this run comparable with others, beside its settings; nothing on other ranks than 0."""
+    if rank() != 0:
+        return {}
     total, trainable = parameter_counts(policy)
     return {
         "resolved_deepspeed": plan.policy_config,
