@@ -17,8 +17,7 @@ MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alp
 LORA = {"model": {"lora": {"r": 4}}, "reference_zero": None}
 # What the run is, and how its three parts are trained: ranks, policy's stage, reference's stage.
 CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str, str]]]] = {
-    "ranks": ({}, [(2, "zero3", "zero3"), (1, "zero3", "zero3"), (2, "zero3", "zero3")]),
-    "stage": ({}, [(2, "zero3", "zero3"), (2, "zero2", "zero3"), (2, "zero3", "zero3")]),
+    "ranks, then stage": ({}, [(2, "zero3", "zero3"), (1, "zero3", "zero3"), (1, "zero2", "zero3")]),
     "offload": ({}, [(2, "zero1", "zero0"), (2, "zero3_offload", "zero0"), (1, "zero3", "zero0")]),
     "adapter": (
         {**LORA, "reference": {"strategy": "adapter"}},
