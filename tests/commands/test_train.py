@@ -188,8 +188,14 @@ def test_wandb_id_is_kept(finished: Finished) -> None:
     assert len(list(finished.folder.glob(f"wandb/offline-run-*-{name}"))) == 1
 
 
-def test_launched_run_equals_pooled_ranks(finished: Finished, inputs: Path, tmp_path: Path) -> None:
-    assert losses(train_on(2, settings(tmp_path, inputs))) == losses(metrics(finished.folder))
+@pytest.fixture(scope="module")
+def pooled_losses(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Those of the same run on the ranks of tests/ranks.py."""
+    return losses(train_on(2, settings(tmp_path_factory.mktemp("pooled"), inputs)))
+
+
+def test_launched_run_equals_pooled_ranks(finished: Finished, pooled_losses: list[float]) -> None:
+    assert pooled_losses == losses(metrics(finished.folder))
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(inputs: Path, tmp_path: Path) -> None:
@@ -231,7 +237,7 @@ def test_verbose_brings_the_libraries_back(inputs: Path, tmp_path: Path) -> None
     assert "begin bf16_optimizer" in answer.stderr
 
 
-def test_slurm_starts_ranks_by_its_own_variables(inputs: Path, tmp_path: Path) -> None:
+def test_slurm_starts_ranks_by_its_own_variables(inputs: Path, pooled_losses: list[float], tmp_path: Path) -> None:
     """Two processes with what srun sets and nothing else."""
     run = settings(tmp_path, inputs)
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
@@ -245,7 +251,7 @@ def test_slurm_starts_ranks_by_its_own_variables(inputs: Path, tmp_path: Path) -
     assert codes == [0, 0], said
     assert "2 ranks" in said[0]
     assert said[1] == ""
-    assert losses(metrics(Path(run["output_dir"]))) == losses(train_on(2, settings(tmp_path / "pool", inputs)))
+    assert losses(metrics(Path(run["output_dir"]))) == pooled_losses
 
 
 def test_relative_paths_may_stand_beside_the_run_file(inputs: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_signal_before_the_first_step_loses_nothing(during: str, inputs: Path,
         tmp_path,
         inputs,
         reference=precomputed if during == "precompute" else {},
-        data={"eval": str(inputs / "test.jsonl")},
+        data={"eval": str(inputs / ("few.jsonl" if during == "loading" else "test.jsonl"))},
         batch={"pairs_per_micro_batch": 1},
     )
     codes, scored = zip(*run_ranks(2, signalled_early, run, during), strict=True)
@@ -126,6 +126,7 @@ def test_a_signal_before_the_first_step_loses_nothing(during: str, inputs: Path,
         parts = list((tmp_path / "store").glob("*/part-*.parquet"))
         assert sum(pq.read_metadata(part).num_rows for part in parts) == sum(scored)
     again = {**run, "checkpoint": {"every_steps": 0, "resume": "auto"}, "train": {"max_steps": 1}}
+    again["data"] = {**run["data"], "eval": str(inputs / "few.jsonl")}  # nothing of it is known yet
     if during != "precompute":
         assert run_ranks(2, exit_code, again) == [0, 0]
         assert not (Path(run["output_dir"]) / "stopped.json").exists(), "the run went on"
