@@ -54,7 +54,7 @@ def save_often(run: dict[str, Any], folder: str, steps: list[int]) -> None:
 
 
 # Rank, and bytes that a file of its may have: none of DeepSpeed's fits; all but the largest do.
-@pytest.mark.parametrize(("broken", "room"), [(0, 100), (1, 100), (0, 7000), (1, 20_000)])
+@pytest.mark.parametrize(("broken", "room"), [(1, 100), (0, 7000), (1, 20_000)])
 def test_full_disk_on_one_rank_fails_on_all(broken: int, room: int, inputs: Path, tmp_path: Path) -> None:
     run, folder = settings(tmp_path, inputs), tmp_path / "checkpoints"
     messages = run_ranks(2, save_with_a_full_disk, run, str(folder), broken, room)

@@ -47,6 +47,7 @@ def test_held_out_metrics_are_those_of_a_plain_loop(inputs: Path, held_out: Path
             batch={"pairs_per_step": 6, "pairs_per_micro_batch": 2},
             train={"max_steps": 2},
             optimizer={"learning_rate": 1e-2},
+            **({"policy_zero": "zero1", "reference_zero": "zero0"} if world_size == 1 else {}),  # nothing to gather
         )
         first, last = (row for row in train_on(world_size, run) if "eval/loss" in row)
         assert (first["step"], last["step"]) == (0, 2)
@@ -146,9 +147,10 @@ def pair_numbers(model: Path, rows: Path) -> Numbers:
 
 
 def test_evaluation_leaves_training_as_it_was(inputs: Path, held_out: Path, tmp_path: Path) -> None:
+    steps = {"max_steps": 3}
     often = {"data": {"eval": str(held_out)}, "evaluation": {"every_steps": 1}}
-    with_evaluation = train_on(2, settings(tmp_path / "often", inputs, **often))
-    without = train_on(2, settings(tmp_path / "never", inputs))
+    with_evaluation = train_on(2, settings(tmp_path / "often", inputs, train=steps, **often))
+    without = train_on(2, settings(tmp_path / "never", inputs, train=steps))
     names = ("loss", "grad_norm", "logps/chosen")
     assert [[row[name] for name in names] for row in with_evaluation if "loss" in row] == [
         [row[name] for name in names] for row in without

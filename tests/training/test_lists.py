@@ -16,6 +16,7 @@ SAME = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen
 HELD_OUT = 7
 # Not at the start, where all rewards tie but for rounding.
 EVALUATED = {"every_steps": 3, "at_start": False}
+ALONE: dict[str, Any] = {"policy_zero": "zero1", "reference_zero": "zero0"}  # one rank has nothing to gather
 
 
 def list_inputs(folder: Path) -> Path:
@@ -48,11 +49,12 @@ def test_lists_have_one_loss_however_they_are_batched(tmp_path: Path) -> None:
         data = {**files, **sections.get("data", {})}
         more = {key: value for key, value in sections.items() if key != "data"}
         common = {"loss": {"type": "plackett_luce"}, "train": {"max_steps": 3}, "evaluation": EVALUATED}
+        common |= ALONE if ranks == 1 else {}
         runs[ranks].append(settings(tmp_path / name, inputs, data=data, **common, **more))
     # One run with each of the other losses.
     for loss in ("best_vs_rest", "all_pairs"):
         common = {"loss": {"type": loss}, "train": {"max_steps": 1}, "evaluation": EVALUATED}
-        runs[1].append(settings(tmp_path / loss, inputs, data=files, **common))
+        runs[1].append(settings(tmp_path / loss, inputs, data=files, **common, **ALONE))
     for ranks, those in runs.items():
         run_ranks(ranks, train_all, those)
     found = {path.name: metrics(path / "run") for path in tmp_path.iterdir() if (path / "run").is_dir()}

@@ -31,10 +31,12 @@ def rated_run(folder: Path, inputs: Path, loss: str, **sections: Any) -> dict[st
     data = {"train": str(inputs / "rated.jsonl"), "eval": str(inputs / "few_rated.jsonl"), **sections.pop("data", {})}
     batch = sections.pop("batch", {"pairs_per_micro_batch": 8})
     evaluation = {"every_steps": 3, "at_start": False, "length_buckets": [12]}
+    # One rank has nothing to gather; what two do at stage 3 is compared with it.
+    stages = {"policy_zero": "zero1", "reference_zero": "zero0"}
     common = {"train": {"max_steps": 3}, "evaluation": evaluation, "batch": batch}
     optimizer = {"learning_rate": 1e-3, "warmup_steps": 0}
     options = {"type": loss, "desirable_weight": 1.5, "undesirable_weight": 0.5}
-    return settings(folder, inputs, loss=options, data=data, optimizer=optimizer, **common, **sections)
+    return settings(folder, inputs, loss=options, data=data, optimizer=optimizer, **common, **{**stages, **sections})
 
 
 PADDED = {"data": {"layout": "padded"}, "batch": {"pairs_per_micro_batch": 3}}
@@ -55,7 +57,7 @@ TWO = {"kto": "kto", "apo": "apo_zero_unpaired"}
 def test_rated_completions_have_one_loss_however_they_are_batched(tmp_path: Path) -> None:
     inputs = rated_inputs(tmp_path / "inputs")
     alone = [rated_run(tmp_path / name, inputs, loss, **more) for name, (loss, more) in ALONE.items()]
-    small = {"batch": {"pairs_per_micro_batch": 2}}
+    small = {"batch": {"pairs_per_micro_batch": 2}, "policy_zero": "zero3", "reference_zero": "zero3"}
     two = [rated_run(tmp_path / f"{name}-two", inputs, loss, **small) for name, loss in TWO.items()]
     run_ranks(1, train_all, alone)
     run_ranks(2, train_all, two)

@@ -49,6 +49,8 @@ def test_a_run_keeps_its_best_checkpoints(inputs: Path, tmp_path: Path) -> None:
     run = settings(
         tmp_path,
         inputs,
+        policy_zero="zero2",
+        reference_zero="zero0",
         data={"eval": str(inputs / "test.jsonl")},
         batch={"pairs_per_micro_batch": None, "tokens_per_micro_batch": 2000},
         optimizer={"learning_rate": 0.1},

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import struct
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dsdpo.training.mirrors import check_mirrors
 from dsdpo.training.tracking import Tracker
 from tests.commands.processes import finish
 from tests.runs import settings, train_on
+from tests.warm import warm_python
 
 
 def run_in(folder: Path, wandb: dict[str, Any] | None, **tracking: Any) -> RunConfig:
@@ -321,7 +321,7 @@ print("killed", len(service))
 
 
 def test_training_continues_when_the_wandb_process_dies(tmp_path: Path) -> None:
-    answer = finish([sys.executable, "-c", SERVICE_KILLED, str(tmp_path)], limit_s=240)
+    answer = finish([warm_python(), "-c", SERVICE_KILLED, str(tmp_path)], limit_s=240)
     assert answer.returncode == 0
     assert int(answer.stdout.split("killed ")[1]) > 0
     assert answer.stderr.count("W&B failed") == 1
