@@ -34,7 +34,10 @@ def rows_of(inputs: Path, count: int = ROWS) -> list[str]:
 
 
 def run_with(folder: Path, inputs: Path, rows: list[str], **sections: Any) -> dict[str, Any]:
-    """A run with a precomputed reference over `rows`, its store in `folder / "store"` unless `sections` say else."""
+    """A run with a precomputed reference over `rows`, its store in `folder / "store"` unless `sections` say else.
+
+    Its reference is whole on every rank: what a store does with the rows has nothing to do with who held the weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "rows.jsonl"
     data.write_text("\n".join(rows) + "\n")
@@ -45,7 +48,7 @@ def run_with(folder: Path, inputs: Path, rows: list[str], **sections: Any) -> di
         inputs,
         data={"train": str(data), "cache_dir": str(folder / "cache"), **sections.pop("data", {})},
         reference=reference,
-        **sections,
+        **{"reference_zero": "zero0", **sections},
     )
 
 
@@ -88,25 +91,26 @@ def precompute_on(world_size: int, run: dict[str, Any], shard_rows: int = 8) -> 
 
 
 @pytest.mark.parametrize("policy", ["zero2", "zero3_offload"])
-def test_same_losses_as_separate(policy: str, inputs: Path, tmp_path: Path) -> None:
-    """Under whole weights and under shards: a table and the policy's engine share nothing else."""
-    reference = {"strategy": "precomputed", "store": str(tmp_path / "store")}
-    separate = losses(train_on(2, settings(tmp_path / "separate", inputs, policy_zero=policy)))
-    found = losses(train_on(2, settings(tmp_path / "precomputed", inputs, policy_zero=policy, reference=reference)))
-    assert found == pytest.approx(separate, abs=1e-6)
-    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert found[-1] < math.log(2) - 1e-3, "nothing was learned, so nothing was compared"
+def test_same_losses_as_separate_and_held_out_pairs_have_their_own_rows(
+    policy: str, inputs: Path, tmp_path: Path
+) -> None:
+    """Under whole weights and under shards: a table and the policy's engine share nothing else.
 
-
-def test_held_out_pairs_have_their_own_rows(inputs: Path, tmp_path: Path) -> None:
-    """Pair ids of training and held-out data do not mix: evaluation agrees with a reference engine's."""
+    Pair ids of training and held-out data do not mix: evaluation agrees with a reference engine's.
+    """
     data = {"eval": str(inputs / "few.jsonl")}
     rows = {}
     for strategy in ("separate", "precomputed"):
-        run = settings(tmp_path / strategy, inputs, data=data, reference={"strategy": strategy})
-        rows[strategy] = [row for row in train_on(2, run) if "eval/loss" in row]
-    assert len(rows["separate"]) == 2
-    for one, other in zip(rows["separate"], rows["precomputed"], strict=True):
+        reference = {"strategy": strategy} | ({"store": str(tmp_path / "store")} if strategy == "precomputed" else {})
+        run = settings(tmp_path / strategy, inputs, policy_zero=policy, data=data, reference=reference)
+        rows[strategy] = train_on(2, run)
+    found = losses(rows["precomputed"])
+    assert found == pytest.approx(losses(rows["separate"]), abs=1e-6)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found[-1] < math.log(2) - 1e-3, "nothing was learned, so nothing was compared"
+    held_out = {strategy: [row for row in found if "eval/loss" in row] for strategy, found in rows.items()}
+    assert len(held_out["separate"]) == 2
+    for one, other in zip(held_out["separate"], held_out["precomputed"], strict=True):
         # At step 0 rewards are rounding alone, and so is which one is larger.
         chance = ("/accuracies", "/ties", "/calibration_error") if one["step"] == 0 else ()
         names = {name for name in one if not name.endswith(chance)}
@@ -123,7 +127,7 @@ def test_table_equals_a_plain_forward_pass(inputs: Path, tmp_path: Path) -> None
     from dsdpo.data.tokenizer import load_tokenizer
     from tests.tiny import plain_logps
 
-    run = run_with(tmp_path, inputs, rows_of(inputs))
+    run = run_with(tmp_path, inputs, rows_of(inputs), reference_zero="zero3")
     found = precompute_on(2, run)
     config = RunConfig.model_validate(run)
     tokenizer, data = load_tokenizer(config.model), config.data
@@ -137,10 +141,10 @@ def test_table_equals_a_plain_forward_pass(inputs: Path, tmp_path: Path) -> None
 def test_only_new_rows_are_scored(inputs: Path, tmp_path: Path) -> None:
     """Other orders, ranks, stages, budgets, losses and learning rates find every row; a grown data set adds its own."""
     rows = rows_of(inputs)
-    first = precompute_on(2, run_with(tmp_path, inputs, rows[:30]))
+    first = precompute_on(2, run_with(tmp_path, inputs, rows[:30], reference_zero="zero3"))
     assert (first["scored"], first["audited"]) == ([30], [0])
 
-    filtered = precompute_on(1, run_with(tmp_path, inputs, rows[20:10:-1], reference_zero="zero0"))
+    filtered = precompute_on(1, run_with(tmp_path, inputs, rows[20:10:-1]))
     assert (filtered["scored"], filtered["audited"]) == ([0], [10])
     assert np.array_equal(filtered["logps"], first["logps"][20:10:-1])
 
@@ -289,11 +293,10 @@ def count_hooks(run: dict[str, Any]) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in policy.module.modules())
 
 
-@pytest.mark.parametrize("policy", ["zero1", "zero3"])
-def test_policy_carries_no_hooks_of_the_reference(policy: str, inputs: Path, tmp_path: Path) -> None:
+def test_policy_carries_no_hooks_of_the_reference(inputs: Path, tmp_path: Path) -> None:
     rows = rows_of(inputs)[:10]
-    with_engine = settings(tmp_path / "separate", inputs, policy_zero=policy)
-    precomputed = run_with(tmp_path / "precomputed", inputs, rows, policy_zero=policy)
+    with_engine = settings(tmp_path / "separate", inputs)
+    precomputed = run_with(tmp_path / "precomputed", inputs, rows, reference_zero="zero3")
     expected = run_ranks(2, count_hooks, with_engine)
     assert run_ranks(2, count_hooks, precomputed) == expected
     assert expected[0] > 0
@@ -313,8 +316,8 @@ def leftovers(model: str, config: dict[str, Any], dtype: str) -> dict[str, Any]:
     before = used_memory()["host"]
     engine = build_reference(ModelConfig(path=model, dtype=dtype), config, layout="padded")
     batches = [collate_padded(random_pairs(2, seed=seed), pad_token_id=0) for seed in range(3)]
-    for _ in range(3):  # the trace of gathers is complete from the second pass on
-        score_batches(engine, batches, score_tokens=100)
+    for batch in batches:  # the trace of gathers is complete from the second pass on
+        score_batches(engine, [batch], score_tokens=100)
     during = used_memory()["host"]
     parameter = next(iter(engine.module.parameters()))
     watched = [weakref.ref(engine), weakref.ref(engine.module), weakref.ref(parameter)]
@@ -335,26 +338,38 @@ def leftovers(model: str, config: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 3}, {"stage": 3, "stage3_param_persistence_threshold": 0}])
-def test_a_destroyed_engine_leaves_nothing(zero: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+# Every kind of reference engine, whole and in shards, and either dtype.
+ENGINES: list[tuple[dict[str, Any], str]] = [
+    ({"stage": 0}, "float32"),
+    ({"stage": 3}, "bfloat16"),
+    ({"stage": 3, "stage3_param_persistence_threshold": 0}, "float32"),
+]
+
+
+def test_a_destroyed_engine_leaves_nothing(tmp_path: Path) -> None:
     """18.9 M parameters, 38 MiB on a rank that holds half of them in float32 and 19 MiB in bfloat16."""
     lm = tiny_lm(hidden_size=768, intermediate_size=1536, vocab_size=8192)
-    lm.to(getattr(torch, dtype)).save_pretrained(tmp_path)
-    config = {
+    for dtype in ("float32", "bfloat16"):
+        lm.to(getattr(torch, dtype)).save_pretrained(tmp_path / dtype)
+    first = str(tmp_path / "float32"), engine_config({"stage": 3}, "float32"), "float32"
+    run_ranks(2, leftovers, *first)  # what a process takes once and for all
+    for zero, dtype in ENGINES:
+        for found in run_ranks(2, leftovers, str(tmp_path / dtype), engine_config(zero, dtype), dtype):
+            assert not found["alive"]
+            assert not found["hooks"]
+            assert found["stack"] == (-1 if zero["stage"] == 3 else 0)
+            during, after = found["mib"]
+            assert after < max(5, during / 4)
+            # At stage 0 the weights stay what they are on disk, mapped memory that is not the process's own.
+            assert during > 30 or zero["stage"] == 0, "the engine took memory"
+
+
+def engine_config(zero: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A DeepSpeed JSON of two ranks."""
+    return {
         "train_batch_size": 2,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bfloat16"},
     }
-    run_ranks(2, leftovers, str(tmp_path), config, dtype)  # what a process takes once and for all
-    for found in run_ranks(2, leftovers, str(tmp_path), config, dtype):
-        print(zero, dtype, found)
-        assert not found["alive"]
-        assert not found["hooks"]
-        assert found["stack"] == (-1 if zero["stage"] == 3 else 0)
-        during, after = found["mib"]
-        assert after < max(5, during / 4)
-        # At stage 0 the weights stay what they are on disk, mapped memory that is not the process's own.
-        assert during > 30 or zero["stage"] == 0, "the engine took memory"
