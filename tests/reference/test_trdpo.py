@@ -102,13 +102,13 @@ def average_by_hand(run: dict[str, Any], syncs: int, gather: bool) -> dict[str, 
 
 
 # From whole weights and from shards, on the device or the host, to every kind of reference. Stages 1 and 2 both hold
-# whole weights.
+# whole weights; stage 3 to stage 3 is below, local and gathered.
 PAIRED = [
-    *(("zero1", "zero0"), ("zero3", "zero0"), ("zero3_offload", "zero0")),
-    *(("zero2", "zero3"), ("zero3", "zero3"), ("zero3_offload", "zero3")),
-    *(("zero2", "zero3_offload"), ("zero3", "zero3_offload")),
+    *(("zero1", "zero0"), ("zero3_offload", "zero0")),
+    *(("zero2", "zero3"), ("zero3_offload", "zero3")),
+    ("zero3", "zero3_offload"),
     *(("zero2", "zero3_persistent"), ("zero3", "zero3_persistent")),
-    *(("zero2", "zero3_hpz"), ("zero3", "zero3_hpz")),
+    ("zero3", "zero3_hpz"),
 ]
 
 
@@ -119,13 +119,18 @@ def test_reference_answers_as_the_plain_average(policy: str, reference: str, inp
     if reference == "zero3_hpz":
         restart(2)
     results = run_ranks(2, average_by_hand, run, 3, False)
+    check_average(results)
+    if policy.startswith("zero3") and reference != "zero0":
+        assert results[0]["local"] == 1.0
+        assert results[0]["received"] == results[0]["collectives"] == [0, 0, 0]
+
+
+def check_average(results: list[dict[str, Any]]) -> None:
+    """Of each rank: the reference has moved to the average by hand, and answers as a plain model of it."""
     for result in results:
         assert result["error"] < 1e-6
         assert result["moved"] > 0.5, "the reference did not move, so nothing was tested"
         assert result["answers"] < 1e-3
-    if policy.startswith("zero3") and reference != "zero0":
-        assert results[0]["local"] == 1.0
-        assert results[0]["received"] == results[0]["collectives"] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("policy", ["zero2", "zero3"])
@@ -165,6 +170,8 @@ def wide_model(folder: Path, inputs: Path) -> Path:
 def test_gathered_equals_local_bit_for_bit(inputs: Path, tmp_path: Path) -> None:
     local = run_ranks(2, average_by_hand, settings(tmp_path / "local", inputs), 3, False)
     gathered = run_ranks(2, average_by_hand, settings(tmp_path / "gathered", inputs), 3, True)
+    check_average(local + gathered)
+    assert local[0]["local"] == 1.0
     assert local[0]["received"] == local[0]["collectives"] == [0, 0, 0]
     assert min(gathered[0]["received"]) > 0 < min(gathered[0]["collectives"])
     for name, value in local[0]["weights"].items():
@@ -212,7 +219,7 @@ def captured_in_bf16(run: dict[str, Any], steps: int) -> dict[str, float]:
 def test_small_alpha_in_bf16_moves_as_float32_does(inputs: Path, tmp_path: Path) -> None:
     """A bfloat16 average in place stands still where ours follows the truth."""
     run = settings(tmp_path, inputs, model={"dtype": "bfloat16"}, optimizer={"learning_rate": 3e-5})
-    for share in run_ranks(2, captured_in_bf16, run, 20):
+    for share in run_ranks(2, captured_in_bf16, run, 10):
         assert share["ours"] == pytest.approx(1.0, abs=0.01)
         assert share["bf16"] < 0.5
 
@@ -283,10 +290,10 @@ def deep_model(folder: Path, inputs: Path) -> Path:
 
 def test_snapshot_gives_the_numbers_of_a_copied_reference(inputs: Path, tmp_path: Path) -> None:
     """α = 1: no reference weights, and the same losses, training and held-out, as an engine that is overwritten."""
-    moves = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3}
+    moves = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
     shared = {
         "data": {"eval": str(inputs / "few.jsonl")},
-        "train": {"max_steps": 7},
+        "train": {"max_steps": 5},
         "evaluation": {"every_steps": 2},
     }
     copied = train_on(2, settings(tmp_path / "copied", inputs, reference=moves, **shared))
@@ -302,8 +309,8 @@ def test_snapshot_gives_the_numbers_of_a_copied_reference(inputs: Path, tmp_path
     for ours, theirs in zip(taken, copied, strict=True):
         for name in ("loss", "rewards/margins", "eval/loss", "eval/rewards/margins", "reference/age_steps"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), (ours["step"], name)
-    # Step 6 is that of a sync: held-out pairs are scored before it, when policy and reference are not yet the same.
-    [held_out] = [row for row in copied if row["step"] == 6 and "eval/loss" in row]
+    # Step 4 is that of a sync: held-out pairs are scored before it, when policy and reference are not yet the same.
+    [held_out] = [row for row in copied if row["step"] == 4 and "eval/loss" in row]
     assert abs(held_out["eval/rewards/margins"]) > 1e-5
 
 
