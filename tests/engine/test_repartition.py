@@ -152,8 +152,9 @@ def test_bfloat16_and_adapters(inputs: Path, tmp_path: Path) -> None:
         "zero3": run_of(tmp_path / "b", inputs, "zero3", **half),
     }
     run_ranks(2, save_all, runs, tmp_path / "half")
-    targets = {kind: run_of(tmp_path / "c", inputs, kind, **half) for kind in ("zero2", "accumulated", "sub_groups")}
-    check(run_ranks(1, load_all, targets, tmp_path / "half", list(runs)), tolerance=0.2)
+    for source, kind in (("accumulated", "zero2"), ("zero3", "accumulated"), ("accumulated", "sub_groups")):
+        target = {kind: run_of(tmp_path / "c", inputs, kind, **half)}
+        check(run_ranks(1, load_all, target, tmp_path / "half", [source]), tolerance=0.2)
     run_ranks(2, save_all, {"zero3": run_of(tmp_path / "d", inputs, "zero3", **lora)}, tmp_path / "lora")
     targets = {kind: run_of(tmp_path / "e", inputs, kind, **lora) for kind in ("zero1", "zero3")}
     check(run_ranks(1, load_all, targets, tmp_path / "lora", ["zero3"]), tolerance=1e-5)
@@ -175,11 +176,11 @@ MUON = {"type": "muon", "momentum": 0.9, "adam_learning_rate": 1e-3}
 def test_muons_momentum_moves_between_whole_matrices_and_partitions(inputs: Path, tmp_path: Path) -> None:
     """DeepSpeed keeps it for whole matrices at stages 1 and 2 on the device, elsewhere cut as the weights are."""
     saved = tmp_path / "saved"
-    runs = {kind: run_of(tmp_path / "from", inputs, kind, MUON) for kind in ("zero2", "offload2", "sub_groups")}
+    runs = {kind: run_of(tmp_path / "from", inputs, kind, MUON) for kind in ("zero2", "sub_groups")}
     for spread in run_ranks(2, save_all, runs, saved):
         assert min(spread) > 1e-6, "nothing was learned, so nothing is compared"
     targets = [
-        (1, "zero3", ["zero2", "offload2"]),
+        (1, "zero3", ["zero2"]),
         (2, "offload2", ["sub_groups"]),
         (3, "zero1", ["zero2", "sub_groups"]),
     ]
