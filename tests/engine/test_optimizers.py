@@ -19,7 +19,7 @@ from tests.ranks import RankError, run_ranks
 from tests.runs import CPU, settings, write_json
 from tests.tiny import random_batch, tiny_lm
 
-STEPS, MICRO_BATCHES = 3, 2
+STEPS, MICRO_BATCHES = 2, 2
 RATE, DECAY = 1e-2, 0.1
 OPTIONS: dict[str, dict[str, Any]] = {
     "lion": {},
