@@ -55,7 +55,7 @@ def digest_of_engine(run: dict[str, Any], which: str) -> str:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_same_digest_in_every_engine(world_size: int, inputs: Path, tmp_path: Path) -> None:
-    """Three ranks cut parameters unevenly, so that shards have padding; there and on one every second engine will do."""
+    """Three ranks cut parameters unevenly, so that shards have padding. There and on one rank, every second engine."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
