@@ -96,10 +96,16 @@ def test_messages_of_a_wheel_name_pages_that_it_has(installed: Path, tmp_path: P
     assert all((installed / "dsdpo" / "shipped" / "docs" / name).is_file() for name in pages)
 
 
-def test_demo_from_a_wheel_in_an_empty_folder_learns_and_shows_it(installed: Path, tmp_path: Path) -> None:
+# Half of its steps, with a larger beta and without evaluations on the way; and as the docs have it.
+SHORT = ["--train.max_steps", "75", "--loss.beta", "0.2", "--evaluation.every_steps", "75"]
+
+
+@pytest.mark.parametrize("options", [SHORT, pytest.param([], marks=pytest.mark.nightly)], ids=["short", "whole"])
+def test_demo_from_a_wheel_in_an_empty_folder_learns_and_shows_it(
+    options: list[str], installed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "runs" / "demo"
-    words = ["demo", "--train.max_steps", "110", "--evaluation.every_steps", "110"]  # enough to learn
-    answer = finish([*warm_dsdpo(), *words], limit_s=LIMIT_S, cwd=tmp_path, PYTHONPATH=str(installed))
+    answer = finish([*warm_dsdpo(), "demo", *options], limit_s=LIMIT_S, cwd=tmp_path, PYTHONPATH=str(installed))
     assert answer.returncode == 0
     assert "hint" not in answer.stdout + answer.stderr
     shown = yaml.safe_load((folder / "config.yaml").read_text())
