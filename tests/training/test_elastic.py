@@ -15,7 +15,7 @@ from tests.runs import REFERENCES, metrics, settings, train_here, write_json
 
 MOVES = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.3}
 LORA = {"model": {"lora": {"r": 4}}, "reference_zero": None}
-# What the run is, and how its three parts are trained: ranks, policy's stage, reference's stage.
+# What the run is, and how its parts are trained: ranks, policy's stage, reference's stage.
 CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str, str]]]] = {
     "ranks, then stage": ({}, [(2, "zero3", "zero3"), (1, "zero3", "zero3"), (1, "zero2", "zero3")]),
     "offload": ({}, [(2, "zero1", "zero0"), (2, "zero3_offload", "zero0"), (1, "zero3", "zero0")]),
@@ -25,11 +25,11 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str, str]]]] = {
     ),
     "quantized": (
         {"model": {"lora": {"r": 4}, "quantization": {"bits": 4}}, "reference_zero": None},
-        [(2, "zero3", ""), (1, "zero2", ""), (2, "zero1", "")],
+        [(2, "zero3", ""), (1, "zero2", "")],
     ),
     "moving-adapter": (
         {**LORA, "reference": {**MOVES, "strategy": "adapter"}, "tracking": {"every_steps": 3}},
-        [(2, "zero2", ""), (1, "zero1", ""), (2, "zero2", "")],
+        [(1, "zero1", ""), (2, "zero2", "")],
     ),
     "moving": (
         {"reference": MOVES, "tracking": {"every_steps": 3}},
@@ -37,13 +37,13 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str, str]]]] = {
     ),
     "snapshot": (
         {"reference": {**MOVES, "strategy": "policy_snapshot", "ref_model_mixup_alpha": 1.0}, "reference_zero": None},
-        [(2, "zero3", ""), (1, "zero2", ""), (2, "zero3", "")],
+        [(2, "zero3", ""), (1, "zero2", "")],
     ),
 }
 
 
 def run_of(folder: Path, inputs: Path, policy_zero: str, own_zero: str, **case: Any) -> dict[str, Any]:
-    """Six steps, a checkpoint every second, an evaluation after the fourth."""
+    """Six steps, if `train` says nothing else, a checkpoint every second, an evaluation after the fourth."""
     run = settings(
         folder,
         inputs,
@@ -107,8 +107,9 @@ def test_resumed_elsewhere_equals_uninterrupted(case: str, inputs: Path, tmp_pat
     folders = [tmp_path / f"part{index}" for index in range(len(parts))]
     expected: list[list[int]] = []
     rows: list[dict[str, float]] = []
+    train = {"max_steps": 2 * len(parts)}
     for index, (ranks, policy, reference) in enumerate(parts):
-        run = run_of(folders[index], inputs, policy, reference, **sections)
+        run = run_of(folders[index], inputs, policy, reference, train=train, **sections)
         done = 2 * index
         if done:  # as if the part before had been killed after this checkpoint
             name = f"step-{done:06d}"
@@ -119,8 +120,7 @@ def test_resumed_elsewhere_equals_uninterrupted(case: str, inputs: Path, tmp_pat
         pairs, found = pairs_by_step(results), metrics(folders[index] / "run")
         if not done:
             expected, rows = pairs, found
-            assert sum(map(len, pairs)) == 48
-            assert len({pair for step in pairs for pair in step}) == 48
+            assert sum(map(len, pairs)) == len({pair for step in pairs for pair in step}) == 16 * len(parts)
             continue
         was, now = parts[index - 1], parts[index]
         said = results[0][1]
@@ -135,7 +135,7 @@ def test_resumed_elsewhere_equals_uninterrupted(case: str, inputs: Path, tmp_pat
 def test_a_snapshot_that_lacks_pairs_is_refused(inputs: Path, tmp_path: Path) -> None:
     sections, _ = CASES["snapshot"]
     moves = {**sections["reference"], "ref_model_sync_steps": 6}
-    run = run_of(tmp_path, inputs, "zero3", "", **{**sections, "reference": moves})
+    run = run_of(tmp_path, inputs, "zero2", "", **{**sections, "reference": moves})
     run["evaluation"] = {"every_steps": 0, "at_start": False}
     run["train"] = {"max_steps": 7}
     run_ranks(2, train_here, {**run, "checkpoint": {"every_steps": 2, "keep_last": 9}})

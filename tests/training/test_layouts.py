@@ -50,7 +50,7 @@ def test_every_strategy_trains_alike_in_both_layouts(name: str, inputs: Path, tm
             inputs,
             policy_zero=stage,
             reference_zero=None,
-            data={"layout": layout, "train": str(rows), "eval": str(rows)},
+            data={"layout": layout, "train": str(rows), "eval": str(inputs / "few.jsonl")},
             evaluation={"every_steps": 0, "at_start": False},
             batch={"pairs_per_micro_batch": None, "tokens_per_micro_batch": 100},
             **sections,

@@ -25,8 +25,8 @@ STEP = 2  # micro-batches on a rank
 
 
 def run_on(disk: Path, folder: Path, inputs: Path, **checkpoint: Any) -> dict[str, Any]:
-    """Eight steps in a run folder on the disk, a checkpoint every third."""
-    run = settings(folder, inputs, train={"max_steps": 8}, checkpoint={"every_steps": 3, "keep_last": 3, **checkpoint})
+    """Six steps in a run folder on the disk, a checkpoint every second."""
+    run = settings(folder, inputs, train={"max_steps": 6}, checkpoint={"every_steps": 2, "keep_last": 3, **checkpoint})
     return {**run, "output_dir": str(disk / "run")}
 
 
@@ -34,32 +34,32 @@ def run_on(disk: Path, folder: Path, inputs: Path, **checkpoint: Any) -> dict[st
 def test_training_goes_on_and_saves_later_on_a_full_disk(background: bool, inputs: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=20_000) as disk:
         run = run_on(disk, tmp_path, inputs, background=background)
-        # Full from the sixth step on, when a checkpoint is due, until the next has been trained on: in the background
+        # Full from the fourth step on, when a checkpoint is due, until the next has been trained on: in the background
         # that is when the failure is noticed, and it is tried again a step later.
-        empty_at = (7 if background else 6) * STEP + 1
-        warnings = run_ranks(2, train_on_a_full_disk, run, str(disk), 500, 5 * STEP + 1, empty_at)
+        empty_at = (5 if background else 4) * STEP + 1
+        warnings = run_ranks(2, train_on_a_full_disk, run, str(disk), 500, 3 * STEP + 1, empty_at)
         found = [path.name for path in whole_checkpoints(disk / "run" / "checkpoints")]
-        again = 8 if background else 7
-        assert found == sorted({"step-000003", f"step-00000{again}", "step-000008"})
+        again = 6 if background else 5
+        assert found == sorted({"step-000002", f"step-00000{again}", "step-000006"})
         assert "NOT SAVED" in warnings[0][0]
-        assert "step-000006.partial" in warnings[0][0]
+        assert "step-000004.partial" in warnings[0][0]
         assert "earlier ones are intact" in warnings[0][0]
         assert f"tried again after step {again}" in warnings[0][0]
-        assert background or "saved after step 7" in warnings[0][1]
+        assert background or "saved after step 5" in warnings[0][1]
         assert not list((disk / "run" / "checkpoints").glob("*.partial"))
-        assert [row["step"] for row in metrics(disk / "run")] == list(range(1, 9))
-        resumed = {**run, "train": {"max_steps": 8}, "checkpoint": {**run["checkpoint"], "resume": "auto"}}
+        assert [row["step"] for row in metrics(disk / "run")] == list(range(1, 7))
+        resumed = {**run, "checkpoint": {**run["checkpoint"], "resume": "auto"}}
         run_ranks(2, train_here, resumed)
 
 
 def test_a_last_save_that_fails_still_exports_the_model(inputs: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=20_000) as disk:
-        run = run_on(disk, tmp_path, inputs, save_attempts=2, save_pause=0)
+        run = run_on(disk, tmp_path, inputs, save_attempts=2, save_pause=0) | {"train": {"max_steps": 5}}
         # Room for the exported model but for no checkpoint, from the last step on.
-        outcome = run_ranks(2, train_on_a_full_disk, run, str(disk), 700, 7 * STEP + 1, None)
+        outcome = run_ranks(2, train_on_a_full_disk, run, str(disk), 700, 4 * STEP + 1, None)
         for lines in outcome:
-            assert "step-000008.partial" in lines[-1], "all ranks end with the error"
-        assert [path.name for path in whole_checkpoints(disk / "run" / "checkpoints")] == ["step-000003", "step-000006"]
+            assert "step-000005.partial" in lines[-1], "all ranks end with the error"
+        assert [path.name for path in whole_checkpoints(disk / "run" / "checkpoints")] == ["step-000002", "step-000004"]
         assert "Given up" in outcome[0][-2]
         assert load_file(disk / "run" / "model" / "model.safetensors")
 

@@ -56,10 +56,6 @@ def group_of(run: dict[str, Any], of_nodes: tuple[int, ...]) -> int:
     return int(policy["zero_optimization"]["zero_hpz_partition_size"])
 
 
-def test_padded_on_ranks(inputs: Path, truth: list[float], tmp_path: Path) -> None:
-    assert losses(train_on(2, settings(tmp_path, inputs, data={"layout": "padded"}))) == pytest.approx(truth, abs=1e-5)
-
-
 def test_derived_reference_and_checkpointing(inputs: Path, truth: list[float], tmp_path: Path) -> None:
     """No reference JSON: derived from the policy's. Activation checkpointing changes nothing."""
     run = settings(tmp_path, inputs, reference_zero=None, model={"gradient_checkpointing": True})
@@ -69,9 +65,14 @@ def test_derived_reference_and_checkpointing(inputs: Path, truth: list[float], t
 BY_TOKENS = {"pairs_per_micro_batch": None, "tokens_per_micro_batch": 100}
 
 
-@pytest.mark.parametrize("batch", [{"pairs_per_micro_batch": 1}, BY_TOKENS])
-def test_micro_batches_do_not_matter(batch: dict, inputs: Path, truth: list[float], tmp_path: Path) -> None:
-    assert losses(train_on(2, settings(tmp_path, inputs, batch=batch))) == pytest.approx(truth, abs=1e-5)
+@pytest.mark.parametrize(("batch", "layout"), [({"pairs_per_micro_batch": 1}, "packed"), (BY_TOKENS, "padded")])
+def test_micro_batches_do_not_matter(
+    batch: dict, layout: str, inputs: Path, truth: list[float], tmp_path: Path
+) -> None:
+    """Padded; and as little at once as there is, in the reference's own passes too (`score_tokens`)."""
+    reference = {"score_tokens": 1} if layout == "packed" else {}
+    run = settings(tmp_path, inputs, batch=batch, data={"layout": layout}, reference=reference)
+    assert losses(train_on(2, run)) == pytest.approx(truth, abs=1e-5)
 
 
 def test_more_ranks_than_pairs_in_a_step(inputs: Path, tmp_path: Path) -> None:
@@ -79,8 +80,3 @@ def test_more_ranks_than_pairs_in_a_step(inputs: Path, tmp_path: Path) -> None:
     one_pair = {"pairs_per_step": 1, "pairs_per_micro_batch": 1}
     alone = losses(train_on(1, settings(tmp_path / "one", inputs, batch=one_pair)))
     assert losses(train_on(2, settings(tmp_path / "two", inputs, batch=one_pair))) == pytest.approx(alone, abs=1e-5)
-
-
-def test_score_budget_does_not_matter(inputs: Path, truth: list[float], tmp_path: Path) -> None:
-    run = settings(tmp_path, inputs, reference={"score_tokens": 1})
-    assert losses(train_on(2, run)) == pytest.approx(truth, abs=1e-5)
