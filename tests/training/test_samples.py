@@ -89,9 +89,13 @@ def test_other_strategies_and_ranks_give_the_same_answers(inputs: Path, prompts:
         ("adapter", 2, {"model": {"lora": {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}}}),
         ("precomputed", 1, {"reference": {"strategy": "precomputed"}}),
     ):
-        samples = {"prompts": str(prompts), "n": 1, "max_new_tokens": TOKENS, "gather": "layers"}
-        evaluation = {"every_steps": 0, "samples": samples}
-        train_on(ranks, settings(tmp_path / name, inputs, evaluation=evaluation, train={"max_steps": 1}, **sections))
+        alone: dict[str, Any] = {"policy_zero": "zero1", "reference_zero": "zero0"} if ranks == 1 else {}
+        gather = {} if alone else {"gather": "layers"}  # one rank has nothing to gather
+        evaluation = {
+            "every_steps": 0, "samples": {"prompts": str(prompts), "n": 1, "max_new_tokens": TOKENS, **gather}
+        }  # fmt: skip
+        common = {"evaluation": evaluation, "train": {"max_steps": 1}}
+        train_on(ranks, settings(tmp_path / name, inputs, **common, **alone, **sections))
         found[name] = sampled(tmp_path / name)
         assert [row["step"] for row in found[name]] == [0, 1]
     [separate, adapter, precomputed] = found.values()

@@ -22,11 +22,18 @@ from tests.ranks import run_ranks
 from tests.runs import metrics, settings, train_here
 
 STEP = 2  # micro-batches on a rank
+STAGES = ("zero3", "zero3")  # of policy and reference
 
 
-def run_on(disk: Path, folder: Path, inputs: Path, **checkpoint: Any) -> dict[str, Any]:
+def run_on(
+    disk: Path, folder: Path, inputs: Path, stages: tuple[str, str] = STAGES, **checkpoint: Any
+) -> dict[str, Any]:
     """Six steps in a run folder on the disk, a checkpoint every second."""
-    run = settings(folder, inputs, train={"max_steps": 6}, checkpoint={"every_steps": 2, "keep_last": 3, **checkpoint})
+    policy, reference = stages
+    often = {"every_steps": 2, "keep_last": 3, **checkpoint}
+    run = settings(
+        folder, inputs, policy_zero=policy, reference_zero=reference, train={"max_steps": 6}, checkpoint=often
+    )
     return {**run, "output_dir": str(disk / "run")}
 
 
@@ -67,7 +74,9 @@ def test_a_last_save_that_fails_still_exports_the_model(inputs: Path, tmp_path: 
 def test_a_failed_export_keeps_the_old_model_and_the_new_weights(inputs: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=20_000) as disk:
         settings = {"train": {"max_steps": 2}, "overwrite_output_dir": True, "optimizer": {"learning_rate": 1e-2}}
-        run = run_on(disk, tmp_path, inputs, every_steps=0, save_attempts=2, save_pause=0) | settings
+        run = (
+            run_on(disk, tmp_path, inputs, ("zero2", "zero0"), every_steps=0, save_attempts=2, save_pause=0) | settings
+        )
         run_ranks(2, train_here, run)
         model = disk / "run" / "model" / "model.safetensors"
         before = load_file(model)
