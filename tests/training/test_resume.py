@@ -38,6 +38,7 @@ STAGES = {
 }
 CASES: dict[str, dict[str, Any]] = {
     **{f"{kind}-{stage}": {**KINDS[kind], "policy_zero": stage} for kind in STAGES for stage in STAGES[kind]},
+    "separate-zero3": {},
     "moving-adapter-zero2": {**LORA, "policy_zero": "zero2", "reference": {"strategy": "adapter", **MOVES}},
     "separate-looking-ahead-zero2": {"policy_zero": "zero2", "reference": {"look_ahead_steps": 4}},
     "moving-bf16-zero3": {"model": {"dtype": "bfloat16"}, "reference": MOVES},
