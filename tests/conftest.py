@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if item not in nightly]
 
 
+COMPILE = """\
+from dsdpo.engine.quirks.compiled_ops import prepare_ops
+prepare_ops({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+"""
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     stay_on_own_cores()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile DeepSpeed's CPU Adam beside the first tests, if it is not there: ranks would all wait for it later."""
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0" and not session.config.option.collectonly
+    there = Path(os.environ["TORCH_EXTENSIONS_DIR"], "cpu_adam", "cpu_adam.so").exists()
+    if not first or there or not any(item.get_closest_marker("ranks") for item in session.items):
+        return
+    silent = subprocess.DEVNULL
+    compiler = subprocess.Popen([sys.executable, "-c", COMPILE], cwd=ROOT, stdout=silent, stderr=silent)
+    if CORES:
+        os.sched_setaffinity(compiler.pid, CORES)
+    session.config.add_cleanup(lambda: compiler.wait())
 
 
 def stay_on_own_cores() -> None:
@@ -54,10 +75,8 @@ def stay_on_own_cores() -> None:
     spend a fifth of their time on waking each other up.
     """
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if worker and hasattr(os, "sched_setaffinity"):
-        own = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers]
-        if own:
-            os.sched_setaffinity(0, own)
+    if worker and (own := sorted(CORES)[int(worker.removeprefix("gw")) :: workers]):
+        os.sched_setaffinity(0, own)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
