@@ -4,7 +4,7 @@
 # make test           every test; make test TESTS="tests/data -m real" runs a part (markers: pytest --markers)
 #                     files of tests run two at a time; WORKERS=0 runs one after the other, as a debugger needs it
 # make test-ranks     only the tests that start ranks
-# make test-nightly   what make test leaves out: benchmarks as whole programs
+# make test-nightly   what make test leaves out, as it seldom says something new: benchmarks as whole programs and more
 # make test-cluster   tests on simulated hosts and a real Slurm: root, and Debian packages that it names if they are
 #                     not there; it installs nothing
 # make lint           ruff and mypy
